@@ -1,0 +1,147 @@
+"""MQT-LLaVA model configuration"""
+
+import math
+from collections.abc import Iterable
+from numbers import Integral
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+
+def resolve_visual_token_counts(num_visual_tokens, num_images: int, num_query_tokens: int) -> list[int]:
+    """Spell out a budget as one number of visual tokens per image.
+
+    Args:
+        num_visual_tokens (`int`, `Iterable[int]` or `None`):
+            The budget: one number for all images, or one per image. `None` stands for `num_query_tokens`.
+        num_images (`int`):
+            How many images there are.
+        num_query_tokens (`int`):
+            M, the largest budget that the model has.
+
+    Returns:
+        `list[int]`: the visual tokens of each image, of length `num_images`.
+
+    Raises:
+        `ValueError`: for anything but integers from 1 to M, and for a list whose length is not `num_images`.
+    """
+    if num_visual_tokens is None:
+        return [num_query_tokens] * num_images
+    if isinstance(num_visual_tokens, Iterable) and not isinstance(num_visual_tokens, (str, bytes, dict)):
+        # tensors and arrays of any number of dimensions say what they hold as nested lists
+        counts = list(num_visual_tokens.tolist() if hasattr(num_visual_tokens, "tolist") else num_visual_tokens)
+        if len(counts) != num_images:
+            raise ValueError(
+                f"`num_visual_tokens` has {len(counts)} entries ({counts}) for {num_images} images. Pass one integer, or "
+                "a list with one entry per image."
+            )
+    else:
+        counts = [num_visual_tokens] * max(num_images, 1)  # checked even where there is no image to use it
+    for count in counts:
+        if isinstance(count, bool) or not isinstance(count, Integral) or not 1 <= count <= num_query_tokens:
+            raise ValueError(
+                f"`num_visual_tokens` must be an integer from 1 to {num_query_tokens}, or a list of them, one per image; "
+                f"got {num_visual_tokens!r}."
+            )
+    return [int(count) for count in counts][:num_images]
+
+
+@strict
+class MQTLlavaConfig(PreTrainedConfig):
+    r"""
+    Configuration of an MQT-LLaVA model ([Matryoshka Query Transformer for Large Vision-Language
+    Models](https://huggingface.co/papers/2405.19315)). The defaults are those of MQT-LLaVA 7B: a CLIP ViT-L/14 at 336
+    pixels, 256 queries and a Llama with the shape of Vicuna 7B v1.5.
+
+    Args:
+        vision_config (`dict` or `PreTrainedConfig`, *optional*):
+            The vision tower, any that `AutoModel` builds. Defaults to CLIP ViT-L/14 at 336 pixels.
+        text_config (`dict` or `PreTrainedConfig`, *optional*):
+            The language model, any that `AutoModel` builds. Defaults to a `LlamaConfig` with 32064 token embeddings.
+        image_token_id (`int`, *optional*, defaults to 32000):
+            The id of the `<image>` placeholder.
+        num_query_tokens (`int`, *optional*, defaults to 256):
+            M, the number of learned queries: the largest number of visual tokens per image. A square number, since the
+            queries stand on a grid.
+        query_transformer_num_attention_heads (`int`, *optional*, defaults to 16):
+            Heads of the query transformer's cross-attention. Must divide the vision tower's width.
+        query_transformer_layer_norm_eps (`float`, *optional*, defaults to 1e-6):
+            Epsilon of the query transformer's layer norms.
+        vision_feature_layer (`int`, *optional*, defaults to -2):
+            Index of the vision tower's hidden state whose patch features are queried.
+        vision_feature_select_strategy (`"default"` or `"full"`, *optional*, defaults to `"default"`):
+            `"default"` drops the first feature (CLIP's class token), `"full"` keeps all (towers without one).
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of freshly initialised weights.
+
+    Example:
+
+    ```python
+    >>> from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration
+
+    >>> configuration = MQTLlavaConfig(num_query_tokens=64)
+    >>> configuration.num_query_tokens
+    64
+
+    ```"""
+
+    model_type = "mqt_llava"
+    attribute_map = {"image_token_index": "image_token_id"}
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 32000
+    num_query_tokens: int = 256
+    query_transformer_num_attention_heads: int = 16
+    query_transformer_layer_norm_eps: float = 1e-6
+    vision_feature_layer: int = -2
+    vision_feature_select_strategy: str = "default"
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.vision_config is None:
+            self.vision_config = CONFIG_MAPPING["clip_vision_model"](
+                hidden_size=1024,
+                intermediate_size=4096,
+                num_hidden_layers=24,
+                num_attention_heads=16,
+                image_size=336,
+                patch_size=14,
+                projection_dim=768,
+            )
+        elif isinstance(self.vision_config, dict):
+            model_type = self.vision_config.get("model_type", "clip_vision_model")
+            self.vision_config = CONFIG_MAPPING[model_type](**self.vision_config)
+
+        if self.text_config is None:
+            self.text_config = CONFIG_MAPPING["llama"](vocab_size=32064)
+        elif isinstance(self.text_config, dict):
+            self.text_config = CONFIG_MAPPING[self.text_config.get("model_type", "llama")](**self.text_config)
+
+        # Language models keep the flag in their own config; here the embeddings are tied at the top
+        if not self.tie_word_embeddings and getattr(self.text_config, "tie_word_embeddings", False):
+            self.tie_word_embeddings = True
+
+        # Checked here and not in a `validate_...` method, whose errors are no `ValueError`
+        queries, width = self.num_query_tokens, self.vision_config.hidden_size
+        heads = self.query_transformer_num_attention_heads
+        if queries < 1 or math.isqrt(queries) ** 2 != queries:
+            raise ValueError(f"`num_query_tokens` must be a square number (1, 4, 9, ...); got {queries}.")
+        if heads < 1 or width % heads:
+            raise ValueError(
+                f"`query_transformer_num_attention_heads` must divide the vision tower's width {width}; got {heads}."
+            )
+        if width % 4:
+            raise ValueError(f"The vision tower's width must be a multiple of 4 for sine-cosine positions; got {width}.")
+        if self.vision_feature_select_strategy not in ("default", "full"):
+            raise ValueError(
+                '`vision_feature_select_strategy` must be "default" or "full"; got '
+                f"{self.vision_feature_select_strategy!r}."
+            )
+
+        super().__post_init__(**kwargs)
+
+
+__all__ = ["MQTLlavaConfig"]

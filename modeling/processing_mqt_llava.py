@@ -1,0 +1,236 @@
+"""Processor class for MQT-LLaVA"""
+
+# No `from __future__ import annotations` here: vLLM reads the annotation of `__call__` to learn which keyword arguments a
+# request may set.
+import numpy as np
+from PIL import Image
+from transformers import BatchFeature
+from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
+
+from .configuration_mqt_llava import resolve_visual_token_counts
+
+
+SYSTEM_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
+    "polite answers to the user's questions."
+)
+
+# Vicuna v1, as LLaVA 1.5 prompts it: images first in a turn, no space between an answer's `</s>` and the next turn. It
+# writes the BOS itself, since vLLM's chat adds no special tokens.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set system = messages[0]['content'] if messages[0]['content'] is string else messages[0]['content'][0]['text'] %}"
+    "{% set messages = messages[1:] %}"
+    "{% else %}"
+    "{% set system = '" + SYSTEM_PROMPT.replace("'", "\\'") + "' %}"
+    "{% endif %}"
+    "{{ system + ' ' if system else '' }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}"
+    "USER: "
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}"
+    " ASSISTANT:"
+    "{% elif message['role'] == 'assistant' %}"
+    "{% generation %}{{ ' ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}"
+    "{{ eos_token }}{% endgeneration %}"
+    "{% else %}"
+    "{{ raise_exception('Roles are system (first), user and assistant; got ' + message['role']) }}"
+    "{% endif %}"
+    "{% endfor %}"
+)
+
+
+class MQTLlavaImagesKwargs(ImagesKwargs, total=False):
+    """
+    num_visual_tokens (`int` or `list[int]`, *optional*):
+        m, the number of visual tokens of every image or of each, from 1 to M. Defaults to M.
+    """
+
+    num_visual_tokens: int | list[int] | None
+
+
+class MQTLlavaProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: MQTLlavaImagesKwargs
+
+
+class MQTLlavaProcessor(ProcessorMixin):
+    r"""
+    Turns images and text into inputs for MQT-LLaVA: an image processor and a tokenizer in one.
+
+    Args:
+        image_processor (`BaseImageProcessor`):
+            Any whose `pixel_values` fit the vision tower.
+        tokenizer (`PreTrainedTokenizerBase`):
+            A tokenizer that has `image_token` as a token of its own.
+        num_query_tokens (`int`, *optional*, defaults to 256):
+            M, the number of queries of the model, and the default number of visual tokens per image.
+        image_side (`int`, *optional*):
+            Height and width in pixels that the vision tower takes. Where given, images that come out of the image
+            processor with another shape, because of arguments of the call, are refused.
+        chat_template (`str`, *optional*):
+            A Jinja template. Defaults to that of Vicuna v1 with images, as in LLaVA 1.5.
+        image_token (`str`, *optional*, defaults to `"<image>"`):
+            The placeholder of an image.
+    """
+
+    valid_processor_kwargs = MQTLlavaProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        num_query_tokens=256,
+        image_side=None,
+        chat_template=None,
+        image_token="<image>",
+        **kwargs,
+    ):
+        self.num_query_tokens = num_query_tokens
+        self.image_side = image_side
+        self.image_token = getattr(tokenizer, "image_token", None) or image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+            raise ValueError(
+                f"The tokenizer does not know the image token {self.image_token!r}. Add it first: "
+                f"`tokenizer.add_special_tokens({{'additional_special_tokens': [{self.image_token!r}]}})`."
+            )
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | PreTokenizedInput | list[TextInput] | list[PreTokenizedInput] | None = None,
+        **kwargs: Unpack[MQTLlavaProcessorKwargs],
+    ) -> BatchFeature:
+        r"""
+        Args:
+            images (`ImageInput`, *optional*):
+                The images of all texts in the order of their `<image>`, or one list for each text. Any PIL mode.
+            text (`str` or `list[str]`, *optional*):
+                Prompts with one `<image>` for each image.
+            num_visual_tokens (`int` or `list[int]`, *optional*):
+                m, the number of visual tokens of every image or of each, from 1 to M. Defaults to M.
+
+        Returns:
+            [`BatchFeature`]: `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)` with m
+            placeholders for each image, `pixel_values` of shape `(num_images, 3, height, width)`, and
+            `visual_token_counts` of shape `(num_images,)`, which says m for each image.
+
+        Raises:
+            `ValueError`: for budgets that are not integers from 1 to M, images and `<image>` that differ in number,
+            unknown keyword arguments, and arguments that give images a shape which the vision tower cannot take.
+        """
+        self._check_kwargs(kwargs)
+        if images is None:
+            budget = kwargs.get("num_visual_tokens", kwargs.get("images_kwargs", {}).get("num_visual_tokens"))
+            resolve_visual_token_counts(budget, 0, self.num_query_tokens)
+        elif isinstance(images, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in images):
+            self._check_rows(images, text)
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def _check_kwargs(self, kwargs):
+        """Refuse what transformers would drop with a warning: a misspelt budget must not become the default one."""
+        structured = self.valid_processor_kwargs.__annotations__
+        known = {"common_kwargs", "videos", "audio", "text_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs"}
+        for name, kwargs_class in structured.items():
+            known |= {name, *getattr(kwargs_class, "__annotations__", {})}
+        for part in (self.image_processor, self.tokenizer):
+            known |= set(getattr(getattr(part, "valid_kwargs", None), "__annotations__", {}))
+        known |= {"sanitize_control_tokens", "return_mm_token_type_ids", "return_text_replacement_offsets"}
+        unknown = sorted(set(kwargs) - known)
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__} got unknown keyword arguments: {', '.join(unknown)}. For images it takes "
+                f"{', '.join(sorted(structured['images_kwargs'].__annotations__))}."
+            )
+
+    def _check_rows(self, images, text):
+        """With one list of images for each text, each text must have as many `<image>`."""
+        rows = [text] if isinstance(text, str) else text
+        if rows is None:
+            return
+        given = [len(row) if isinstance(row, (list, tuple)) else 1 for row in images]
+        wanted = [row.count(self.image_token) for row in rows]
+        if given != wanted and (len(given) == len(wanted) or sum(given) != sum(wanted)):
+            raise ValueError(
+                f"The number of images and of {self.image_token} differ: the texts have {wanted}, the lists of images {given}."
+            )
+
+    def _process_images(self, images, num_visual_tokens=None, **kwargs):
+        images = [_to_rgb(image) for image in make_flat_list_of_images(images)]
+        counts = resolve_visual_token_counts(num_visual_tokens, len(images), self.num_query_tokens)
+        processed = self.image_processor(images, **kwargs)
+        shape = tuple(np.shape(processed["pixel_values"][0])[-2:])
+        if self.image_side is not None and shape != (self.image_side, self.image_side):
+            raise ValueError(
+                f"The vision tower takes images of {self.image_side} x {self.image_side} pixels, these arguments make "
+                f"them {shape[0]} x {shape[1]}: {kwargs}."
+            )
+        processed["visual_token_counts"] = counts
+        return processed, [self.replace_image_token(processed, index) for index in range(len(images))]
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        return self.image_token * image_inputs["visual_token_counts"][image_idx]
+
+    def get_text_with_replacements(self, text, *args, **kwargs):
+        # The reference tokenizes the text around images in separate chunks, each of which begins as a text does: with
+        # `▁` in Llama's tokenizer. Where the tokenizer does not begin a chunk so by itself, a space does the same.
+        if self._chunks_need_space():
+            text = [self._begin_chunks_with_space(sample) for sample in text]
+        return super().get_text_with_replacements(text, *args, **kwargs)
+
+    def _chunks_need_space(self) -> bool:
+        alone, after_image, after_space = (
+            self.tokenizer.tokenize(sample, add_special_tokens=False)
+            for sample in ("a", self.image_token + "a", self.image_token + " a")
+        )
+        return alone != after_image[1:] and alone == after_space[1:]
+
+    def _begin_chunks_with_space(self, sample: str) -> str:
+        bos = self.tokenizer.bos_token
+        start = bos if bos and sample.startswith(bos) else ""
+        first, *others = sample[len(start) :].split(self.image_token)
+        if start and first:
+            first = " " + first
+        return start + self.image_token.join([first, *(" " + chunk if chunk else "" for chunk in others)])
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
+        """M placeholders for each image, whatever budget it will have: vLLM sizes its buffers by this.
+
+        Args:
+            image_sizes (`list[list[int]]`, *optional*):
+                Height and width of each image.
+        """
+        if image_sizes is None:
+            return MultiModalData()
+        num_images = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.num_query_tokens] * num_images, num_image_patches=[1] * num_images)
+
+    @property
+    def unused_input_names(self):
+        return []
+
+
+def _to_rgb(image):
+    """A PIL image of any mode in RGB; the first frame of an animation. Arrays and tensors stay as they are."""
+    if not isinstance(image, Image.Image) or image.mode == "RGB":
+        return image
+    if image.mode.startswith(("I", "F")):  # PIL would clip 16-bit levels at 255
+        levels = np.asarray(image, dtype=np.float32)
+        scale = 257 if image.mode.startswith("I") and levels.max(initial=0) > 255 else 1
+        image = Image.fromarray((levels / scale).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+MQTLlavaProcessor.register_for_auto_class()
+
+__all__ = ["MQTLlavaProcessor"]

@@ -1,0 +1,21 @@
+"""MQT-LLaVA for HuggingFace: one checkpoint, any number of visual tokens per image.
+
+Importing this package registers the model with transformers' Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+from .modeling.configuration_mqt_llava import MQTLlavaConfig
+from .modeling.modeling_mqt_llava import MQTLlavaForConditionalGeneration, MQTLlavaModel
+from .modeling.processing_mqt_llava import MQTLlavaProcessor
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register("mqt_llava", MQTLlavaConfig)
+AutoModel.register(MQTLlavaConfig, MQTLlavaModel)
+AutoModelForImageTextToText.register(MQTLlavaConfig, MQTLlavaForConditionalGeneration)
+AutoModelForCausalLM.register(MQTLlavaConfig, MQTLlavaForConditionalGeneration)
+AutoProcessor.register(MQTLlavaConfig, MQTLlavaProcessor)
+
+__all__ = ["MQTLlavaConfig", "MQTLlavaForConditionalGeneration", "MQTLlavaModel", "MQTLlavaProcessor"]

@@ -1,0 +1,111 @@
+"""The two stages of MQT-LLaVA's training (arXiv 2405.19315, section 3), the vision tower frozen in both.
+
+Stage 1 aligns: only the query transformer trains, on captions, with all M visual tokens. Stage 2 tunes: the query
+transformer and the language model train on conversations, with m drawn from {2, 4, ..., M} at every step.
+
+    python -m mqt_llava.training.train --stage 1 --vision_tower runs/vision --language_model runs/text \
+        --data_path runs/data/captions.json --image_folder runs/data/images --output_dir runs/stage1
+    python -m mqt_llava.training.train --stage 2 --model runs/stage1 \
+        --data_path runs/data/conversations.json --image_folder runs/data/images --output_dir runs/stage2
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from transformers import AutoModel, AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from .. import MQTLlavaConfig, MQTLlavaForConditionalGeneration, MQTLlavaProcessor
+from .data import LlavaCollator, LlavaDataset
+
+
+@dataclass
+class StageArguments:
+    """What is trained on what. Optimisation is set by `TrainingArguments`."""
+
+    stage: int = field(metadata={"help": "1 or 2", "choices": [1, 2]})
+    data_path: str = field(metadata={"help": "LLaVA conversation JSON"})
+    image_folder: str = field(metadata={"help": "where the images of the JSON are"})
+    model: str | None = field(default=None, metadata={"help": "an MQT-LLaVA checkpoint to go on from"})
+    vision_tower: str | None = field(default=None, metadata={"help": "without --model: a vision tower"})
+    language_model: str | None = field(default=None, metadata={"help": "without --model: a language model, its processor"})
+    query_transformer_num_attention_heads: int = field(default=8, metadata={"help": "without --model"})
+
+
+def assemble(vision_tower, language_model, processor, num_attention_heads):
+    """An MQT-LLaVA of a pretrained vision tower, a pretrained language model and a fresh query transformer."""
+    vision_tower = AutoModel.from_pretrained(vision_tower)
+    language_model = AutoModelForCausalLM.from_pretrained(language_model)
+    config = MQTLlavaConfig(
+        vision_config=vision_tower.config,
+        text_config=language_model.config,
+        image_token_id=processor.image_token_id,
+        num_query_tokens=processor.num_query_tokens,
+        query_transformer_num_attention_heads=num_attention_heads,
+        vision_feature_layer=-1,
+    )
+    model = MQTLlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(vision_tower.state_dict())
+    model.model.language_model.load_state_dict(language_model.model.state_dict())
+    model.lm_head.load_state_dict(language_model.lm_head.state_dict())
+    tokenizer = processor.tokenizer
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(model.generation_config, name, getattr(tokenizer, name))
+    return model
+
+
+class MatryoshkaTrainer(Trainer):
+    """A `Trainer` that gives every step a budget m: M in stage 1; in stage 2 drawn uniformly from {2, 4, ..., M}.
+
+    The draw depends on nothing but the seed and the step, so it is the same on every rank and after a resume.
+    """
+
+    def __init__(self, *args, stage, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.stage = stage
+        # Labels are averaged over the tokens of a step by Trainer itself
+        self.model_accepts_loss_kwargs = True
+
+    def budget(self):
+        max_tokens = self.model.config.num_query_tokens
+        if self.stage == 1:
+            return max_tokens
+        draw = np.random.default_rng([self.args.seed, self.state.global_step])
+        return int(draw.choice(np.arange(2, max_tokens + 1, 2)))
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        return super().training_step(model, {**inputs, "num_visual_tokens": self.budget()}, *args, **kwargs)
+
+
+def main():
+    arguments, training = HfArgumentParser((StageArguments, TrainingArguments)).parse_args_into_dataclasses()
+    set_seed(training.seed)
+    training.remove_unused_columns = False  # the collator makes the model's inputs
+    if arguments.model:
+        model = MQTLlavaForConditionalGeneration.from_pretrained(arguments.model)
+        processor = MQTLlavaProcessor.from_pretrained(arguments.model)
+    else:
+        processor = MQTLlavaProcessor.from_pretrained(arguments.language_model)
+        heads = arguments.query_transformer_num_attention_heads
+        model = assemble(arguments.vision_tower, arguments.language_model, processor, heads)
+
+    model.requires_grad_(False)
+    model.model.query_transformer.requires_grad_(True)
+    if arguments.stage == 2:
+        model.model.language_model.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
+
+    trainer = MatryoshkaTrainer(
+        model,
+        training,
+        data_collator=LlavaCollator(processor),
+        train_dataset=LlavaDataset(arguments.data_path, arguments.image_folder),
+        stage=arguments.stage,
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))
+    model.save_pretrained(training.output_dir)
+    processor.save_pretrained(training.output_dir)
+
+
+if __name__ == "__main__":
+    main()
