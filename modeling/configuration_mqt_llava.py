@@ -134,7 +134,9 @@ class MQTLlavaConfig(PreTrainedConfig):
                 f"`query_transformer_num_attention_heads` must divide the vision tower's width {width}; got {heads}."
             )
         if width % 4:
-            raise ValueError(f"The vision tower's width must be a multiple of 4 for sine-cosine positions; got {width}.")
+            raise ValueError(
+                f"The vision tower's width must be a multiple of 4 for sine-cosine positions; got {width}."
+            )
         if self.vision_feature_select_strategy not in ("default", "full"):
             raise ValueError(
                 '`vision_feature_select_strategy` must be "default" or "full"; got '

@@ -413,7 +413,9 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
                 visual_tokens = self._traceable_visual_tokens(pixel_values, is_placeholder, visual_token_counts)
             else:
                 counts = count_placeholders_per_image(is_placeholder, pixel_values.shape[0], visual_token_counts)
-                visual_tokens = torch.cat(self.get_image_features(pixel_values, counts, return_dict=True).pooler_output)
+                visual_tokens = torch.cat(
+                    self.get_image_features(pixel_values, counts, return_dict=True).pooler_output
+                )
             visual_tokens = visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
             if not torch.compiler.is_compiling():
                 num_placeholders = is_placeholder.sum()
@@ -587,7 +589,9 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         if num_images == 0:
             return {"input_ids": input_ids, "visual_token_counts": None, **aligned}
         if input_ids is None:
-            raise ValueError("`num_visual_tokens` needs `input_ids`: a prompt given as `inputs_embeds` has its budget.")
+            raise ValueError(
+                "`num_visual_tokens` needs `input_ids`: a prompt given as `inputs_embeds` has its budget."
+            )
         is_placeholder = self.model.get_placeholder_mask(input_ids, None)
         old_counts = count_placeholders_per_image(is_placeholder, num_images, visual_token_counts)
         visual_token_counts = torch.tensor(new_counts, device=input_ids.device)

@@ -213,7 +213,9 @@ class MQTLlavaProcessor(ProcessorMixin):
         if image_sizes is None:
             return MultiModalData()
         num_images = len(image_sizes)
-        return MultiModalData(num_image_tokens=[self.num_query_tokens] * num_images, num_image_patches=[1] * num_images)
+        return MultiModalData(
+            num_image_tokens=[self.num_query_tokens] * num_images, num_image_patches=[1] * num_images
+        )
 
     @property
     def unused_input_names(self):

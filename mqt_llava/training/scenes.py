@@ -153,7 +153,9 @@ def draw(scene, size=96, grid=None):
         sprite = sprite.rotate(thing.angle, Image.Resampling.BICUBIC, expand=True)
         place = (round(thing.x * size - sprite.width / 2), round(thing.y * size - sprite.height / 2))
         mask = sprite.getchannel("A")
-        picture.paste(ink if thing.is_digit else sprite, (*place, place[0] + sprite.width, place[1] + sprite.height), mask)
+        picture.paste(
+            ink if thing.is_digit else sprite, (*place, place[0] + sprite.width, place[1] + sprite.height), mask
+        )
         if grid:
             alpha = Image.new("L", (size, size))
             alpha.paste(mask, place)

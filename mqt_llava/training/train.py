@@ -28,7 +28,9 @@ class StageArguments:
     image_folder: str = field(metadata={"help": "where the images of the JSON are"})
     model: str | None = field(default=None, metadata={"help": "an MQT-LLaVA checkpoint to go on from"})
     vision_tower: str | None = field(default=None, metadata={"help": "without --model: a vision tower"})
-    language_model: str | None = field(default=None, metadata={"help": "without --model: a language model, its processor"})
+    language_model: str | None = field(
+        default=None, metadata={"help": "without --model: a language model, its processor"}
+    )
     query_transformer_num_attention_heads: int = field(default=8, metadata={"help": "without --model"})
 
 
