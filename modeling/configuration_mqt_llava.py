@@ -8,6 +8,15 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_mqt_llava.MQTLlavaConfig",
+    "AutoModel": "modeling_mqt_llava.MQTLlavaModel",
+    "AutoModelForCausalLM": "modeling_mqt_llava.MQTLlavaForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_mqt_llava.MQTLlavaForConditionalGeneration",
+    "AutoProcessor": "processing_mqt_llava.MQTLlavaProcessor",
+}
+
+
 def resolve_visual_token_counts(num_visual_tokens, num_images: int, num_query_tokens: int) -> list[int]:
     """Spell out a budget as one number of visual tokens per image.
 
@@ -144,6 +153,13 @@ class MQTLlavaConfig(PreTrainedConfig):
             )
 
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """See [`~PreTrainedConfig.save_pretrained`]. Names all classes that the folder's code has: on its own,
+        transformers names those of the config and of the model that is saved, but vLLM asks for the base model and some
+        tools for a causal language model."""
+        self.auto_map = dict(AUTO_MAP)
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
 __all__ = ["MQTLlavaConfig"]
