@@ -347,6 +347,8 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
         """
         num_query_tokens = self.config.num_query_tokens
         counts = resolve_visual_token_counts(visual_token_counts, pixel_values.shape[0], num_query_tokens)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         # hidden states are asked for because one of them is used; they are returned only if the caller asks too
         outputs = self.vision_tower(
             pixel_values.to(self.vision_tower.dtype), output_hidden_states=True, return_dict=True, **kwargs

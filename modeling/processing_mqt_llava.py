@@ -9,7 +9,7 @@ from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 
-from .configuration_mqt_llava import resolve_visual_token_counts
+from .configuration_mqt_llava import AUTO_MAP, resolve_visual_token_counts
 
 
 SYSTEM_PROMPT = (
@@ -59,6 +59,7 @@ class MQTLlavaImagesKwargs(ImagesKwargs, total=False):
 
 
 class MQTLlavaProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {}  # transformers 5.19 cannot do without
     images_kwargs: MQTLlavaImagesKwargs
 
 
@@ -103,6 +104,8 @@ class MQTLlavaProcessor(ProcessorMixin):
                 f"The tokenizer does not know the image token {self.image_token!r}. Add it first: "
                 f"`tokenizer.add_special_tokens({{'additional_special_tokens': [{self.image_token!r}]}})`."
             )
+        # `save_pretrained` would add it: a processor is the same before and after
+        self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
     def __call__(
@@ -133,8 +136,6 @@ class MQTLlavaProcessor(ProcessorMixin):
         if images is None:
             budget = kwargs.get("num_visual_tokens", kwargs.get("images_kwargs", {}).get("num_visual_tokens"))
             resolve_visual_token_counts(budget, 0, self.num_query_tokens)
-        elif isinstance(images, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in images):
-            self._check_rows(images, text)
         return super().__call__(images=images, text=text, **kwargs)
 
     def _check_kwargs(self, kwargs):
@@ -153,16 +154,22 @@ class MQTLlavaProcessor(ProcessorMixin):
                 f"{', '.join(sorted(structured['images_kwargs'].__annotations__))}."
             )
 
-    def _check_rows(self, images, text):
-        """With one list of images for each text, each text must have as many `<image>`."""
-        rows = [text] if isinstance(text, str) else text
-        if rows is None:
+    def validate_inputs(self, images=None, text=None, **kwargs):
+        """As many images as `<image>`: in every text if there is one list of images for each, else in all together."""
+        super().validate_inputs(images=images, text=text, **kwargs)
+        if text is None:
             return
-        given = [len(row) if isinstance(row, (list, tuple)) else 1 for row in images]
-        wanted = [row.count(self.image_token) for row in rows]
-        if given != wanted and (len(given) == len(wanted) or sum(given) != sum(wanted)):
+        wanted = [sample.count(self.image_token) for sample in text]
+        if isinstance(images, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in images):
+            given = [len(row) if isinstance(row, (list, tuple)) else 1 for row in images]
+            fit = given == wanted or (len(given) != len(wanted) and sum(given) == sum(wanted))
+        else:
+            given = 0 if images is None else len(make_flat_list_of_images(images))
+            fit = given == sum(wanted)
+        if not fit:
             raise ValueError(
-                f"The number of images and of {self.image_token} differ: the texts have {wanted}, the lists of images {given}."
+                f"The number of {self.image_token} tokens in the prompts should be the same as the number of images: the "
+                f"texts have {wanted}, and there are {given} images."
             )
 
     def _process_images(self, images, num_visual_tokens=None, **kwargs):
@@ -218,8 +225,8 @@ class MQTLlavaProcessor(ProcessorMixin):
         )
 
     @property
-    def unused_input_names(self):
-        return []
+    def model_input_names(self):
+        return [*super().model_input_names, "visual_token_counts"]
 
 
 def _to_rgb(image):

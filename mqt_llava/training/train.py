@@ -12,6 +12,8 @@ transformer and the language model train on conversations, with m drawn from {2,
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -34,6 +36,22 @@ class StageArguments:
     query_transformer_num_attention_heads: int = field(default=8, metadata={"help": "without --model"})
 
 
+@torch.no_grad()
+def start_local(query_transformer):
+    """Let half of the heads of a fresh query transformer look at the patches around each query's own place.
+
+    With small random projections every query attends evenly to all patches, so all visual tokens begin as the same
+    average and take long to part. Where queries and keys share a projection, nearby positions match best. The other
+    half stays even, so that the first tokens, which stand in a corner, begin with the whole picture in view.
+    """
+    width = query_transformer.q_proj.in_features
+    for projection in (query_transformer.v_proj, query_transformer.out_proj, query_transformer.text_proj):
+        nn.init.normal_(projection.weight, std=width**-0.5)
+    nn.init.normal_(query_transformer.k_proj.weight, std=2 * width**-0.5)
+    nn.init.normal_(query_transformer.q_proj.weight, std=0.1 * width**-0.5)
+    query_transformer.q_proj.weight[: width // 2] = query_transformer.k_proj.weight[: width // 2]
+
+
 def assemble(vision_tower, language_model, processor, num_attention_heads):
     """An MQT-LLaVA of a pretrained vision tower, a pretrained language model and a fresh query transformer."""
     vision_tower = AutoModel.from_pretrained(vision_tower)
@@ -47,6 +65,7 @@ def assemble(vision_tower, language_model, processor, num_attention_heads):
         vision_feature_layer=-1,
     )
     model = MQTLlavaForConditionalGeneration(config)
+    start_local(model.model.query_transformer)
     model.model.vision_tower.load_state_dict(vision_tower.state_dict())
     model.model.language_model.load_state_dict(language_model.model.state_dict())
     model.lm_head.load_state_dict(language_model.lm_head.state_dict())

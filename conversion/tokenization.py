@@ -1,0 +1,38 @@
+"""Llama tokenizers as the authors' code runs them."""
+
+import json
+
+from tokenizers import Tokenizer, normalizers
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+
+
+def load_llama_tokenizer(folder, legacy: bool, image_token: str = "<image>") -> PreTrainedTokenizerFast:
+    """A Llama tokenizer that gives the ids of SentencePiece, with `image_token` added as a token of its own.
+
+    Two things differ from `LlamaTokenizer` of transformers 5:
+
+    * Runs of spaces. SentencePiece scores pieces made of spaces below all others, so `"  this"` is `▁`, `▁this`;
+      transformers ranks their merges first and gives `▁▁`, `this`.
+    * With `legacy`, a text that begins with a space still gets the prefix `▁`, at the start and after special tokens.
+
+    Args:
+        folder (`str`): Folder of `tokenizer.model` and `tokenizer_config.json`.
+        legacy (`bool`): What `legacy` meant when the checkpoint was trained: a missing key is `True`.
+        image_token (`str`): The placeholder of an image.
+    """
+    slow_names = LlamaTokenizer.from_pretrained(folder, legacy=legacy)
+    specification = json.loads(slow_names.backend_tokenizer.to_str())
+    merges = specification["model"]["merges"]
+    specification["model"]["merges"] = sorted(merges, key=lambda merge: not "".join(merge).strip("▁"))
+    backend = Tokenizer.from_str(json.dumps(specification))
+    if legacy:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = None
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        extra_special_tokens={"image_token": image_token},
+        model_max_length=slow_names.model_max_length,
+        padding_side=slow_names.padding_side,
+        **{name: getattr(slow_names, name) for name in names if getattr(slow_names, name) is not None},
+    )

@@ -1,0 +1,651 @@
+"""Generating with a budget: streaming, caches, chats, beams, helpers of transformers, checkpointing, compilation."""
+
+import json
+from threading import Thread
+
+import pytest
+import torch
+from transformers import DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer, TextStreamer, pipeline
+
+from mqt_llava import MQTLlavaForConditionalGeneration
+from tests.small_model import NUM_QUERY_TOKENS, make_images, make_model, make_processor
+
+
+BUDGETS = [1, 7, NUM_QUERY_TOKENS]
+IMAGE_TOKEN_ID = 3
+# Rows with two images (adjacent in one, apart in the other), without any, with one
+ROWS = ["<image><image> which one?", "no picture", "<image> first, then <image>, go", "look: <image>"]
+IMAGES_OF_ROWS = [[0, 1], [], [2, 3], [4]]
+
+
+def prepare(rows=range(len(ROWS)), m=None, text=ROWS):
+    """The processor's inputs for some of the rows, left-padded."""
+    images = make_images(5)
+    chosen = [[images[i] for i in IMAGES_OF_ROWS[row]] for row in rows]
+    return make_processor()(
+        images=chosen if any(chosen) else None,
+        text=[text[row] for row in rows],
+        num_visual_tokens=m,
+        padding=True,
+        return_tensors="pt",
+    )
+
+
+def new_tokens(sequences, inputs):
+    """The answers without the prompt, `</s>` and what follows it."""
+    answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+    return [answer[: answer.index(2)] if 2 in answer else answer for answer in answers]
+
+
+class CountVision:
+    """Counts the calls of the vision tower and the images that it is given."""
+
+    def __init__(self, model):
+        self.calls, self.images = 0, 0
+        model.model.vision_tower.register_forward_pre_hook(self.count)
+
+    def count(self, module, args):
+        self.calls += 1
+        self.images += args[0].shape[0]
+
+
+# Streaming ------------------------------------------------------------------------------------------------------------
+
+
+class CollectingStreamer(TextStreamer):
+    text = ""
+
+    def on_finalized_text(self, text, stream_end=False):
+        self.text += text
+
+
+@pytest.mark.parametrize("m", [None, *BUDGETS])
+def test_text_streamer(model, processor, image, m):
+    inputs = processor(images=image, text="<image>Q: what?", num_visual_tokens=7, return_tensors="pt")
+    streamer = CollectingStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    settings = {"max_new_tokens": 12, "do_sample": False, "num_visual_tokens": m}
+    sequences = model.generate(**inputs, **settings, streamer=streamer)
+    assert sequences.tolist() == model.generate(**inputs, **settings).tolist()
+    (answer,) = processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert answer and streamer.text == answer
+
+
+@pytest.mark.parametrize("m", BUDGETS)
+def test_text_iterator_streamer_in_a_thread(model, processor, image, m):
+    inputs = processor(images=image, text="<image>Q: what?", return_tensors="pt")
+    streamer = TextIteratorStreamer(processor, skip_prompt=True, timeout=30, skip_special_tokens=True)
+    settings = {**inputs, "max_new_tokens": 12, "do_sample": False, "num_visual_tokens": m}
+    thread = Thread(target=model.generate, kwargs=settings | {"streamer": streamer})
+    thread.start()
+    streamed = "".join(streamer)
+    thread.join()
+    sequences = model.generate(**settings)
+    assert streamed == processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+# Caches ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [None, *BUDGETS])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_static_cache_is_as_good_as_a_dynamic_one(model, m, num_beams):
+    inputs = prepare(m=7)
+    settings = {"max_new_tokens": 8, "do_sample": False, "num_visual_tokens": m, "num_beams": num_beams}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    dynamic = model.generate(**inputs, **settings)
+    static = model.generate(**inputs, **settings, cache_implementation="static")
+    assert isinstance(static.past_key_values, StaticCache) and isinstance(dynamic.past_key_values, DynamicCache)
+    assert static.sequences.tolist() == dynamic.sequences.tolist()
+    torch.testing.assert_close(torch.stack(static.logits), torch.stack(dynamic.logits), atol=1e-4, rtol=0)
+
+
+def test_without_a_cache(model):
+    inputs, settings = prepare(), {"max_new_tokens": 4, "do_sample": False, "num_visual_tokens": 4}
+    cached = model.generate(**inputs, **settings)
+    assert model.generate(**inputs, **settings, use_cache=False).tolist() == cached.tolist()
+
+
+@pytest.mark.parametrize("m", [None, *BUDGETS])
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_prefill_in_chunks(model, m, num_beams):
+    """The chunks cut through the visual tokens of an image."""
+    inputs = prepare(m=7)
+    settings = {"max_new_tokens": 4, "do_sample": False, "num_visual_tokens": m, "num_beams": num_beams}
+    expected = model.generate(**inputs, **settings)
+    assert model.generate(**inputs, **settings, prefill_chunk_size=5).tolist() == expected.tolist()
+
+
+# Chats over a cache ---------------------------------------------------------------------------------------------------
+
+
+def chat(model, first, second_turn, pixels, m, rebudget, cache=None, max_new_tokens=6):
+    """Two turns. The second goes on from the cache of the first, or, for comparison, starts over.
+
+    `second_turn` (batch_size, length) holds the tokens of the user's second turn, `pixels` the arguments about images
+    of the second turn. With `rebudget` the prompts are prepared with M placeholders, and m is said to `generate`.
+    """
+    settings = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens, "do_sample": False}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    budget = {"num_visual_tokens": m} if rebudget else {}
+    answer = model.generate(**first, **settings, **budget, past_key_values=cache)
+    input_ids = torch.cat([answer.sequences, second_turn], dim=1)
+    new = input_ids.shape[1] - first["attention_mask"].shape[1]
+    attention_mask = torch.cat([first["attention_mask"], torch.ones(len(input_ids), new, dtype=torch.long)], dim=1)
+    prompt = {"input_ids": input_ids, "attention_mask": attention_mask}
+    counter = CountVision(model)
+    continued = model.generate(**prompt, **pixels, **settings, **budget, past_key_values=answer.past_key_values)
+    return prompt, continued, counter.images, settings | budget
+
+
+def assert_same_turn(continued, scratch):
+    assert continued.sequences.tolist() == scratch.sequences.tolist()
+    torch.testing.assert_close(torch.stack(continued.logits), torch.stack(scratch.logits), atol=1e-4, rtol=0)
+
+
+def tokens(processor, text, batch_size, num_placeholders=0):
+    ids = processor.tokenizer(text.replace("<image>", "<image>" * num_placeholders), add_special_tokens=False)
+    return torch.tensor([ids["input_ids"]] * batch_size)
+
+
+@pytest.mark.parametrize("rebudget", [False, True], ids=["prepared", "num_visual_tokens"])
+@pytest.mark.parametrize("m", BUDGETS)
+@pytest.mark.parametrize("images", ["again", "not_again"])
+def test_second_turn_from_the_cache(model, processor, m, images, rebudget):
+    """The cache of the first turn gives the same second turn as a run from scratch, images passed again or not."""
+    rows = [0, 2]
+    first = prepare(rows, m=NUM_QUERY_TOKENS if rebudget else m)
+    again = {name: first[name] for name in ("pixel_values", "visual_token_counts")}
+    second_turn = tokens(processor, "USER: and now?", len(rows))
+    prompt, continued, encoded, settings = chat(
+        model, first, second_turn, again if images == "again" else {}, m, rebudget
+    )
+    assert_same_turn(continued, model.generate(**prompt, **again, **settings))
+    assert encoded == 0  # the cache has the images already
+
+
+@pytest.mark.parametrize("rebudget", [False, True], ids=["prepared", "num_visual_tokens"])
+@pytest.mark.parametrize("m", BUDGETS)
+@pytest.mark.parametrize("images", ["all", "new"])
+def test_second_turn_with_a_new_image(model, processor, m, images, rebudget):
+    """The second turn shows another image: it alone is encoded, whether or not the first ones are passed again."""
+    rows = [0, 2]
+    prepared_m = NUM_QUERY_TOKENS if rebudget else m
+    first = prepare(rows, m=prepared_m)
+    second_turn = tokens(processor, "USER: <image> and now?", len(rows), prepared_m)
+    new_pixels = -first["pixel_values"][[0, 2]]
+    old_pixels, counts = first["pixel_values"], torch.tensor([prepared_m] * 6)
+    order = [0, 1, 4, 2, 3, 5]  # images go row by row
+    everything = {
+        "pixel_values": torch.cat([old_pixels, new_pixels])[order],
+        "visual_token_counts": counts,
+    }
+    passed = everything if images == "all" else {"pixel_values": new_pixels, "visual_token_counts": counts[:2]}
+    prompt, continued, encoded, settings = chat(model, first, second_turn, passed, m, rebudget)
+    assert_same_turn(continued, model.generate(**prompt, **everything, **settings))
+    assert encoded == 2
+
+
+def test_first_image_in_the_second_turn(model, processor, image):
+    first = processor(text="hello there", return_tensors="pt")
+    with_image = processor(images=image, text="<image>", num_visual_tokens=5, return_tensors="pt")
+    pixels = {name: with_image[name] for name in ("pixel_values", "visual_token_counts")}
+    second_turn = tokens(processor, "USER: <image> and now?", 1, 5)
+    prompt, continued, encoded, settings = chat(model, first, second_turn, pixels, 5, rebudget=False)
+    assert_same_turn(continued, model.generate(**prompt, **pixels, **settings))
+    assert encoded == 1
+
+
+@pytest.mark.parametrize("rebudget", [False, True], ids=["prepared", "num_visual_tokens"])
+def test_second_turn_of_padded_rows(model, processor, rebudget):
+    """Rows of different lengths and numbers of images, left-padded, go on from one cache."""
+    first = prepare(m=NUM_QUERY_TOKENS if rebudget else 4)
+    again = {name: first[name] for name in ("pixel_values", "visual_token_counts")}
+    second_turn = tokens(processor, "USER: and now?", len(ROWS))
+    prompt, continued, encoded, settings = chat(model, first, second_turn, again, 4, rebudget)
+    assert_same_turn(continued, model.generate(**prompt, **again, **settings))
+    assert encoded == 0
+
+
+@pytest.mark.parametrize("m", BUDGETS)
+def test_second_turn_from_a_static_cache(model, processor, m):
+    first = prepare([2], m=NUM_QUERY_TOKENS)
+    again = {name: first[name] for name in ("pixel_values", "visual_token_counts")}
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=120)
+    second_turn = tokens(processor, "USER: and now?", 1)
+    prompt, continued, encoded, settings = chat(model, first, second_turn, again, m, rebudget=True, cache=cache)
+    assert_same_turn(continued, model.generate(**prompt, **again, **settings))
+    assert encoded == 0
+
+
+# Beams, samples, the vision tower -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [None, *BUDGETS])
+@pytest.mark.parametrize("num_beams, num_return_sequences", [(1, 1), (3, 1), (3, 2)])
+def test_rows_of_a_batch_are_answered_as_each_alone(model, m, num_beams, num_return_sequences):
+    settings = {"max_new_tokens": 8, "do_sample": False, "num_visual_tokens": m}
+    settings |= {"num_beams": num_beams, "num_return_sequences": num_return_sequences}
+    inputs = prepare(m=7)
+    together = new_tokens(model.generate(**inputs, **settings), inputs)
+    alone = []
+    for row in range(len(ROWS)):
+        inputs = prepare([row], m=7)
+        alone += new_tokens(model.generate(**inputs, **settings), inputs)
+    assert together == alone
+    assert len({tuple(answer) for answer in alone}) > 1
+
+
+def test_each_image_of_a_batch_may_have_its_own_budget(model):
+    budgets = [1, 16, 3, 7, 2]
+    settings = {"max_new_tokens": 8, "do_sample": False, "num_beams": 2, "num_return_sequences": 2}
+    inputs = prepare(m=5)
+    together = new_tokens(model.generate(**inputs, **settings, num_visual_tokens=budgets), inputs)
+    alone = []
+    for row, images in enumerate(IMAGES_OF_ROWS):
+        inputs = prepare([row], m=[budgets[i] for i in images] or None)
+        alone += new_tokens(model.generate(**inputs, **settings), inputs)
+    assert together == alone
+
+
+@pytest.mark.parametrize("m", [None, *BUDGETS])
+def test_samples_belong_to_their_own_row_and_images(model, m):
+    """Every returned sample has the probabilities of its own row: checked by a forward pass of that row alone."""
+    inputs = prepare(m=7)
+    torch.manual_seed(0)
+    outputs = model.generate(
+        **inputs,
+        num_visual_tokens=m,
+        do_sample=True,
+        num_return_sequences=3,
+        max_new_tokens=5,
+        min_new_tokens=5,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    logits, prompt_length = torch.stack(outputs.logits, dim=1), inputs["input_ids"].shape[1]
+    assert outputs.sequences.shape == (3 * len(ROWS), prompt_length + 5) and logits.shape[:2] == (12, 5)
+    for i, (sequence, sampled) in enumerate(zip(outputs.sequences, logits)):
+        row = i // 3
+        alone = prepare([row], m=7)
+        assert sequence[:prompt_length].tolist() == inputs["input_ids"][row].tolist()
+        alone["input_ids"] = torch.cat([alone["input_ids"], sequence[None, prompt_length:]], dim=1)
+        del alone["attention_mask"]
+        with torch.no_grad():
+            expected = model(**alone, num_visual_tokens=m).logits[0, -6:-1]
+        torch.testing.assert_close(sampled, expected, atol=1e-4, rtol=0)
+    assert len({tuple(sequence.tolist()) for sequence in outputs.sequences}) > len(ROWS)
+
+
+@pytest.mark.parametrize("m", [None, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "num_beams": 3, "num_return_sequences": 3},
+        {"do_sample": True, "num_return_sequences": 4},
+        {"do_sample": True, "num_beams": 2},
+        {"do_sample": False, "cache_implementation": "static"},
+        {"do_sample": False, "use_cache": False},
+    ],
+    ids=["greedy", "beams", "samples", "sampled_beams", "static", "no_cache"],
+)
+def test_vision_tower_runs_once_per_image(model, settings, m):
+    inputs, counter = prepare(m=7), CountVision(model)
+    model.generate(**inputs, **settings, num_visual_tokens=m, max_new_tokens=4, min_new_tokens=4)
+    assert (counter.calls, counter.images) == (1, 5)
+
+
+# A chat never contains a generated <image> -----------------------------------------------------------------------------
+
+
+def favour_image_token(model):
+    """Rig the head so that `<image>` always wins."""
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits.index_fill(-1, torch.tensor(3), 1e4))
+    return model
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"do_sample": False, "num_beams": 3},
+        {"generation_config": GenerationConfig(do_sample=False, max_new_tokens=6)},
+    ],
+    ids=["greedy", "samples", "beams", "own_generation_config"],
+)
+@pytest.mark.parametrize("m", [None, 4])
+def test_image_token_is_never_generated(model, settings, m):
+    favour_image_token(model)
+    inputs = prepare()
+    answers = new_tokens(model.generate(**inputs, **settings, max_new_tokens=6, num_visual_tokens=m), inputs)
+    assert IMAGE_TOKEN_ID not in sum(answers, [])
+    assert any(answers)
+    settings = {"do_sample": False, "suppress_tokens": None, "max_new_tokens": 6}
+    rigged = new_tokens(model.generate(**inputs, **settings), inputs)
+    assert rigged == [[IMAGE_TOKEN_ID] * 6] * len(ROWS)  # so the head would have chosen it
+
+
+@pytest.mark.parametrize("file", ["as saved", "missing", "of the language model"])
+def test_image_token_is_never_generated_by_a_loaded_model(checkpoint, tmp_path, file):
+    """Also where the generation config's file is missing, or came from the language model that a model was made of."""
+    for path in checkpoint.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    generation_config = tmp_path / "generation_config.json"
+    assert json.loads(generation_config.read_text())["suppress_tokens"] == [IMAGE_TOKEN_ID]
+    if file == "missing":
+        generation_config.unlink()
+    elif file == "of the language model":
+        generation_config.write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}))
+    model = favour_image_token(MQTLlavaForConditionalGeneration.from_pretrained(tmp_path))
+    inputs = prepare()
+    answers = new_tokens(model.generate(**inputs, do_sample=False, max_new_tokens=6, num_visual_tokens=4), inputs)
+    assert IMAGE_TOKEN_ID not in sum(answers, [])
+
+
+# What generate returns --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [None, *BUDGETS])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_return_dict_in_generate(model, m, num_beams):
+    inputs = prepare(m=7)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": num_beams}
+    sequences = model.generate(**inputs, **settings, num_visual_tokens=m)
+    outputs = model.generate(
+        **inputs,
+        **settings,
+        num_visual_tokens=m,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_attentions=True,
+        output_hidden_states=True,
+    )
+    assert outputs.sequences.tolist() == sequences.tolist()
+    prompt_length = inputs["input_ids"].shape[1]
+    assert outputs.sequences[:, :prompt_length].tolist() == inputs["input_ids"].tolist()
+    assert outputs.sequences.shape == (len(ROWS), prompt_length + 5)
+
+    longest = prepare(m=m or 7)["input_ids"].shape[1]  # what the model saw
+    assert outputs.hidden_states[0][-1].shape == (len(ROWS) * num_beams, longest, 32)
+    # Transition scores are read off the end of the sequences, which the caller's own prompt must not disturb
+    scores = model.compute_transition_scores(
+        outputs.sequences, outputs.scores, getattr(outputs, "beam_indices", None), normalize_logits=True
+    )
+    assert scores.shape == (len(ROWS), 5) and scores.isfinite().all()
+    if num_beams > 1:
+        torch.testing.assert_close(scores.sum(1) / 5, outputs.sequences_scores, atol=1e-4, rtol=0)
+
+
+def test_ways_to_pass_the_prompt(model):
+    """As the first argument, without mask or counts, or as embeddings, whose answer comes without the prompt."""
+    inputs = prepare([2], m=7)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    pixels = {"pixel_values": inputs["pixel_values"]}
+    expected = model.generate(**inputs, **settings).tolist()
+    assert model.generate(inputs["input_ids"], **pixels, **settings).tolist() == expected
+    assert model.generate(inputs["input_ids"], **pixels, **settings, num_visual_tokens=7).tolist() == expected
+    embeddings = model.get_input_embeddings()(inputs["input_ids"])
+    answer = model.generate(inputs_embeds=embeddings, **pixels, **settings)
+    assert answer.tolist() == [expected[0][-5:]]
+    features = model.get_image_features(**pixels, visual_token_counts=7)
+    ready = {"input_ids": inputs["input_ids"], "mm_encoder_outputs": {"image": features}}
+    assert model.generate(**ready, **settings).tolist() == expected
+
+
+# Pipeline -------------------------------------------------------------------------------------------------------------
+
+
+def ask(image, text="What is it?"):
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+
+
+def expected_answer(model, processor, messages, m, **kwargs):
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **kwargs
+    )
+    sequences = model.generate(**inputs, num_visual_tokens=m, max_new_tokens=8, do_sample=False)
+    return processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("m", [None, *BUDGETS])
+def test_pipeline_with_chat_messages(model, processor, image, m):
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    settings = {"do_sample": False, "max_new_tokens": 8, "num_visual_tokens": m}
+    messages = ask(image)
+    (result,) = pipe(text=messages, generate_kwargs=settings, return_full_text=False)
+    assert result["generated_text"] == expected_answer(model, processor, messages, m)
+    (result,) = pipe(messages, generate_kwargs=settings)
+    assert result["generated_text"][0]["role"] == "user"
+    assert result["generated_text"][1] == {
+        "role": "assistant",
+        "content": expected_answer(model, processor, messages, m),
+    }
+
+
+@pytest.mark.parametrize("m", [None, *BUDGETS])
+def test_pipeline_with_text_and_image(model, processor, image, m):
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    settings = {"do_sample": False, "max_new_tokens": 8, "num_visual_tokens": m}
+    text = "USER: <image>\nWhat? ASSISTANT:"
+    inputs = processor(images=image, text=text, return_tensors="pt")
+    sequences = model.generate(**inputs, **settings)
+    answer = processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    (result,) = pipe(images=image, text=text, generate_kwargs=settings, return_full_text=False)
+    assert result["generated_text"] == answer
+    (result,) = pipe(images=image, text=text, generate_kwargs=settings)
+    assert result["generated_text"] == text + answer
+
+
+def test_pipeline_with_a_budget_of_the_processor(model, processor, image):
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    messages, settings = ask(image), {"do_sample": False, "max_new_tokens": 8}
+    (result,) = pipe(
+        text=messages,
+        generate_kwargs=settings,
+        return_full_text=False,
+        processor_kwargs={"num_visual_tokens": 2},
+    )
+    assert result["generated_text"] == expected_answer(model, processor, messages, 2)
+
+
+def test_pipeline_with_several_chats_and_images(model, processor):
+    first, second, third = make_images(3)
+    chats = [ask(first), ask(second, "Why?")]
+    chats[1][0]["content"].append({"type": "image", "image": third})
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    settings = {"do_sample": False, "max_new_tokens": 8, "num_visual_tokens": 4}
+    results = pipe(text=chats, generate_kwargs=settings, return_full_text=False)
+    assert [result[0]["generated_text"] for result in results] == [
+        expected_answer(model, processor, chat, 4) for chat in chats
+    ]
+
+
+def test_pipeline_goes_on_with_an_assistant_message(model, processor, image):
+    messages = [*ask(image), {"role": "assistant", "content": [{"type": "text", "text": "It is"}]}]
+    inputs = processor.apply_chat_template(
+        messages, continue_final_message=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert processor.decode(inputs["input_ids"][0]).endswith("ASSISTANT: It is")
+    sequences = model.generate(**inputs, num_visual_tokens=4, max_new_tokens=8, do_sample=False)
+    answer = processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    settings = {"do_sample": False, "max_new_tokens": 8, "num_visual_tokens": 4}
+    (result,) = pipe(text=messages, generate_kwargs=settings)
+    assert result["generated_text"][-1]["content"][0]["text"] == "It is" + answer
+
+
+def test_pipeline_from_a_folder(checkpoint, image):
+    pipe = pipeline("image-text-to-text", model=str(checkpoint))
+    assert isinstance(pipe.model, MQTLlavaForConditionalGeneration)
+    messages, settings = ask(image), {"do_sample": False, "max_new_tokens": 8, "num_visual_tokens": 4}
+    (result,) = pipe(text=messages, generate_kwargs=settings, return_full_text=False)
+    assert result["generated_text"] == expected_answer(pipe.model, pipe.processor, messages, 4)
+
+
+# Assisted decoding ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [None, *BUDGETS])
+@pytest.mark.parametrize("row", [0, 2, 3])
+def test_assisted_decoding(model, m, row):
+    """A draft model changes nothing about the answer, be it another model or one just like this."""
+    inputs = prepare([row], m=7)
+    settings = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, "num_visual_tokens": m}
+    expected = model.generate(**inputs, **settings)
+    torch.manual_seed(7)
+    other, twin, counter = type(model)(model.config).eval(), make_model(), CountVision(model)
+    drafts = []
+    for i, draft_model in enumerate((other, twin), start=1):
+        draft_model.model.language_model.register_forward_pre_hook(lambda *args: drafts.append(1))
+        assert model.generate(**inputs, **settings, assistant_model=draft_model).tolist() == expected.tolist()
+        assert len(drafts) >= i and (counter.calls, counter.images) == (i, i * len(IMAGES_OF_ROWS[row]))
+
+
+@pytest.mark.parametrize("m", [None, 4])
+def test_prompt_lookup_decoding(model, m):
+    inputs = prepare([2], m=7)
+    settings = {"max_new_tokens": 10, "do_sample": False, "num_visual_tokens": m}
+    expected = model.generate(**inputs, **settings)
+    assert model.generate(**inputs, **settings, prompt_lookup_num_tokens=3).tolist() == expected.tolist()
+
+
+# Gradient checkpointing -----------------------------------------------------------------------------------------------
+
+
+def loss_and_gradients(model, m):
+    inputs = prepare(m=7)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] <= IMAGE_TOKEN_ID, -100)
+    calls = []
+    for layers in (model.model.vision_tower.encoder.layers, model.model.language_model.layers):
+        for layer in layers:
+            layer.mlp.register_forward_pre_hook(lambda *args: calls.append(1))
+    loss = model(**inputs, labels=labels, num_visual_tokens=m).loss
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients, len(calls)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")  # the new name is not in 5.19
+@pytest.mark.parametrize("m", [1, NUM_QUERY_TOKENS])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("frozen", [False, True], ids=["all_train", "only_query_transformer_trains"])
+def test_gradient_checkpointing(m, use_reentrant, frozen):
+    results = []
+    for checkpointing in (False, True):
+        model = make_model().train()
+        if frozen:
+            model.requires_grad_(False)
+            model.model.query_transformer.requires_grad_(True)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        results.append(loss_and_gradients(model, m))
+    (loss, gradients, calls), (checkpointed_loss, checkpointed_gradients, checkpointed_calls) = results
+    torch.testing.assert_close(checkpointed_loss, loss, atol=1e-6, rtol=0)
+    assert checkpointed_calls > calls  # layers did run again in the backward pass
+    assert gradients.keys() == checkpointed_gradients.keys()
+    assert {"model.query_transformer.query", "model.query_transformer.v_proj.weight"} <= gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(checkpointed_gradients[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+# torch.compile and torch.export ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compile_model(request):
+    """`torch.compile` with `fullgraph`, which raises where tracing breaks."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield lambda model, backend: torch.compile(model, fullgraph=True, backend=backend)
+    torch.compiler.reset()
+
+
+def compilable(m, with_counts):
+    """Padded rows with one, two or no image. Without counts runs of placeholders are images: none are adjacent then."""
+    inputs = prepare(m=m) if with_counts else prepare([1, 2, 3], m=m)
+    if not with_counts:
+        del inputs["visual_token_counts"]
+    return inputs
+
+
+def assert_same_logits(compiled, model, inputs):
+    with torch.no_grad():
+        expected = model(**inputs).logits  # first: a cold compile fails even for transformers' LLaVA
+        blind = model(**inputs | {"pixel_values": -inputs["pixel_values"]}).logits
+        assert (expected - blind).abs().max() > 0.1
+        torch.testing.assert_close(compiled(**inputs).logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("with_counts", [True, False], ids=["counts", "no_counts"])
+def test_forward_is_one_graph(model, compile_model, with_counts):
+    """The traced graph is run as it is here, not compiled any further."""
+    compiled = compile_model(model, "eager")
+    for m in BUDGETS:
+        assert_same_logits(compiled, model, compilable(m, with_counts))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_counts", [True, False], ids=["counts", "no_counts"])
+def test_compiled_forward(model, compile_model, with_counts):
+    compiled = compile_model(model, "inductor")
+    for m in BUDGETS:
+        assert_same_logits(compiled, model, compilable(m, with_counts))
+
+
+@pytest.mark.parametrize("row, with_counts", [(0, True), (2, True), (2, False)])
+def test_budgets_of_the_same_total_share_one_graph(model, compile_model, row, with_counts):
+    compiled = compile_model(model, "eager")
+    for budgets in ([7, 7], [1, 13], [12, 2]):
+        inputs = prepare([row], m=budgets)
+        if not with_counts:
+            del inputs["visual_token_counts"]
+        assert_same_logits(compiled, model, inputs)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_text_alone_is_one_graph(model, compile_model):
+    inputs = prepare([1])
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        assert torch.allclose(compile_model(model, "eager")(**inputs).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("with_counts", [True, False], ids=["counts", "no_counts"])
+def test_training_step_is_one_graph(compile_model, with_counts):
+    gradients = []
+    inputs = compilable(5, with_counts)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] <= IMAGE_TOKEN_ID, -100)
+    model = make_model().train()
+    for run in (model, compile_model(model, "aot_eager")):
+        model.zero_grad()
+        run(**inputs, labels=labels).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert {"model.query_transformer.query", "model.vision_tower.embeddings.class_embedding"} <= gradients[0].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("m", [None, 3])
+def test_generate_with_a_compiled_forward(model, compile_model, m):
+    inputs, settings = prepare(m=7), {"max_new_tokens": 6, "do_sample": False, "num_visual_tokens": m}
+    expected = model.generate(**inputs, **settings)
+    model.forward = compile_model(model.forward, "eager")
+    assert model.generate(**inputs, **settings, cache_implementation="static").tolist() == expected.tolist()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.parametrize("with_counts", [True, False], ids=["counts", "no_counts"])
+def test_export(model, with_counts):
+    """An exported program answers for other images and other budgets of the same shapes, too."""
+    exported = None
+    for budgets in ([5, 5, 7], [2, 8, 7]):
+        inputs = prepare([2, 3], m=budgets)
+        if not with_counts:
+            del inputs["visual_token_counts"]
+        inputs["pixel_values"] = inputs["pixel_values"] * (1 if exported is None else -1)
+        if exported is None:
+            with torch.no_grad():
+                exported = torch.export.export(model, (), {**inputs, "use_cache": False}, strict=False).module()
+        assert_same_logits(lambda **kwargs: exported(**kwargs, use_cache=False), model, inputs)
