@@ -37,12 +37,11 @@ def resolve_visual_token_counts(num_visual_tokens, num_images: int, num_query_to
     if num_visual_tokens is None:
         return [num_query_tokens] * num_images
     if isinstance(num_visual_tokens, Iterable) and not isinstance(num_visual_tokens, (str, bytes, dict)):
-        # tensors and arrays of any number of dimensions say what they hold as nested lists
         counts = list(num_visual_tokens.tolist() if hasattr(num_visual_tokens, "tolist") else num_visual_tokens)
         if len(counts) != num_images:
             raise ValueError(
-                f"`num_visual_tokens` has {len(counts)} entries ({counts}) for {num_images} images. Pass one integer, or "
-                "a list with one entry per image."
+                f"`num_visual_tokens` must be one integer or a list of them, one per image; got {len(counts)} entries, "
+                f"{counts}, for {num_images} images."
             )
     else:
         counts = [num_visual_tokens] * max(num_images, 1)  # checked even where there is no image to use it

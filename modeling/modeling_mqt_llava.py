@@ -188,6 +188,12 @@ class MQTLlavaPreTrainedModel(PreTrainedModel):
             side, width = math.isqrt(module.num_query_tokens), module.query.shape[1]
             init.copy_(module.position_embedding, sinusoidal_grid_positions(side, width))
 
+    def smart_apply(self, initialize, is_custom_code):
+        """transformers applies `_initialize_weights` with this. Asks it not to treat the model as custom code that might
+        overwrite loaded weights (`init` never does): it would pass over modules without tensors of their own, such as
+        CLIP's attention, and so give weights that a checkpoint lacks another scale than a new model's."""
+        return nn.Module.smart_apply(self, initialize, False)
+
 
 def placeholder_runs(is_placeholder: torch.Tensor) -> list[int]:
     """Lengths of the runs of consecutive placeholders in a `(batch_size, sequence_length)` mask, row after row."""

@@ -133,9 +133,16 @@ class MQTLlavaProcessor(ProcessorMixin):
             unknown keyword arguments, and arguments that give images a shape which the vision tower cannot take.
         """
         self._check_kwargs(kwargs)
-        if images is None:
-            budget = kwargs.get("num_visual_tokens", kwargs.get("images_kwargs", {}).get("num_visual_tokens"))
-            resolve_visual_token_counts(budget, 0, self.num_query_tokens)
+        if isinstance(images, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in images):
+            self._check_rows(images, text)
+        # Resolved here, before any work, and not where transformers checks types, whose errors are no `ValueError`
+        nested = kwargs.get("images_kwargs") or {}
+        if "num_visual_tokens" in nested:
+            kwargs["images_kwargs"] = {name: nested[name] for name in nested if name != "num_visual_tokens"}
+            kwargs.setdefault("num_visual_tokens", nested["num_visual_tokens"])
+        kwargs["num_visual_tokens"] = resolve_visual_token_counts(
+            kwargs.get("num_visual_tokens"), _count_images(images), self.num_query_tokens
+        )
         return super().__call__(images=images, text=text, **kwargs)
 
     def _check_kwargs(self, kwargs):
@@ -174,6 +181,7 @@ class MQTLlavaProcessor(ProcessorMixin):
 
     def _process_images(self, images, num_visual_tokens=None, **kwargs):
         images = [_to_rgb(image) for image in make_flat_list_of_images(images)]
+        # Resolved by `__call__`; tools that come here on another way may leave the default
         counts = resolve_visual_token_counts(num_visual_tokens, len(images), self.num_query_tokens)
         processed = self.image_processor(images, **kwargs)
         shape = tuple(np.shape(processed["pixel_values"][0])[-2:])
@@ -227,6 +235,15 @@ class MQTLlavaProcessor(ProcessorMixin):
     @property
     def model_input_names(self):
         return [*super().model_input_names, "visual_token_counts"]
+
+
+def _count_images(images):
+    """How many images there are in one image, a list or nested lists of them, or a batched array; None has none."""
+    if images is None:
+        return 0
+    if isinstance(images, (list, tuple)):
+        return sum(map(_count_images, images))
+    return images.shape[0] if getattr(images, "ndim", 3) == 4 else 1
 
 
 def _to_rgb(image):

@@ -2,13 +2,12 @@
 
     common = load("test_modeling_common")  # the module tests/test_modeling_common.py of transformers
 
-The distribution holds the modules of transformers' `tests/` folder itself and none of its subfolders. What the common
-tests import from those is stood in for here, as little as they need.
+The distribution holds the modules of transformers' `tests/` folder itself and none of its subfolders, so neither the tests
+of `generate` nor those of `torch.export`. What the common tests import from there is stood in for, as little as they need.
 """
 
 import importlib
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -33,14 +32,18 @@ def fetch(version: str = transformers.__version__) -> Path:
     Raises:
         `RuntimeError`: when the source distribution cannot be had. There is nothing to fall back on.
     """
-    folder = CACHE / f"transformers-{version}"
+    name = f"transformers-{version}"
     CACHE.mkdir(exist_ok=True)
-    with FileLock(CACHE / f"transformers-{version}.lock"):  # pytest-xdist has several processes ask at once
-        if not folder.exists():
+    with FileLock(CACHE / f"{name}.lock"):  # pytest-xdist has several processes ask at once
+        if not (CACHE / name).exists():
             with tempfile.TemporaryDirectory(dir=CACHE) as aside:
-                extract(download(version, aside), f"transformers-{version}/tests/", Path(aside) / "new" / PACKAGE)
-                os.replace(Path(aside) / "new", folder)
-    return folder
+                with tarfile.open(download(version, aside)) as archive:
+                    tests = [member for member in archive if member.name.startswith(f"{name}/tests/")]
+                    archive.extractall(aside, tests, filter="data")
+                package = (Path(aside) / name / "tests").rename(Path(aside) / name / PACKAGE)
+                (package / "__init__.py").touch()
+                package.parent.rename(CACHE / name)
+    return CACHE / name
 
 
 def download(version: str, folder: str) -> Path:
@@ -58,25 +61,18 @@ def download(version: str, folder: str) -> Path:
     return archive
 
 
-def extract(archive: Path, prefix: str, target: Path):
-    """Extract what lies under `prefix` in a tar archive to the folder `target`."""
-    with tarfile.open(archive) as tar, tempfile.TemporaryDirectory(dir=archive.parent) as aside:
-        tar.extractall(aside, [member for member in tar if member.name.startswith(prefix)], filter="data")
-        target.parent.mkdir(parents=True)
-        shutil.move(Path(aside) / prefix, target)
-    (target / "__init__.py").touch()
-
-
 def load(name: str) -> types.ModuleType:
     """Import a module of transformers' `tests/` folder."""
     folder = str(fetch())
     if folder not in sys.path:
         sys.path.append(folder)
-        stand_in(f"{PACKAGE}.exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
-        stand_in(f"{PACKAGE}.generation.test_utils", GenerationTesterMixin=type("GenerationTesterMixin", (), {}))
-        stand_in(f"{PACKAGE}.utils.test_configuration_utils", config_common_kwargs=CONFIG_COMMON_KWARGS)
+        stand_in(f"{PACKAGE}.exporters.test_export", ExportTesterMixin=object)
+        stand_in(f"{PACKAGE}.generation.test_utils", GenerationTesterMixin=object)
+        stand_in(
+            f"{PACKAGE}.utils.test_configuration_utils", config_common_kwargs={}
+        )  # not for configs of several parts
         stand_in("fetch_hub_objects_for_ci", url_to_local_path=url_to_local_path)
-    with warnings.catch_warnings():  # markers that transformers' conftest.py registers, which is not distributed either
+    with warnings.catch_warnings():  # their markers are registered by a conftest.py that is not distributed either
         warnings.simplefilter("ignore")
         return importlib.import_module(f"{PACKAGE}.{name}")
 
@@ -84,20 +80,6 @@ def load(name: str) -> types.ModuleType:
 def stand_in(name: str, **contents):
     sys.modules[name] = types.ModuleType(name)
     vars(sys.modules[name]).update(contents)
-
-
-# What every config takes, with values that are not the defaults
-CONFIG_COMMON_KWARGS = {
-    "return_dict": False,
-    "output_hidden_states": True,
-    "output_attentions": True,
-    "dtype": "float16",
-    "chunk_size_feed_forward": 5,
-    "architectures": ["MQTLlavaForConditionalGeneration"],
-    "id2label": {0: "label"},
-    "label2id": {"label": 0},
-    "problem_type": "regression",
-}
 
 
 def url_to_local_path(url: str) -> str:

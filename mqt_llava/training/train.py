@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, HfArgumentParser, Trai
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import MQTLlavaConfig, MQTLlavaForConditionalGeneration, MQTLlavaProcessor
+from ..modeling.configuration_mqt_llava import resolve_visual_token_counts
 from .data import LlavaCollator, LlavaDataset
 
 
@@ -32,6 +33,10 @@ class StageArguments:
     vision_tower: str | None = field(default=None, metadata={"help": "without --model: a vision tower"})
     language_model: str | None = field(
         default=None, metadata={"help": "without --model: a language model, its processor"}
+    )
+    budgets: list[int] | None = field(
+        default=None,
+        metadata={"help": "stage 2: what m is drawn from, evenly; {2, 4, ..., M} as in the paper if not given"},
     )
     query_transformer_num_attention_heads: int = field(default=8, metadata={"help": "without --model"})
 
@@ -76,23 +81,17 @@ def assemble(vision_tower, language_model, processor, num_attention_heads):
 
 
 class MatryoshkaTrainer(Trainer):
-    """A `Trainer` that gives every step a budget m: M in stage 1; in stage 2 drawn uniformly from {2, 4, ..., M}.
+    """A `Trainer` that gives every step a budget m, drawn evenly from `budgets`.
 
     The draw depends on nothing but the seed and the step, so it is the same on every rank and after a resume.
     """
 
-    def __init__(self, *args, stage, **kwargs):
+    def __init__(self, *args, budgets, **kwargs):
         super().__init__(*args, **kwargs)
-        self.stage = stage
-        # Labels are averaged over the tokens of a step by Trainer itself
-        self.model_accepts_loss_kwargs = True
+        self.budgets = budgets
 
     def budget(self):
-        max_tokens = self.model.config.num_query_tokens
-        if self.stage == 1:
-            return max_tokens
-        draw = np.random.default_rng([self.args.seed, self.state.global_step])
-        return int(draw.choice(np.arange(2, max_tokens + 1, 2)))
+        return int(np.random.default_rng([self.args.seed, self.state.global_step]).choice(self.budgets))
 
     def training_step(self, model, inputs, *args, **kwargs):
         return super().training_step(model, {**inputs, "num_visual_tokens": self.budget()}, *args, **kwargs)
@@ -116,12 +115,15 @@ def main():
         model.model.language_model.requires_grad_(True)
         model.lm_head.requires_grad_(True)
 
+    max_tokens = model.config.num_query_tokens
+    budgets = [max_tokens] if arguments.stage == 1 else arguments.budgets or list(range(2, max_tokens + 1, 2))
+    resolve_visual_token_counts(budgets, len(budgets), max_tokens)
     trainer = MatryoshkaTrainer(
         model,
         training,
         data_collator=LlavaCollator(processor),
         train_dataset=LlavaDataset(arguments.data_path, arguments.image_folder),
-        stage=arguments.stage,
+        budgets=budgets,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))
     model.save_pretrained(training.output_dir)

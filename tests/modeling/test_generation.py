@@ -5,6 +5,7 @@ from threading import Thread
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer, TextStreamer, pipeline
 
 from mqt_llava import MQTLlavaForConditionalGeneration
@@ -105,6 +106,10 @@ def test_without_a_cache(model):
     assert model.generate(**inputs, **settings, use_cache=False).tolist() == cached.tolist()
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers.generation.utils, "_slice_mm_encoder_output"),
+    reason="this transformers drops the images of every model when it prefills in chunks",
+)
 @pytest.mark.parametrize("m", [None, *BUDGETS])
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_prefill_in_chunks(model, m, num_beams):
@@ -156,18 +161,21 @@ def test_second_turn_from_the_cache(model, processor, m, images, rebudget):
     first = prepare(rows, m=NUM_QUERY_TOKENS if rebudget else m)
     again = {name: first[name] for name in ("pixel_values", "visual_token_counts")}
     second_turn = tokens(processor, "USER: and now?", len(rows))
-    prompt, continued, encoded, settings = chat(
-        model, first, second_turn, again if images == "again" else {}, m, rebudget
-    )
+    # Adjacent images need the counts, even where their pixels are not needed any more
+    pixels = again if images == "again" else {"visual_token_counts": first["visual_token_counts"]}
+    prompt, continued, encoded, settings = chat(model, first, second_turn, pixels, m, rebudget)
     assert_same_turn(continued, model.generate(**prompt, **again, **settings))
     assert encoded == 0  # the cache has the images already
 
 
 @pytest.mark.parametrize("rebudget", [False, True], ids=["prepared", "num_visual_tokens"])
 @pytest.mark.parametrize("m", BUDGETS)
-@pytest.mark.parametrize("images", ["all", "new"])
+@pytest.mark.parametrize("images", ["all", "new", "new_and_their_counts"])
 def test_second_turn_with_a_new_image(model, processor, m, images, rebudget):
-    """The second turn shows another image: it alone is encoded, whether or not the first ones are passed again."""
+    """The second turn shows another image: it alone is encoded, whether or not the first ones are passed again. Counts
+    are of all images in the prompt or of those that are passed."""
+    if rebudget and images == "new_and_their_counts":
+        pytest.skip("to re-budget the first turn again, its adjacent images must be counted")
     rows = [0, 2]
     prepared_m = NUM_QUERY_TOKENS if rebudget else m
     first = prepare(rows, m=prepared_m)
@@ -179,7 +187,11 @@ def test_second_turn_with_a_new_image(model, processor, m, images, rebudget):
         "pixel_values": torch.cat([old_pixels, new_pixels])[order],
         "visual_token_counts": counts,
     }
-    passed = everything if images == "all" else {"pixel_values": new_pixels, "visual_token_counts": counts[:2]}
+    passed = {
+        "all": everything,
+        "new": {"pixel_values": new_pixels, "visual_token_counts": counts},
+        "new_and_their_counts": {"pixel_values": new_pixels, "visual_token_counts": counts[:2]},
+    }[images]
     prompt, continued, encoded, settings = chat(model, first, second_turn, passed, m, rebudget)
     assert_same_turn(continued, model.generate(**prompt, **everything, **settings))
     assert encoded == 2
@@ -193,6 +205,40 @@ def test_first_image_in_the_second_turn(model, processor, image):
     prompt, continued, encoded, settings = chat(model, first, second_turn, pixels, 5, rebudget=False)
     assert_same_turn(continued, model.generate(**prompt, **pixels, **settings))
     assert encoded == 1
+
+
+@pytest.mark.parametrize("rebudget", [False, True], ids=["prepared", "num_visual_tokens"])
+def test_second_turn_without_counts(model, processor, rebudget):
+    """Images that are not adjacent go without counts."""
+    first = prepare([2], m=NUM_QUERY_TOKENS if rebudget else 5)
+    pixels = {"pixel_values": first["pixel_values"]}
+    second_turn = tokens(processor, "USER: and now?", 1)
+    prompt, continued, encoded, settings = chat(model, first, second_turn, {}, 5, rebudget)
+    assert_same_turn(continued, model.generate(**prompt, **pixels, **settings))
+    assert encoded == 0
+
+
+@pytest.mark.parametrize("with_image", [False, True])
+def test_second_turn_as_the_new_tokens_alone(model, processor, with_image):
+    """Only the tokens that are not in the cache are passed, and the whole mask."""
+    first = prepare([0, 2], m=5)
+    second_turn = tokens(processor, "USER: <image> and now?" if with_image else "USER: now?", 2, 5)
+    new = {"pixel_values": -first["pixel_values"][[0, 2]]} if with_image else {}
+    pixels = torch.cat([first["pixel_values"], *new.values()])[[0, 1, 4, 2, 3, 5] if with_image else slice(None)]
+    counts = torch.full((len(pixels),), 5)
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    answer = model.generate(**first, **settings)
+    input_ids = torch.cat([answer.sequences, second_turn], dim=1)
+    fill = torch.ones(2, input_ids.shape[1] - first["attention_mask"].shape[1], dtype=torch.long)
+    mask = {"attention_mask": torch.cat([first["attention_mask"], fill], dim=1)}
+    scratch = {"input_ids": input_ids, "pixel_values": pixels, "visual_token_counts": counts}
+    expected = model.generate(**scratch, **mask, **settings)
+    cache = answer.past_key_values
+    new["input_ids"] = input_ids[:, cache.get_seq_length() :]
+    continued = model.generate(**new, **mask, **settings, past_key_values=cache)
+    assert continued.sequences[:, -6:].tolist() == expected.sequences[:, -6:].tolist()
+    torch.testing.assert_close(torch.stack(continued.logits), torch.stack(expected.logits), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("rebudget", [False, True], ids=["prepared", "num_visual_tokens"])
@@ -319,7 +365,7 @@ def test_image_token_is_never_generated(model, settings, m):
     favour_image_token(model)
     inputs = prepare()
     answers = new_tokens(model.generate(**inputs, **settings, max_new_tokens=6, num_visual_tokens=m), inputs)
-    assert IMAGE_TOKEN_ID not in sum(answers, [])
+    assert all(IMAGE_TOKEN_ID not in answer for answer in answers)
     assert any(answers)
     settings = {"do_sample": False, "suppress_tokens": None, "max_new_tokens": 6}
     rigged = new_tokens(model.generate(**inputs, **settings), inputs)
@@ -340,7 +386,7 @@ def test_image_token_is_never_generated_by_a_loaded_model(checkpoint, tmp_path, 
     model = favour_image_token(MQTLlavaForConditionalGeneration.from_pretrained(tmp_path))
     inputs = prepare()
     answers = new_tokens(model.generate(**inputs, do_sample=False, max_new_tokens=6, num_visual_tokens=4), inputs)
-    assert IMAGE_TOKEN_ID not in sum(answers, [])
+    assert all(IMAGE_TOKEN_ID not in answer for answer in answers)
 
 
 # What generate returns --------------------------------------------------------------------------------------------------

@@ -1,0 +1,148 @@
+"""Exact-match accuracy of a checkpoint on scenes never trained on, by type of question and number of visual tokens.
+
+    python -m mqt_llava.training.evaluate --model mqt_llava/checkpoints/mqt-llava-tiny --output_dir docs/accuracy
+
+Writes `accuracy.json`, the table `accuracy.md` and the figure `accuracy.png`. Two controls tell what can be guessed: the
+same questions about a blank picture, and about another scene's picture.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import mqt_llava  # noqa: F401  (registers the model)
+
+from . import scenes
+from .pretrain_vision import EVALUATION_SEED
+
+
+BUDGETS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def evaluation_set(num_pictures, image_size=96):
+    """`[(picture, type, question, answer), ...]`: one question of each type that the scene admits."""
+    samples = []
+    for seed in range(EVALUATION_SEED, EVALUATION_SEED + num_pictures):
+        scene = scenes.make_scene(seed)
+        picture = scenes.draw(scene, image_size)
+        asked = set()
+        for kind, question, answer in scenes.conversation(scene):
+            if kind not in asked:
+                asked.add(kind)
+                samples.append((picture, kind, question, answer))
+    return samples
+
+
+@torch.no_grad()
+def is_right(model, processor, samples, num_visual_tokens, batch_size=128):
+    """Whether the greedy answer to each sample is, letter for letter, the expected one."""
+    template = {"add_generation_prompt": True, "tokenize": False}
+    prompts = [
+        processor.apply_chat_template([{"role": "user", "content": f"<image>\n{question}"}], **template)
+        for _, _, question, _ in samples
+    ]
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i][3]))  # answers of like length end together
+    right = [False] * len(samples)
+    for start in tqdm(range(0, len(order), batch_size), desc=f"m = {num_visual_tokens}", leave=False):
+        rows = order[start : start + batch_size]
+        inputs = processor(
+            images=[samples[i][0] for i in rows],
+            text=[prompts[i] for i in rows],
+            num_visual_tokens=num_visual_tokens,
+            add_special_tokens=False,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(model.device)
+        output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+        answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for i, answer in zip(rows, answers):
+            right[i] = answer.strip() == samples[i][3]
+    return right
+
+
+def accuracy_by_type(samples, right):
+    """`{type: percentage}` with `all`, and the means over the coarse and over the fine-grained types."""
+    by_type = defaultdict(list)
+    for (_, kind, _, _), correct in zip(samples, right):
+        by_type[kind].append(correct)
+    result = {kind: 100 * sum(by_type[kind]) / len(by_type[kind]) for kind in scenes.QUESTION_TYPES if by_type[kind]}
+    for group, kinds in (("coarse", scenes.COARSE), ("fine-grained", scenes.FINE)):
+        present = [result[kind] for kind in kinds if kind in result]
+        if present:
+            result[group] = sum(present) / len(present)
+    result["all"] = 100 * sum(right) / len(right)
+    return result
+
+
+def markdown_table(accuracy):
+    """One row for each budget or control, one column for each type of question."""
+    columns = list(next(iter(accuracy.values())))
+    lines = ["| m | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    lines += [f"| {m} | " + " | ".join(f"{row[c]:.1f}" for c in columns) + " |" for m, row in accuracy.items()]
+    return "\n".join(lines) + "\n"
+
+
+def figure(accuracy, path):
+    """Accuracy against m: all questions, the coarse and the fine-grained ones, and each type."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    budgets = [m for m in accuracy if isinstance(m, int)]
+    axes = plt.subplots(figsize=(7, 4.2), layout="constrained")[1]
+    for kind in accuracy[budgets[0]]:
+        bold = kind in ("coarse", "fine-grained", "all")
+        style = {"linewidth": 2.5, "marker": "o"} if bold else {"linewidth": 1, "alpha": 0.55, "linestyle": "--"}
+        axes.plot(budgets, [accuracy[m][kind] for m in budgets], label=kind, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(budgets, budgets)
+    axes.set(xlabel="visual tokens per image (m)", ylabel="exact match, %", ylim=(0, 102))
+    axes.set_title("mqt-llava-tiny: one checkpoint, any number of visual tokens", fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, ncols=2, loc="lower right")
+    plt.savefig(path, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--pictures", type=int, default=1000)
+    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
+    arguments = parser.parse_args()
+
+    model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    samples = evaluation_set(arguments.pictures)
+    accuracy = {}
+    for m in arguments.budgets:
+        accuracy[m] = accuracy_by_type(samples, is_right(model, processor, samples, m))
+        print(m, accuracy[m], flush=True)
+
+    largest = max(arguments.budgets)
+    blank = Image.new("RGB", samples[0][0].size, (128, 128, 128))
+    shift = len(samples) // 2
+    controls = {
+        "blank picture": [(blank, *rest) for _, *rest in samples],
+        "another picture": [(samples[i - shift][0], *rest) for i, (_, *rest) in enumerate(samples)],
+    }
+    for name, control in controls.items():
+        accuracy[f"{largest}, {name}"] = accuracy_by_type(control, is_right(model, processor, control, largest))
+
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    (arguments.output_dir / "accuracy.json").write_text(json.dumps(accuracy, indent=1) + "\n")
+    (arguments.output_dir / "accuracy.md").write_text(markdown_table(accuracy))
+    figure(accuracy, arguments.output_dir / "accuracy.png")
+    print(markdown_table(accuracy))
+
+
+if __name__ == "__main__":
+    main()
