@@ -107,6 +107,11 @@ class MQTLlavaProcessor(ProcessorMixin):
         # `save_pretrained` would add it: a processor is the same before and after
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        alone, after_image, after_space = (
+            tokenizer.tokenize(sample, add_special_tokens=False)
+            for sample in ("a", self.image_token + "a", self.image_token + " a")
+        )
+        self._chunks_need_space = alone != after_image[1:] and alone == after_space[1:]
 
     def __call__(
         self,
@@ -197,23 +202,19 @@ class MQTLlavaProcessor(ProcessorMixin):
         return self.image_token * image_inputs["visual_token_counts"][image_idx]
 
     def get_text_with_replacements(self, text, *args, **kwargs):
-        # The reference tokenizes the text around images in separate chunks, each of which begins as a text does: with
-        # `▁` in Llama's tokenizer. Where the tokenizer does not begin a chunk so by itself, a space does the same.
-        if self._chunks_need_space():
-            text = [self._begin_chunks_with_space(sample) for sample in text]
-        return super().get_text_with_replacements(text, *args, **kwargs)
+        return super().get_text_with_replacements([self.begin_chunks(sample) for sample in text], *args, **kwargs)
 
-    def _chunks_need_space(self) -> bool:
-        alone, after_image, after_space = (
-            self.tokenizer.tokenize(sample, add_special_tokens=False)
-            for sample in ("a", self.image_token + "a", self.image_token + " a")
-        )
-        return alone != after_image[1:] and alone == after_space[1:]
+    def begin_chunks(self, text: str) -> str:
+        """Let the text after every image begin as a text does, with `▁` in Llama's tokenizer.
 
-    def _begin_chunks_with_space(self, sample: str) -> str:
+        The reference tokenizes the text around images in chunks of their own. Where the tokenizer does not begin a
+        chunk so by itself (Llama's with `legacy=False`), a space in front comes to the same.
+        """
+        if not self._chunks_need_space:
+            return text
         bos = self.tokenizer.bos_token
-        start = bos if bos and sample.startswith(bos) else ""
-        first, *others = sample[len(start) :].split(self.image_token)
+        start = bos if bos and text.startswith(bos) else ""
+        first, *others = text[len(start) :].split(self.image_token)
         if start and first:
             first = " " + first
         return start + self.image_token.join([first, *(" " + chunk if chunk else "" for chunk in others)])

@@ -60,10 +60,13 @@ class LlavaCollator:
             add_special_tokens=False,  # the template writes the BOS
             return_tensors="pt",
         )
-        encoding = tokenizer(texts, add_special_tokens=False)  # as above: one placeholder stands for one image
+        begin = self.processor.begin_chunks
+        encoding = tokenizer([begin(text) for text in texts], add_special_tokens=False)
         labels = torch.full_like(batch["input_ids"], -100)
-        for row, spans in enumerate(answers):
+        for row, (text, spans) in enumerate(zip(texts, answers)):
             for start, end in spans:
+                # where the answer begins and ends in the text that the processor tokenized
+                start, end = len(begin(text[:start])), len(begin(text[:end]))
                 first, last = encoding.char_to_token(row, start), encoding.char_to_token(row, end - 1)
                 labels[row, first : last + 1] = batch["input_ids"][row, first : last + 1]
         batch["labels"] = labels

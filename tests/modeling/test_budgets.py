@@ -135,7 +135,9 @@ def test_the_budget_changes_the_answer_and_the_image_matters():
     with torch.no_grad():
         logits = [MODEL(**first, num_visual_tokens=m).logits[0, -1] for m in (1, 4, M)]
         other = MODEL(**second, num_visual_tokens=M).logits[0, -1]
-    differences = [(a - b).abs().max() for a, b in ((logits[0], logits[1]), (logits[1], logits[2]), (logits[2], other))]
+    differences = [
+        (a - b).abs().max() for a, b in ((logits[0], logits[1]), (logits[1], logits[2]), (logits[2], other))
+    ]
     assert min(differences) > 1e-2
 
 

@@ -416,7 +416,7 @@ def test_return_dict_in_generate(model, m, num_beams):
     assert outputs.hidden_states[0][-1].shape == (len(ROWS) * num_beams, longest, 32)
     # Transition scores are read off the end of the sequences, which the caller's own prompt must not disturb
     scores = model.compute_transition_scores(
-        outputs.sequences, outputs.scores, getattr(outputs, "beam_indices", None), normalize_logits=True
+        outputs.sequences, outputs.scores, getattr(outputs, "beam_indices", None), normalize_logits=num_beams == 1
     )
     assert scores.shape == (len(ROWS), 5) and scores.isfinite().all()
     if num_beams > 1:
