@@ -5,10 +5,10 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from tests.small_model import make_images, make_model, make_processor  # noqa: E402
+from tests.small_model import make_images, make_model, make_processor
 
 
 torch.set_num_threads(1)  # pytest-xdist runs one process for each core
