@@ -138,17 +138,16 @@ class MQTLlavaProcessor(ProcessorMixin):
             unknown keyword arguments, and arguments that give images a shape which the vision tower cannot take.
         """
         self._check_kwargs(kwargs)
-        if isinstance(images, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in images):
-            self._check_rows(images, text)
         # Resolved here, before any work, and not where transformers checks types, whose errors are no `ValueError`
         nested = kwargs.get("images_kwargs") or {}
         if "num_visual_tokens" in nested:
             kwargs["images_kwargs"] = {name: nested[name] for name in nested if name != "num_visual_tokens"}
             kwargs.setdefault("num_visual_tokens", nested["num_visual_tokens"])
+        num_images = _count_images(images)
         kwargs["num_visual_tokens"] = resolve_visual_token_counts(
-            kwargs.get("num_visual_tokens"), _count_images(images), self.num_query_tokens
+            kwargs.get("num_visual_tokens"), num_images, self.num_query_tokens
         )
-        return super().__call__(images=images, text=text, **kwargs)
+        return super().__call__(images=images if num_images else None, text=text, **kwargs)
 
     def _check_kwargs(self, kwargs):
         """Refuse what transformers would drop with a warning: a misspelt budget must not become the default one."""

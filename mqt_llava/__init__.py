@@ -3,6 +3,8 @@
 Importing this package registers the model with transformers' Auto classes.
 """
 
+from pathlib import Path
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from .modeling.configuration_mqt_llava import MQTLlavaConfig
@@ -12,10 +14,18 @@ from .modeling.processing_mqt_llava import MQTLlavaProcessor
 
 __version__ = "0.1.0"
 
+TINY_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "mqt-llava-tiny")  # the one that the package ships
+
 AutoConfig.register("mqt_llava", MQTLlavaConfig)
 AutoModel.register(MQTLlavaConfig, MQTLlavaModel)
 AutoModelForImageTextToText.register(MQTLlavaConfig, MQTLlavaForConditionalGeneration)
 AutoModelForCausalLM.register(MQTLlavaConfig, MQTLlavaForConditionalGeneration)
 AutoProcessor.register(MQTLlavaConfig, MQTLlavaProcessor)
 
-__all__ = ["MQTLlavaConfig", "MQTLlavaForConditionalGeneration", "MQTLlavaModel", "MQTLlavaProcessor"]
+__all__ = [
+    "MQTLlavaConfig",
+    "MQTLlavaForConditionalGeneration",
+    "MQTLlavaModel",
+    "MQTLlavaProcessor",
+    "TINY_CHECKPOINT",
+]

@@ -21,10 +21,9 @@ import typer
 from PIL import Image, ImageOps, UnidentifiedImageError
 from typer.core import TyperGroup
 
-from . import __version__
+from . import TINY_CHECKPOINT, __version__
 
 
-SHIPPED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "mqt-llava-tiny"
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 MAX_DOWNLOAD_BYTES = 256 * 2**20
 MAX_SIDE = 8192  # pixels; the processor pads to a square, so a long strip costs its length squared
@@ -147,7 +146,7 @@ def ask(
     images = [load_image(source) for source in sources]
 
     silence_libraries()
-    checkpoint = str(SHIPPED_CHECKPOINT) if model is None else model
+    checkpoint = str(TINY_CHECKPOINT) if model is None else model
     config = load_config(checkpoint)
     budgets = [check_budget(budget, config.num_query_tokens) for budget in budgets]
     processor, network = load_model(checkpoint, device, dtype.value)
@@ -281,7 +280,7 @@ def load_config(checkpoint: str):
 
     from . import MQTLlavaConfig
 
-    if checkpoint == str(SHIPPED_CHECKPOINT) and not SHIPPED_CHECKPOINT.is_dir():
+    if checkpoint == str(TINY_CHECKPOINT) and not TINY_CHECKPOINT.is_dir():
         raise UsageError(f"the shipped checkpoint is missing ({checkpoint}); name another with --model DIR_OR_REPO")
     with loading(checkpoint):
         # False: a checkpoint may carry its own code, but the classes of this package answer

@@ -99,7 +99,7 @@ def assert_initialised_alike(model, expected, names=None):
 
 
 def test_fresh_weights():
-    model = MQTLlavaForConditionalGeneration(big_enough_config())
+    model = MQTLlavaForConditionalGeneration(big_enough_config()).requires_grad_(False)
     query_transformer = model.model.query_transformer
     assert query_transformer.query.std() == pytest.approx(0.07 * 0.995, rel=0.1)  # cut off at two, in units of 1
     for projection in ("q_proj", "k_proj", "v_proj", "out_proj", "text_proj"):
@@ -118,7 +118,7 @@ def test_fresh_weights():
                 angles = [place / 10000 ** (4 * i / width) for i in range(width // 4)]
                 expected += [torch.tensor(angles).sin(), torch.tensor(angles).cos()]
             position = query_transformer.position_embedding[row * side + column]
-            torch.testing.assert_close(position.detach(), torch.cat(expected), atol=1e-5, rtol=0)
+            torch.testing.assert_close(position, torch.cat(expected), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("model_class", [MQTLlavaForConditionalGeneration, MQTLlavaModel])
@@ -249,6 +249,8 @@ def test_key_names_survive_a_round_trip(name, tmp_path):
     loaded.save_pretrained(tmp_path / "again")
     assert keys(tmp_path / "again") == keys(tmp_path)
     configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path, tmp_path / "again")]
+    for config in configs:  # as of LLaVA, the type of a new model's parts is not known, that of a loaded one is
+        del config["text_config"]["dtype"], config["vision_config"]["dtype"]
     assert configs[0] == configs[1]
 
 

@@ -4,16 +4,16 @@ No test is excluded. Those that skip themselves ask for audio, for video or for 
 """
 
 import unittest
-from functools import partialmethod
 from unittest.mock import patch
 
 from mqt_llava import MQTLlavaProcessor
+from mqt_llava.modeling import processing_mqt_llava
+from mqt_llava.modeling.configuration_mqt_llava import resolve_visual_token_counts
 from tests.small_model import NUM_QUERY_TOKENS, make_processor
 from tests.transformers_source import load
 
 
 processing_common = load("test_processing_common")
-process_images = MQTLlavaProcessor._process_images
 
 
 class CommonTests(processing_common.ProcessorTesterMixin):
@@ -36,9 +36,11 @@ class CommonTests(processing_common.ProcessorTesterMixin):
         """The tests themselves say no budget, so another one than M becomes the default."""
         self.patch_default_budget(self.num_visual_tokens)
 
-    def patch_default_budget(self, num_visual_tokens):
-        method = partialmethod(process_images, num_visual_tokens=num_visual_tokens)
-        patcher = patch.object(MQTLlavaProcessor, "_process_images", method)
+    def patch_default_budget(self, default):
+        def resolve(num_visual_tokens, *args):
+            return resolve_visual_token_counts(default if num_visual_tokens is None else num_visual_tokens, *args)
+
+        patcher = patch.object(processing_mqt_llava, "resolve_visual_token_counts", resolve)
         patcher.start()
         self.addCleanup(patcher.stop)
 

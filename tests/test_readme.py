@@ -1,0 +1,61 @@
+"""The README's code, as written: Python blocks one after the other in one namespace, and the command lines."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import mqt_llava
+from mqt_llava.cli import app
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+pytestmark = pytest.mark.skipif(
+    not Path(mqt_llava.TINY_CHECKPOINT).exists(), reason="the shipped checkpoint is not in this checkout"
+)
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_python_blocks_run(tmp_path, monkeypatch, capsys):
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert namespace["logits"].equal(namespace["same"])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[:3]] == ["64", "16", "1"]
+    assert printed[0].split(maxsplit=1)[1] == printed[3].strip()  # the pipeline answers as generate does
+
+
+def test_commands_run(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    commands = [
+        line.split("&&")[-1] for block in blocks("bash") for line in block.splitlines() if "mqt-llava ask" in line
+    ]
+    assert len(commands) == 2
+    for command in commands:
+        result = CliRunner().invoke(app, shlex.split(command)[1:])
+        assert result.exit_code == 0 and result.stdout.strip(), result.output
+
+
+def test_the_first_command_answers_right_and_worse_with_fewer_tokens():
+    from mqt_llava.training import scenes
+
+    scene = scenes.make_scene(int((ROOT / "examples" / "scene_seed.txt").read_text()))
+    _, expected = scenes.ask(scene, "list", None)
+    answers = [
+        CliRunner().invoke(
+            app, ["ask", str(ROOT / "examples" / "scene.png"), "List everything.", "--num-visual-tokens", str(m)]
+        )
+        for m in (64, 1)
+    ]
+    assert answers[0].stdout.strip() == expected
+    assert answers[1].stdout.strip() != expected
