@@ -146,7 +146,7 @@ def ask(
     images = [load_image(source) for source in sources]
 
     silence_libraries()
-    checkpoint = str(TINY_CHECKPOINT) if model is None else model
+    checkpoint = TINY_CHECKPOINT if model is None else model
     config = load_config(checkpoint)
     budgets = [check_budget(budget, config.num_query_tokens) for budget in budgets]
     processor, network = load_model(checkpoint, device, dtype.value)
@@ -280,7 +280,7 @@ def load_config(checkpoint: str):
 
     from . import MQTLlavaConfig
 
-    if checkpoint == str(TINY_CHECKPOINT) and not TINY_CHECKPOINT.is_dir():
+    if checkpoint == TINY_CHECKPOINT and not os.path.isdir(checkpoint):
         raise UsageError(f"the shipped checkpoint is missing ({checkpoint}); name another with --model DIR_OR_REPO")
     with loading(checkpoint):
         # False: a checkpoint may carry its own code, but the classes of this package answer

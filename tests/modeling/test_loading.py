@@ -561,6 +561,7 @@ def test_quantised_loading(kind, tmp_path):
     quantization_config = BitsAndBytesConfig(**QUANTISED[kind])
     load = {"quantization_config": quantization_config, "device_map": "cpu"}
     model = MQTLlavaForConditionalGeneration.from_pretrained(tmp_path, **load)
+    model.save_pretrained(tmp_path / "quantised")
 
     quantised_class = bnb.nn.Linear8bitLt if kind == "8bit" else bnb.nn.Linear4bit
     linears = {name for name, module in wide_model().named_modules() if isinstance(module, nn.Linear)}
@@ -584,7 +585,6 @@ def test_quantised_loading(kind, tmp_path):
         assert answer.shape == (2, inputs["input_ids"].shape[1] + 6)
         assert answer[:, : inputs["input_ids"].shape[1]].tolist() == inputs["input_ids"].tolist()
 
-    model.save_pretrained(tmp_path / "quantised")
     again = MQTLlavaForConditionalGeneration.from_pretrained(tmp_path / "quantised", device_map="cpu")
     assert isinstance(again.model.query_transformer.v_proj, quantised_class)
     torch.testing.assert_close(real_logits(again, inputs), logits, atol=1e-4, rtol=1e-3)

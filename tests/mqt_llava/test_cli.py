@@ -234,7 +234,7 @@ def test_code_in_the_checkpoint_is_not_run(ask, files, tmp_path):
     assert ask(files[0], QUESTION, model=folder).stdout == ask(files[0], QUESTION).stdout
 
 
-@pytest.mark.skipif(not cli.SHIPPED_CHECKPOINT.is_dir(), reason="the checkpoint is not there yet")
+@pytest.mark.skipif(not Path(cli.TINY_CHECKPOINT).is_dir(), reason="the checkpoint is not there yet")
 def test_shipped_checkpoint_answers(ask, files):
     result = ask(files[0], QUESTION, "--num-visual-tokens", 1, "--max-new-tokens", 3, model=None)
     assert result.exit_code == 0, result.output
@@ -513,7 +513,7 @@ def test_checkpoint_with_damaged_or_missing_weights(ask, files, tmp_path):
 
 
 def test_missing_shipped_checkpoint(ask, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "SHIPPED_CHECKPOINT", tmp_path / "nosuch")
+    monkeypatch.setattr(cli, "TINY_CHECKPOINT", str(tmp_path / "nosuch"))
     assert_refused(ask(files[0], QUESTION, model=None), "the shipped checkpoint is missing", "--model")
 
 
