@@ -133,8 +133,8 @@ settings = {"do_sample": False, "max_new_tokens": 8, "num_visual_tokens": 4}
 result["pipeline"] = pipe(text=messages, generate_kwargs=settings, return_full_text=False)[0]["generated_text"]
 """
 
-END = """
-print("RESULT " + json.dumps(result))
+END = r"""
+print("\nRESULT " + json.dumps(result))
 """
 
 

@@ -1,0 +1,180 @@
+"""The processor: pictures of any mode and shape, the contract with serving engines, refused input."""
+
+import typing
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerFast
+
+from mqt_llava import MQTLlavaProcessor
+from mqt_llava.modeling.processing_mqt_llava import CHAT_TEMPLATE, SYSTEM_PROMPT
+from tests.small_model import NUM_QUERY_TOKENS, make_images, make_tokenizer
+
+
+def pixels(processor, image):
+    return processor(images=image, text="<image>", return_tensors="pt")["pixel_values"]
+
+
+def animation(path):
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue")]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    return Image.open(path)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "I", "F"])
+def test_modes_are_converted(processor, mode):
+    red = Image.new("RGB", (20, 10), (200, 30, 40))
+    image = red.quantize(4).convert("PA") if mode == "PA" else red.convert(mode)
+    converted = pixels(processor, image)
+    assert converted.shape == (1, 3, 30, 30)
+    torch.testing.assert_close(converted, pixels(processor, image.convert("RGB")))
+
+
+def test_16_bit_levels_are_scaled_not_clipped(processor):
+    levels = np.linspace(0, 65535, 600, dtype=np.uint16).reshape(20, 30)
+    expected = Image.fromarray((levels // 257).astype(np.uint8))
+    torch.testing.assert_close(
+        pixels(processor, Image.fromarray(levels)), pixels(processor, expected), atol=0.03, rtol=0
+    )
+    assert pixels(processor, Image.fromarray(levels)).std() > 0.5
+
+
+def test_first_frame_of_an_animation(processor, tmp_path):
+    first = animation(tmp_path / "animation.png")
+    torch.testing.assert_close(pixels(processor, first), pixels(processor, Image.new("RGB", (20, 10), "red")))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (2, 3), (700, 700)])
+def test_any_shape(processor, model, size):
+    inputs = processor(images=Image.new("RGB", size, "green"), text="<image>?", return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 30, 30)
+    assert model(**inputs).logits.isfinite().all()
+
+
+def test_outputs(processor):
+    inputs = processor(
+        images=make_images(3),
+        text=["<image>", "<image> <image>"],
+        num_visual_tokens=[1, 2, 3],
+        padding=True,
+        return_tensors="pt",
+    )
+    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values", "visual_token_counts"}
+    assert inputs["visual_token_counts"].dtype == torch.long and inputs["visual_token_counts"].tolist() == [1, 2, 3]
+    assert (inputs["input_ids"] == processor.image_token_id).sum(-1).tolist() == [1, 5]
+    assert "visual_token_counts" not in processor(text="none", return_tensors="pt")
+
+
+def test_default_budget_is_all_tokens(processor, image):
+    assert processor(images=image, text="<image>")["visual_token_counts"] == [NUM_QUERY_TOKENS]
+
+
+@pytest.mark.parametrize(
+    ("images", "text"),
+    [
+        (1, "none"),
+        (1, "<image><image>"),
+        (2, "<image>"),
+        (0, "<image>"),
+        ([[0], [1]], ["<image><image>", "none"]),
+        ([[0, 1], []], ["<image>", "<image>"]),
+    ],
+)
+def test_images_and_placeholders_that_differ(processor, images, text):
+    pictures = make_images(2)
+    images = [[pictures[i] for i in row] for row in images] if isinstance(images, list) else pictures[:images] or None
+    with pytest.raises(ValueError, match="<image>"):
+        processor(images=images, text=text)
+
+
+def test_rows_of_images(processor):
+    pictures = make_images(3)
+    text = ["<image>", "<image> and <image>"]
+    nested = processor(images=[pictures[:1], pictures[1:]], text=text, padding=True, return_tensors="pt")
+    flat = processor(images=pictures, text=text, padding=True, return_tensors="pt")
+    assert all(torch.equal(nested[name], flat[name]) for name in flat)
+
+
+def test_unknown_arguments_are_refused(processor, image):
+    with pytest.raises(ValueError, match=r"num_visual_token\b") as error:
+        processor(images=image, text="<image>", num_visual_token=4)
+    assert "num_visual_tokens" in str(error.value)
+
+
+def test_truncation_never_cuts_visual_tokens(processor, image):
+    with pytest.raises(ValueError):
+        processor(images=image, text="<image> and a question", truncation=True, max_length=5)
+
+
+def test_wrong_pixel_shapes_are_refused(processor, image):
+    for size in ({"height": 20, "width": 20}, {"height": 30, "width": 40}):
+        with pytest.raises(ValueError, match="30 x 30"):
+            processor(images=image, text="<image>", size=size)
+
+
+def test_tokenizer_without_image_token_is_refused(processor):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer().backend_tokenizer)
+    with pytest.raises(ValueError, match="add_special_tokens"):
+        MQTLlavaProcessor(processor.image_processor, tokenizer, image_token="<picture>")
+
+
+def test_chat_template(processor):
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+        {"role": "user", "content": "Why?"},
+    ]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert prompt == f"<s>{SYSTEM_PROMPT} USER: <image>\nWhat? ASSISTANT: A cat.</s>USER: Why? ASSISTANT:"
+    own = processor.apply_chat_template([{"role": "system", "content": "Be brief."}, *messages[:1]])
+    assert own == "<s>Be brief. USER: <image>\nWhat? ASSISTANT:"
+    assert processor.chat_template == CHAT_TEMPLATE
+    with pytest.raises(Exception, match="Roles"):
+        processor.apply_chat_template([{"role": "tool", "content": "x"}])
+
+
+def test_chat_template_with_images_and_budget(processor):
+    picture = make_images(1)[0]
+    messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"num_visual_tokens": 5}
+    )
+    assert inputs["visual_token_counts"].tolist() == [5]
+    assert (inputs["input_ids"] == processor.tokenizer.bos_token_id).sum() == 1
+
+
+# ------------------------------------------------------------------------------------------- contract with vLLM
+
+
+def test_serving_reads_the_annotations(processor):
+    kwargs = MQTLlavaProcessor.__call__.__annotations__["kwargs"]
+    images_kwargs = typing.get_args(kwargs)[0].__annotations__["images_kwargs"]
+    assert "num_visual_tokens" in images_kwargs.__annotations__ and not isinstance(
+        images_kwargs, (str, typing.ForwardRef)
+    )
+    assert (
+        processor.image_token == "<image>" and processor.image_token_id == 3 and processor.image_processor is not None
+    )
+
+
+def test_serving_sizes_by_the_largest_budget(processor):
+    counted = processor._get_num_multimodal_tokens([(30, 30), (50, 9)], num_visual_tokens=2)
+    assert counted["num_image_tokens"] == [NUM_QUERY_TOKENS] * 2 and counted["num_image_patches"] == [1, 1]
+
+
+def test_serving_finds_the_placeholders(processor):
+    images, text = make_images(2), ["<s>See <image> and <image>."]
+    processed, replacements = processor._process_images(images, num_visual_tokens=[2, 4])
+    expanded, offsets = processor.get_text_with_replacements(list(text), replacements)
+    assert [expanded[0][slice(*offset["new_span"])] for offset in offsets[0]] == ["<image>" * 2, "<image>" * 4]
+    assert list(processed["visual_token_counts"]) == [2, 4]
+
+
+def test_serving_slices_features_per_image(processor, model):
+    inputs = processor(images=make_images(2), text="<image><image>", num_visual_tokens=[2, 4], return_tensors="pt")
+    outputs = model.model.get_image_features(
+        inputs["pixel_values"], return_dict=True, visual_token_counts=inputs["visual_token_counts"]
+    )
+    assert [tuple(tokens.shape) for tokens in outputs.pooler_output] == [(2, 32), (4, 32)]
