@@ -1,0 +1,66 @@
+"""The shipped checkpoint answers by looking: right about pictures it never saw, at a loss without them."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import mqt_llava
+from mqt_llava.training.evaluate import accuracy_by_type, evaluation_set, is_right
+from mqt_llava.training.scenes import EMOJI_FONT
+
+
+CHECKPOINT = Path(mqt_llava.TINY_CHECKPOINT)
+ACCURACY = Path(__file__).parents[2] / "docs" / "accuracy" / "accuracy.json"
+pytestmark = pytest.mark.skipif(not CHECKPOINT.is_dir(), reason="the shipped checkpoint is not in this checkout")
+needs_font = pytest.mark.skipif(not os.path.exists(EMOJI_FONT), reason="needs fonts-noto-color-emoji")
+
+
+@pytest.fixture(scope="module")
+def parts():
+    model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    return model, AutoProcessor.from_pretrained(CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return evaluation_set(40)
+
+
+def overall(parts, samples, m=64):
+    return accuracy_by_type(samples, is_right(*parts, samples, m))
+
+
+def test_is_small_and_ordinary(parts):
+    files = {path.name: path.stat().st_size for path in CHECKPOINT.iterdir()}
+    assert sum(files.values()) <= 25e6 and not any(name.endswith(".py") for name in files)
+    assert sum(parameter.numel() for parameter in parts[0].parameters()) <= 12e6
+    with safe_open(CHECKPOINT / "model.safetensors", "pt") as weights:
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
+    assert "auto_map" not in json.loads((CHECKPOINT / "config.json").read_text())
+
+
+@needs_font
+def test_answers_about_new_pictures(parts, samples):
+    """Within what chance does to 40 pictures of the accuracy reported for 1,000."""
+    reported = json.loads(ACCURACY.read_text())
+    for m in (64, 1):
+        assert abs(overall(parts, samples, m)["all"] - reported[str(m)]["all"]) < 7
+
+
+@needs_font
+def test_no_leak(parts, samples):
+    """Blank pictures and other scenes' pictures leave what can be guessed from the question alone."""
+    true = overall(parts, samples)
+    blank = [(Image.new("RGB", picture.size, (128, 128, 128)), *rest) for picture, *rest in samples]
+    shuffled = [(samples[i - len(samples) // 2][0], *rest) for i, (_, *rest) in enumerate(samples)]
+    for control in (blank, shuffled):
+        guessed = overall(parts, control)
+        assert guessed["all"] < true["all"] - 35
+        assert guessed["list"] < 10 and guessed["at"] < 30 and guessed["beside"] < 20 and guessed["colour"] < 40
+        assert 20 < guessed["exists"] < 80  # yes or no
