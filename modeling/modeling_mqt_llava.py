@@ -331,7 +331,6 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
         visual_token_counts: torch.Tensor | list[int] | int | None = None,
         vision_feature_layer: int | None = None,
         vision_feature_select_strategy: str | None = None,
-        output_hidden_states: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         r"""
@@ -353,6 +352,8 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
         """
         num_query_tokens = self.config.num_query_tokens
         counts = resolve_visual_token_counts(visual_token_counts, pixel_values.shape[0], num_query_tokens)
+        # Not an argument by name: `generate` withholds those from the language model
+        output_hidden_states = kwargs.pop("output_hidden_states", None)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         # hidden states are asked for because one of them is used; they are returned only if the caller asks too
