@@ -30,13 +30,16 @@ def main():
         MQTLlavaProcessor.from_pretrained(arguments.model).save_pretrained(partial)
         for code in partial.glob("*.py"):  # the package that carries this folder has the code
             code.unlink()
-        for name in ("config.json", "processor_config.json"):
+        for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
             settings = json.loads((partial / name).read_text())
-            settings.pop("auto_map", None)
+            for key in ("auto_map", "is_local", "local_files_only"):
+                settings.pop(key, None)
             for part in settings.values():
                 if isinstance(part, dict):
                     part.pop("auto_map", None)
             (partial / name).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        for path in partial.iterdir():
+            path.chmod(0o644)
         partial.replace(arguments.output_dir)
 
 

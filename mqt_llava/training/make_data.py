@@ -2,7 +2,7 @@
 
     python -m mqt_llava.training.make_data --output_dir runs/data
 
-`captions.json` (stage 1) and `conversations.json` (stage 2) speak of the pictures in `images/`. `text.json` has no
+`captions.json` (stage 1), `conversations.json` and `short.json` (stage 2) speak of the pictures in `images/`. `text.json` has no
 pictures: there the user says in words what a scene shows, and the language model learns to answer from that.
 """
 
@@ -35,6 +35,22 @@ def caption_sample(seed):
 def conversation_sample(seed, questions):
     """Stage 2: several questions about one picture."""
     pairs = [pair for _, *pair in scenes.conversation(scenes.make_scene(seed), questions)]
+    pairs[0][0] = "<image>\n" + pairs[0][0]
+    return {"id": f"{seed}", "image": f"{seed:07d}.png", "conversations": turns(*pairs)}
+
+
+def short_sample(seed, questions=3):
+    """The end of stage 2: few questions about a picture, in any order, the hard types more often.
+
+    In `conversations.json` "List everything." always comes last, where earlier answers help. Here it comes first too.
+    """
+    scene = scenes.make_scene(seed)
+    rng = np.random.default_rng([seed, 4])
+    weights = {"list": 4, "at": 3, "beside": 3, "count": 2, "exists": 2, "total": 1.5}
+    weights = np.array([weights.get(kind, 0.5) for kind in scenes.QUESTION_TYPES])
+    kinds = rng.choice(scenes.QUESTION_TYPES, questions, replace=False, p=weights / weights.sum())
+    pairs = [list(pair) for kind in kinds if (pair := scenes.ask(scene, str(kind), rng))]
+    pairs = pairs or [["List everything.", scenes.ask(scene, "list", rng)[1]]]
     pairs[0][0] = "<image>\n" + pairs[0][0]
     return {"id": f"{seed}", "image": f"{seed:07d}.png", "conversations": turns(*pairs)}
 
@@ -80,6 +96,7 @@ def main():
     write_json(arguments.output_dir / "captions.json", [caption_sample(seed) for seed in seeds])
     samples = [conversation_sample(seed, arguments.questions) for seed in seeds]
     write_json(arguments.output_dir / "conversations.json", samples)
+    write_json(arguments.output_dir / "short.json", [short_sample(seed) for seed in seeds])
     samples = [text_sample(seed, arguments.questions) for seed in range(arguments.texts)]
     write_json(arguments.output_dir / "text.json", samples)
 

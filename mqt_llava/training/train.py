@@ -97,6 +97,11 @@ class MatryoshkaTrainer(Trainer):
         return super().training_step(model, {**inputs, "num_visual_tokens": self.budget()}, *args, **kwargs)
 
 
+def enable_cache(model):
+    """Undo what `Trainer` does to a model's config: it turns the key-value cache off, and `generate` would go without."""
+    model.config.use_cache = model.config.text_config.use_cache = model.generation_config.use_cache = True
+
+
 def main():
     arguments, training = HfArgumentParser((StageArguments, TrainingArguments)).parse_args_into_dataclasses()
     set_seed(training.seed)
@@ -126,6 +131,7 @@ def main():
         budgets=budgets,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))
+    enable_cache(model)
     model.save_pretrained(training.output_dir)
     processor.save_pretrained(training.output_dir)
 

@@ -385,7 +385,7 @@ def test_offload_to_disk(on_disk, checkpoint, tmp_path):
 def test_auto_device_map_keeps_layers_whole(checkpoint, tmp_path):
     """Too little memory for the model: the rest goes to disk, but no layer and no query transformer is torn apart,
     wherever the memory ends."""
-    expected, size = answers(make_model(), 4), sum(p.numel() * 4 for p in make_model().parameters())
+    size = sum(parameter.numel() * 4 for parameter in make_model().parameters())
     wholes = ["model.query_transformer"]
     wholes += [f"model.vision_tower.encoder.layers.{i}" for i in range(3)]
     wholes += [f"model.language_model.layers.{i}" for i in range(2)]
@@ -398,8 +398,8 @@ def test_auto_device_map_keeps_layers_whole(checkpoint, tmp_path):
         last_places.add([name for name, place in model.hf_device_map.items() if place == "cpu"][-1])
         for whole in wholes:
             assert not any(place.startswith(whole + ".") for place in model.hf_device_map), model.hf_device_map
-        assert answers(model, 4) == expected
     assert len(last_places) > 3
+    assert answers(model, 4) == answers(make_model(), 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -98,6 +98,14 @@ def test_labels_equal_the_reference(legacy, tmp_path):
         assert batch["labels"][0].tolist() == entry["labels" + suffix], entry["name"]
 
 
+@given(seed=seeds)
+def test_short_samples_ask_about_the_picture_first(seed):
+    turns = make_data.short_sample(seed)["conversations"]
+    assert turns[0]["value"].startswith("<image>\n") and sum("<image>" in turn["value"] for turn in turns) == 1
+    assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+    assert turns == make_data.short_sample(seed)["conversations"]
+
+
 def run(module, *arguments):
     """Call a module's command line in this process."""
     old, sys.argv = sys.argv, [module.__name__, *map(str, arguments)]
@@ -152,7 +160,7 @@ def test_every_stage_runs_resumes_and_ships(tmp_path):
     assert not list((tmp_path / "shipped").glob("*.py"))
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "shipped", trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(tmp_path / "shipped", trust_remote_code=True)
-    assert model.dtype == torch.bfloat16
+    assert model.dtype == torch.bfloat16 and model.generation_config.use_cache
     sample = LlavaDataset(data / "conversations.json", data / "images")[0]
     inputs = processor(images=sample["images"], text="<image>", return_tensors="pt")
     assert model.generate(**inputs, num_visual_tokens=2, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
