@@ -230,6 +230,42 @@ def count_placeholders_per_image(is_placeholder: torch.Tensor, num_images: int, 
     return runs
 
 
+def images_beyond_cache(
+    is_placeholder: torch.Tensor, num_images: int, visual_token_counts=None, num_cached: int = 0
+) -> tuple[list[bool], list[int]]:
+    """Which of the images passed along with a prompt have to be encoded, because no cache holds them yet.
+
+    A prompt that goes on from a cache of `num_cached` positions comes with all of its images or with the new ones
+    alone; `visual_token_counts` are of all images in the prompt or of those that are passed.
+
+    Returns:
+        `tuple[list[bool], list[int]]`: for each of the `num_images` images whether it is new, and the number of
+        placeholders of each new one.
+
+    Raises:
+        `ValueError`: when the placeholders do not fit the images.
+    """
+    counts = placeholder_runs(is_placeholder)
+    if visual_token_counts is not None:
+        counts = torch.as_tensor(visual_token_counts).tolist()
+    if sum(counts) == int(is_placeholder.sum()):
+        ends = torch.tensor(counts, dtype=torch.long).cumsum(0) - 1
+        columns = is_placeholder.nonzero()[:, 1].cpu()
+        is_new = (columns[ends] >= num_cached).tolist()
+        new_counts = [count for count, new in zip(counts, is_new) if new]
+        if num_images == len(counts):
+            return is_new, new_counts
+        if num_images == len(new_counts):
+            return [True] * num_images, new_counts
+    new_counts = count_placeholders_per_image(is_placeholder[:, num_cached:], num_images, visual_token_counts)
+    return [True] * num_images, new_counts
+
+
+def cache_length(past_key_values: Cache | None) -> int:
+    """How many positions a cache holds already."""
+    return past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else 0
+
+
 def rebudget_inputs(
     input_ids: torch.Tensor,
     old_counts: list[int],
@@ -590,20 +626,29 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         pixel_values=None,
         visual_token_counts=None,
         default_padding_side="right",
+        num_cached=0,
         **aligned,
     ):
-        """The prompt for a budget: see [`rebudget_inputs`]. `visual_token_counts` is in the result."""
+        """The prompt for a budget: see [`rebudget_inputs`]. `visual_token_counts` is in the result.
+
+        A prompt that goes on from a cache is re-budgeted with all its images, whether or not they are passed again.
+        """
         num_images = 0 if pixel_values is None else pixel_values.shape[0]
-        new_counts = resolve_visual_token_counts(num_visual_tokens, num_images, self.config.num_query_tokens)
-        if num_images == 0:
-            return {"input_ids": input_ids, "visual_token_counts": None, **aligned}
+        if not num_cached:
+            new_counts = resolve_visual_token_counts(num_visual_tokens, num_images, self.config.num_query_tokens)
+            if num_images == 0:
+                return {"input_ids": input_ids, "visual_token_counts": None, **aligned}
         if input_ids is None:
             raise ValueError(
                 "`num_visual_tokens` needs `input_ids`: a prompt given as `inputs_embeds` has its budget."
             )
         is_placeholder = self.model.get_placeholder_mask(input_ids, None)
+        if num_cached:
+            runs = placeholder_runs(is_placeholder)
+            num_images = len(runs if visual_token_counts is None else visual_token_counts)
+            new_counts = resolve_visual_token_counts(num_visual_tokens, num_images, self.config.num_query_tokens)
         old_counts = count_placeholders_per_image(is_placeholder, num_images, visual_token_counts)
-        visual_token_counts = torch.tensor(new_counts, device=input_ids.device)
+        visual_token_counts = torch.tensor(new_counts, device=input_ids.device, dtype=torch.long)
         if old_counts == new_counts:
             return {"input_ids": input_ids, "visual_token_counts": visual_token_counts, **aligned}
         pad_token_id = self.generation_config.pad_token_id
@@ -616,6 +661,20 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
             default_padding_side=default_padding_side,
             **aligned,
         )
+        if num_cached:
+            # Rows are aligned at their ends: if their new parts shrink differently, their cached parts shift apart
+            rows, columns = (prompt["input_ids"] == self.config.image_token_id).nonzero().T
+            ends = visual_token_counts.cumsum(0) - 1
+            shrinkage = (torch.tensor(old_counts, device=rows.device) - visual_token_counts) * (
+                columns[ends] >= num_cached
+            )
+            shrinkage = torch.zeros_like(input_ids[:, 0]).index_add(0, rows[ends], shrinkage)
+            if not (shrinkage == shrinkage[0]).all():
+                raise ValueError(
+                    "`num_visual_tokens` cannot re-budget a batch that goes on from `past_key_values` when the new images "
+                    "of its rows shrink by different numbers of placeholders. Prepare the prompt with its budget, as "
+                    "`processor(..., num_visual_tokens=m)`, or go on with each row alone."
+                )
         return {"visual_token_counts": visual_token_counts, **prompt}
 
     @torch.no_grad()
@@ -623,11 +682,14 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         r"""
         Generate answers: [`~generation.GenerationMixin.generate`] with a budget.
 
+        To go on from the `past_key_values` of an earlier call, pass the same budgets for the images that the cache
+        holds. Those are not encoded again, whether or not `pixel_values` still has them.
+
         Args:
             num_visual_tokens (`int` or `list[int]`, *optional*):
-                m, for all images or for each: re-budgets the prompt, whatever m it was prepared with. Defaults to the
-                number of placeholders in the prompt. Whatever m, the returned sequences begin with the caller's own
-                `input_ids`, so `out[:, inputs["input_ids"].shape[1]:]` is the answer.
+                m, for all images or for each in the prompt: re-budgets the prompt, whatever m it was prepared with.
+                Defaults to the number of placeholders in the prompt. Whatever m, the returned sequences begin with the
+                caller's own `input_ids`, so `out[:, inputs["input_ids"].shape[1]:]` is the answer.
 
         Raises:
             `ValueError`: for budgets that are not integers from 1 to M, and when images and placeholders do not match.
@@ -636,15 +698,25 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
             return super().generate(inputs, *args, **kwargs)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         names = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")
+        aligned = {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
+        # Where only the tokens that follow the cached ones are passed, the mask still begins with those
+        cached_mask = None
+        if input_ids is not None and "attention_mask" in aligned:
+            mask = aligned["attention_mask"]
+            cached_mask = mask[:, : max(mask.shape[1] - input_ids.shape[1], 0)]
+            aligned["attention_mask"] = mask[:, cached_mask.shape[1] :]
         prompt = self._rebudget(
             num_visual_tokens,
             input_ids=input_ids,
             pixel_values=kwargs.get("pixel_values"),
             visual_token_counts=kwargs.pop("visual_token_counts", None),
             default_padding_side="left",
-            **{name: kwargs.pop(name) for name in names if name in kwargs},
+            num_cached=cache_length(kwargs.get("past_key_values")),
+            **aligned,
         )
         prompt = {name: value for name, value in prompt.items() if value is not None}
+        if cached_mask is not None:
+            prompt["attention_mask"] = torch.cat([cached_mask, prompt["attention_mask"]], dim=1)
         outputs = super().generate(None, *args, **prompt, **kwargs)
         if input_ids is None or prompt["input_ids"] is input_ids:
             return outputs
@@ -657,27 +729,32 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         outputs.sequences = sequences
         return outputs
 
+    def adjust_generation_fn(self, *args, **kwargs):
+        """transformers reads generation_config.json with this. One that comes from a language model, or none, says
+        nothing about placeholders."""
+        super().adjust_generation_fn(*args, **kwargs)
+        if self.generation_config.suppress_tokens is None:
+            self.generation_config.suppress_tokens = [self.config.image_token_id]
+
     def _maybe_prepare_encoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, *args, **kwargs):
         """`generate` encodes the images before it knows their prompts. Tell it how many visual tokens each has there,
         and leave out the images that a cache passed as `past_key_values` holds already."""
-        pixel_values = model_kwargs.get("pixel_values")
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        visual_token_counts = model_kwargs.pop("visual_token_counts", None)
         if pixel_values is not None:
             input_ids = inputs_tensor if not inputs_tensor.is_floating_point() else None
             is_placeholder = self.model.get_placeholder_mask(input_ids, inputs_tensor)
-            counts = model_kwargs.get("visual_token_counts")
-            counts = count_placeholders_per_image(is_placeholder, pixel_values.shape[0], counts)
-            cache = model_kwargs.get("past_key_values")
-            cached = cache.get_seq_length() if isinstance(cache, Cache) else 0
-            if cached:
-                total = torch.tensor(counts).cumsum(0)
-                row_and_column = is_placeholder.nonzero()[total.to(is_placeholder.device) - 1]
-                new = (row_and_column[:, 1] >= cached).tolist()
-                pixel_values = pixel_values[torch.tensor(new, device=pixel_values.device)]
-                counts = [count for count, is_new in zip(counts, new) if is_new]
-            model_kwargs["pixel_values"] = pixel_values
-            model_kwargs["visual_token_counts"] = torch.tensor(counts, dtype=torch.long, device=inputs_tensor.device)
-            if not counts:
-                del model_kwargs["pixel_values"], model_kwargs["visual_token_counts"]
+            num_cached = cache_length(model_kwargs.get("past_key_values"))
+            mask = model_kwargs.get("attention_mask")
+            if mask is not None and mask.shape[1] > inputs_tensor.shape[1]:
+                num_cached = 0  # the prompt is what follows the cached tokens
+            is_new, counts = images_beyond_cache(
+                is_placeholder, pixel_values.shape[0], visual_token_counts, num_cached
+            )
+            if counts:
+                is_new = torch.tensor(is_new, device=pixel_values.device)
+                model_kwargs["pixel_values"] = pixel_values if is_new.all() else pixel_values[is_new]
+                model_kwargs["visual_token_counts"] = torch.tensor(counts, device=inputs_tensor.device)
         return super()._maybe_prepare_encoder_kwargs_for_generation(inputs_tensor, model_kwargs, *args, **kwargs)
 
 

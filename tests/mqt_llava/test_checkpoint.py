@@ -42,7 +42,7 @@ def test_is_small_and_ordinary(parts):
     assert sum(parameter.numel() for parameter in parts[0].parameters()) <= 12e6
     with safe_open(CHECKPOINT / "model.safetensors", "pt") as weights:
         assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
-    assert parts[0].generation_config.use_cache is not False
+    assert parts[0].generation_config.use_cache and parts[0].config.text_config.use_cache
     assert "auto_map" not in json.loads((CHECKPOINT / "config.json").read_text())
 
 
