@@ -568,7 +568,8 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
                 Visual tokens of each image, as the processor returns it. It settles adjacent images.
             num_visual_tokens (`int` or `list[int]`, *optional*):
                 m, for all images or for each: re-budgets the prompt, whatever m it was prepared with. Logits then have
-                the length of the re-budgeted prompt. Defaults to the number of placeholders in the prompt.
+                the length of the re-budgeted prompt, with padding on the side where the prompt has it, on the right where
+                it has none. Defaults to the number of placeholders in the prompt.
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
                 `{"image": output of get_image_features}`, instead of `pixel_values`.
 
