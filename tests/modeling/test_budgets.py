@@ -205,3 +205,36 @@ def test_placeholders_without_pixels_are_legal_in_forward():
     inputs = PROCESSOR(images=make_images(1), text="<image>", return_tensors="pt")
     with torch.no_grad():
         assert MODEL(input_ids=inputs["input_ids"]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_generate_from_embeddings(with_ids):
+    """A prompt as `inputs_embeds`: placeholders are found by their embedding, where ids are not passed too."""
+    inputs, _ = prepare([([3, 5], ["", "a", "b c", ""]), ([2], ["a", "", "", ""])], padding_side="left")
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    expected = MODEL.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+    input_ids = inputs.pop("input_ids")
+    inputs["inputs_embeds"] = MODEL.get_input_embeddings()(input_ids)
+    if with_ids:
+        inputs["input_ids"] = input_ids
+    assert MODEL.generate(**inputs, **options)[:, -5:].tolist() == expected.tolist()
+    with pytest.raises(ValueError, match="inputs_embeds"):
+        MODEL.generate(**{**inputs, "input_ids": None}, num_visual_tokens=2, **options)
+
+
+@pytest.mark.parametrize("prepared", [None, 1, M])
+def test_position_ids_of_the_caller(prepared):
+    """Position ids are re-budgeted with the prompt, and begin where the caller has them begin."""
+    batch = [([3, 5], ["", "a", "b c", ""]), ([2], ["a", "", "", ""])]
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    results = []
+    for m in (None, prepared):
+        inputs, counts = prepare(batch, m, padding_side="left")
+        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0) + 7
+        budget = {} if m is None else {"num_visual_tokens": counts}
+        with torch.no_grad():
+            logits = MODEL(**inputs, position_ids=positions, **budget).logits
+        sequences = MODEL.generate(**inputs, position_ids=positions, **budget, **options)
+        results.append((logits[:, -1], sequences[:, -5:]))
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-4, rtol=1e-4)
+    assert results[0][1].tolist() == results[1][1].tolist()
