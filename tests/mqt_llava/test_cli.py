@@ -19,6 +19,8 @@ from transformers.utils import logging
 from typer.testing import CliRunner
 
 from mqt_llava import __version__, cli
+from mqt_llava.cli import conversation, images, models
+from mqt_llava.cli.ask import print_table
 from tests.small_model import NUM_QUERY_TOKENS, make_config, make_images, make_model, make_processor
 
 
@@ -141,13 +143,13 @@ def test_json_has_the_answer_that_streams(ask, files):
 
 def test_answer_streams_while_the_model_generates(ask, files, monkeypatch):
     lengths = []  # of stdout after each token
-    put = cli.AnswerStreamer.put
+    put = conversation.AnswerStreamer.put
 
     def spy(self, ids):
         put(self, ids)
         lengths.append(len(sys.stdout.buffer.getvalue()))
 
-    monkeypatch.setattr(cli.AnswerStreamer, "put", spy)
+    monkeypatch.setattr(conversation.AnswerStreamer, "put", spy)
     result = ask(files[0], QUESTION)
     assert len(lengths) == 1 + LENGTH
     assert lengths[0] == 0
@@ -157,7 +159,7 @@ def test_answer_streams_while_the_model_generates(ask, files, monkeypatch):
 
 def test_streamer_prints_each_character_once_and_whole(capsys):
     tokenizer = make_processor().tokenizer
-    streamer, printed = cli.AnswerStreamer(tokenizer), []
+    streamer, printed = conversation.AnswerStreamer(tokenizer), []
     streamer.put(torch.tensor([[1, 40, 41]]))  # the prompt
     for token in tokenizer(" Zoë,\n 5 €. ", add_special_tokens=False)["input_ids"]:
         streamer.put(torch.tensor([token]))
@@ -201,7 +203,7 @@ def test_long_strip_is_no_bomb():
     Image.new("RGB", (65000, 2), "red").save(buffer, "PNG")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(buffer.getvalue())))
-        assert cli.load_image("-").size == (8192, 1)
+        assert images.load_image("-").size == (8192, 1)
 
 
 def test_question_may_look_odd(ask, files, tmp_path, monkeypatch):
@@ -234,7 +236,7 @@ def test_code_in_the_checkpoint_is_not_run(ask, files, tmp_path):
     assert ask(files[0], QUESTION, model=folder).stdout == ask(files[0], QUESTION).stdout
 
 
-@pytest.mark.skipif(not Path(cli.TINY_CHECKPOINT).is_dir(), reason="the checkpoint is not there yet")
+@pytest.mark.skipif(not Path(models.TINY_CHECKPOINT).is_dir(), reason="the checkpoint is not there yet")
 def test_shipped_checkpoint_answers(ask, files):
     result = ask(files[0], QUESTION, "--num-visual-tokens", 1, "--max-new-tokens", 3, model=None)
     assert result.exit_code == 0, result.output
@@ -283,13 +285,13 @@ def test_chat_encodes_the_images_once(ask, files):
 
 
 def test_answer_that_spells_the_placeholder_does_not_end_the_chat(ask, files, monkeypatch):
-    put = cli.AnswerStreamer.put
+    put = conversation.AnswerStreamer.put
 
     def spell(self, ids):
         put(self, ids)
         self.text = "an <image>"
 
-    monkeypatch.setattr(cli.AnswerStreamer, "put", spell)
+    monkeypatch.setattr(conversation.AnswerStreamer, "put", spell)
     result = ask(files[0], "--json", stdin="What?\nWhy?")
     assert result.exit_code == 0, result.output
     assert [json.loads(line)["answer"] for line in result.stdout.splitlines()] == ["an <image>"] * 2
@@ -360,7 +362,7 @@ def test_compare_prints_a_table(ask, files):
 
 
 def test_table_shows_brackets_of_an_answer(capsys):
-    cli.print_table([{"num_visual_tokens": 4, "answer": "[red] [/b]", "seconds": 1.5, "flops": 4.25e12}])
+    print_table([{"num_visual_tokens": 4, "answer": "[red] [/b]", "seconds": 1.5, "flops": 4.25e12}])
     assert re.search(r"4 +\[red\] \[/b\] +1\.50 s +4,250\.00 GFLOP", capsys.readouterr().out)
 
 
@@ -435,7 +437,7 @@ def test_bad_url(ask, server, tmp_path):
 
 
 def test_endless_download_is_refused(ask, files, server, monkeypatch):
-    monkeypatch.setattr(cli, "MAX_DOWNLOAD_BYTES", 1000)
+    monkeypatch.setattr(images, "MAX_DOWNLOAD_BYTES", 1000)
     assert_refused(ask(f"{server}/first.png", QUESTION), "more than 1000 bytes")
 
 
@@ -513,7 +515,7 @@ def test_checkpoint_with_damaged_or_missing_weights(ask, files, tmp_path):
 
 
 def test_missing_shipped_checkpoint(ask, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "TINY_CHECKPOINT", str(tmp_path / "nosuch"))
+    monkeypatch.setattr(models, "TINY_CHECKPOINT", str(tmp_path / "nosuch"))
     assert_refused(ask(files[0], QUESTION, model=None), "the shipped checkpoint is missing", "--model")
 
 
@@ -552,7 +554,7 @@ def test_download_progress_stays_as_it_was():
     try:
         for switch, disabled in ((enable_progress_bars, False), (disable_progress_bars, True)):
             switch()
-            cli.silence_libraries()
+            models.silence_libraries()
             assert are_progress_bars_disabled() == disabled
             assert not logging.is_progress_bar_enabled()
     finally:

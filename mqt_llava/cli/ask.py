@@ -1,0 +1,184 @@
+"""`mqt-llava ask IMAGE [IMAGE ...] "QUESTION"`: answers go to stdout, everything else to stderr."""
+
+# torch and transformers are imported where they are used: help and errors in the arguments need neither
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from PIL import Image
+
+from .conversation import Conversation
+from .errors import UsageError, print_error
+from .images import is_url, load_image
+from .models import Dtype, check_budget, load_config, load_model, name_checkpoint, parse_budget, silence_libraries
+
+
+def ask(
+    images_and_question: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGE... [QUESTION]",
+            show_default=False,
+            help="Files, http(s) URLs or - for stdin, then the question.",
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR_OR_REPO", help="Checkpoint: a folder or a Hub repository. Default: the shipped one."
+        ),
+    ] = None,
+    num_visual_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="M", parser=parse_budget, help="Visual tokens per image. Default: as many as the model has."
+        ),
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(metavar="M,M,...", help="Answer with each of these numbers of visual tokens, side by side."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Length of an answer, at most, in tokens.")
+    ] = 512,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="auto: the checkpoint's on a GPU, float32 on a CPU.")] = Dtype.auto,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object for each question instead of streaming.")
+    ] = False,
+):
+    """Ask a question about images and stream the answer.
+
+    Without a question: a chat about the images, with history. It reads one question a line, from the terminal or from
+    stdin.
+
+    \b
+    mqt-llava ask photo.jpg "What is this?"
+    mqt-llava ask before.png after.png "What has changed?" --num-visual-tokens 16
+    mqt-llava ask photo.jpg "What is this?" --compare 1,4,16,64
+    """
+    sources, question = split_question(images_and_question)
+    if sources.count("-") > 1:
+        raise UsageError("only one image can come from stdin (-)")
+    if question is None and "-" in sources:
+        raise UsageError("stdin holds the image (-), so the question must be an argument")
+    if compare is not None and num_visual_tokens is not None:
+        raise UsageError("--compare and --num-visual-tokens exclude each other")
+    if compare is not None and question is None:
+        raise UsageError("--compare needs a question as an argument")
+    budgets = [num_visual_tokens] if compare is None else [parse_budget(text) for text in compare.split(",")]
+    images = [load_image(source) for source in sources]
+
+    silence_libraries()
+    checkpoint = name_checkpoint(model)
+    config = load_config(checkpoint)
+    budgets = [check_budget(budget, config.num_query_tokens) for budget in budgets]
+    processor, network = load_model(checkpoint, device, dtype.value)
+    setting = {
+        "model": checkpoint,
+        "device": str(network.device),
+        "dtype": str(network.dtype).removeprefix("torch."),
+        "images": sources,
+    }
+
+    if compare is not None:
+        rows = compare_budgets(processor, network, images, question, budgets, max_new_tokens)
+        if as_json:
+            print(json.dumps({"question": question, "compare": rows, **setting}))
+        else:
+            print_table(rows)
+        return
+
+    conversation = Conversation(processor, network, images, budgets[0], max_new_tokens)
+    if question is not None:
+        answer_one(conversation, question, setting if as_json else None)
+    else:
+        chat(conversation, setting if as_json else None)
+
+
+def split_question(arguments: list[str]) -> tuple[list[str], str | None]:
+    """The last argument is the question unless it is, or by its suffix means to be, an image."""
+    *images, last = arguments
+    names_image = Path(last).suffix.lower() in Image.registered_extensions()
+    if not images or last == "-" or is_url(last) or os.path.exists(last) or names_image:
+        return arguments, None
+    if not last.strip():
+        raise UsageError("the question is empty")
+    return images, last
+
+
+def answer_one(conversation: Conversation, question: str, setting: dict | None):
+    """Stream the answer, or print it as JSON with the setting, if one is given."""
+    result = conversation.ask(question, stream=setting is None)
+    if setting is not None:
+        print(json.dumps({"question": question, **result, **setting}), flush=True)
+
+
+def chat(conversation: Conversation, setting: dict | None):
+    """Answer one question after the other until there are no more."""
+    at_terminal = sys.stdin.isatty()
+    if at_terminal:
+        count = f"{len(conversation.images)} image" + "s" * (len(conversation.images) > 1)
+        print(f"{count}, {conversation.num_visual_tokens} visual tokens each. Ctrl-D ends the chat.", file=sys.stderr)
+    asked = False
+    for question in read_questions(at_terminal):
+        try:
+            answer_one(conversation, question, setting)
+        except UsageError as error:
+            if not at_terminal:
+                raise
+            print_error(error)
+        asked = True
+    if not asked and not at_terminal:
+        raise UsageError("no question: give one as the last argument, or one a line on stdin")
+
+
+def read_questions(at_terminal: bool) -> Iterator[str]:
+    """The lines of stdin that are not blank."""
+    if at_terminal:
+        with contextlib.suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401  gives `input` line editing and a history
+        # where stdout is no terminal, `input` would write the prompt among the answers
+        lines = iter(lambda: input("> " if sys.stdout.isatty() else ""), None)
+    else:
+        lines = (line.decode(errors="surrogateescape") for line in sys.stdin.buffer)
+    try:
+        for line in lines:
+            if line.strip():
+                yield line.strip()
+    except EOFError:
+        print(file=sys.stderr)
+
+
+def compare_budgets(processor, model, images, question, budgets, max_new_tokens) -> list[dict]:
+    """One answer for each number of visual tokens, with its time and compute."""
+    Conversation(processor, model, images, budgets[0], 2).ask(question)  # the first run is slower than all others
+    rows = []
+    for budget in budgets:
+        conversation = Conversation(processor, model, images, budget, max_new_tokens)
+        flops = conversation.count_flops(question)
+        rows.append({**conversation.ask(question), "flops": flops})
+    return rows
+
+
+def print_table(rows: list[dict]):
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE)
+    table.add_column("m", justify="right")
+    table.add_column("answer")
+    table.add_column("time", justify="right", no_wrap=True)
+    table.add_column("compute", justify="right", no_wrap=True)
+    for row in rows:
+        # Text: an answer with [brackets] is no markup
+        compute = f"{row['flops'] / 1e9:,.2f} GFLOP"
+        table.add_row(str(row["num_visual_tokens"]), Text(row["answer"]), f"{row['seconds']:.2f} s", compute)
+    Console(file=sys.stdout).print(table)

@@ -1,0 +1,136 @@
+"""A conversation about images, answered token by token."""
+
+import time
+
+from .errors import UsageError
+
+
+class Conversation:
+    """Questions about the same images: each is asked with all turns before it, the images are encoded once.
+
+    Args:
+        processor, model: as the Auto classes load them.
+        images (`list[PIL.Image.Image]`): they stand at the beginning of the first turn.
+        num_visual_tokens (`int`): m, for each of the images.
+        max_new_tokens (`int`): length of an answer, at most.
+    """
+
+    def __init__(self, processor, model, images, num_visual_tokens: int, max_new_tokens: int):
+        self.processor = processor
+        self.model = model
+        self.images = images
+        self.num_visual_tokens = num_visual_tokens
+        self.max_new_tokens = max_new_tokens
+        self.messages = []
+        self.image_features = None
+
+    def prepare(self, question: str):
+        """The messages up to the question, and the model's inputs for them."""
+        image_token = self.processor.image_token
+        if image_token in question:
+            raise UsageError(f"the question must not contain {image_token}, which stands for an image")
+        if any("\ud800" <= character <= "\udfff" for character in question):  # how Python carries undecodable bytes
+            raise UsageError("the question is not text; to read an image from stdin, pass - and a question")
+        parts = [{"type": "text", "text": question}]
+        if not self.messages:
+            parts = [{"type": "image"}] * len(self.images) + parts
+        messages = [*self.messages, {"role": "user", "content": parts}]
+        inputs = self.processor(
+            images=self.images,
+            text=self.processor.apply_chat_template(messages, add_generation_prompt=True),
+            num_visual_tokens=self.num_visual_tokens,
+            return_tensors="pt",
+            add_special_tokens=False,  # the template writes the BOS
+        ).to(self.model.device)
+        length = inputs["input_ids"].shape[1]
+        limit = self.context_length()
+        if length >= limit:
+            raise UsageError(
+                f"the prompt has {length} tokens, the model takes {limit}: use fewer images or visual tokens, or a "
+                "shorter conversation"
+            )
+        return messages, inputs
+
+    def context_length(self):
+        return getattr(self.model.config.text_config, "max_position_embeddings", None) or float("inf")
+
+    def ask(self, question: str, stream: bool = False) -> dict:
+        """Answer a question, print the answer as it is made if `stream`, and remember both."""
+        import torch
+
+        messages, inputs = self.prepare(question)
+        streamer = AnswerStreamer(self.processor.tokenizer, silent=not stream)
+        start = time.perf_counter()
+        if self.image_features is None:
+            with torch.no_grad():
+                self.image_features = self.model.get_image_features(
+                    inputs["pixel_values"], inputs["visual_token_counts"]
+                )
+        length = inputs["input_ids"].shape[1]
+        self.model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            mm_encoder_outputs={"image": self.image_features},
+            max_new_tokens=min(self.max_new_tokens, self.context_length() - length),
+            do_sample=False,
+            num_beams=1,  # more cannot stream
+            streamer=streamer,
+        )
+        seconds = time.perf_counter() - start
+
+        # a token that spells the placeholder would stand for an image in the next prompt
+        remembered = streamer.text.replace(self.processor.image_token, "")
+        self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": remembered}]}]
+        return {
+            "answer": streamer.text,
+            "num_visual_tokens": self.num_visual_tokens,
+            "prompt_tokens": length,
+            "new_tokens": len(streamer.ids),
+            "seconds": round(seconds, 4),
+        }
+
+    def count_flops(self, question: str) -> int:
+        """Floating point operations of one forward pass over images and prompt: what precedes the first token."""
+        import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+        from torch.utils.flop_counter import FlopCounterMode
+
+        _, inputs = self.prepare(question)
+        # The counter knows no fused attention of CPUs and would leave it out; plain products are the same on any device
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            self.model(**inputs, logits_to_keep=1)
+        return counter.get_total_flops()
+
+
+class AnswerStreamer:
+    """Takes tokens from `generate` and prints the text as soon as it is settled; `text` is the whole answer.
+
+    transformers' `TextStreamer` keeps no text, and prints the space with which an answer begins.
+    """
+
+    def __init__(self, tokenizer, silent: bool = False):
+        self.tokenizer = tokenizer
+        self.silent = silent
+        self.ids = []
+        self.text = ""
+        self.printed = 0
+        self.prompt_is_next = True
+
+    def put(self, ids):
+        if self.prompt_is_next:  # `generate` hands over the prompt first
+            self.prompt_is_next = False
+            return
+        self.ids += ids.flatten().tolist()
+        self.text = self.tokenizer.decode(self.ids, skip_special_tokens=True).strip()
+        if not self.text.endswith("\ufffd"):  # what ends so may be a character that the next token completes
+            self.print_new()
+
+    def end(self):
+        self.print_new()
+        if not self.silent:
+            print(flush=True)
+
+    def print_new(self):
+        if not self.silent:
+            print(self.text[self.printed :], end="", flush=True)
+        self.printed = len(self.text)

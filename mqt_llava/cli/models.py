@@ -1,0 +1,117 @@
+"""Loading a checkpoint for a command: quietly, onto a device, with one line where it cannot be."""
+
+import contextlib
+import os
+import sys
+import warnings
+from enum import Enum
+
+from .. import TINY_CHECKPOINT
+from .errors import UsageError
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+def parse_budget(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"a number of visual tokens is an integer; got {text!r}") from None
+
+
+def check_budget(num_visual_tokens: int | None, num_query_tokens: int) -> int:
+    """m, from 1 to M; `None` stands for M."""
+    if num_visual_tokens is None:
+        return num_query_tokens
+    if not 1 <= num_visual_tokens <= num_query_tokens:
+        raise UsageError(
+            f"the number of visual tokens must be from 1 to {num_query_tokens} with this model; got {num_visual_tokens}"
+        )
+    return num_visual_tokens
+
+
+def silence_libraries():
+    """Keep warnings and the progress of loading off the terminal; downloads still show theirs there."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    downloads_are_silent = are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if not downloads_are_silent:
+        enable_progress_bars()
+
+
+@contextlib.contextmanager
+def loading(checkpoint: str):
+    """Whatever goes wrong while a checkpoint loads is said in one line."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UsageError(f"cannot load the model {checkpoint}: {reason}") from None
+
+
+def name_checkpoint(model: str | None) -> str:
+    """The folder or repository that `--model` names; without it the shipped checkpoint."""
+    if model is None and not os.path.isdir(TINY_CHECKPOINT):
+        raise UsageError(
+            f"the shipped checkpoint is missing ({TINY_CHECKPOINT}); name another with --model DIR_OR_REPO"
+        )
+    return TINY_CHECKPOINT if model is None else model
+
+
+def load_config(checkpoint: str):
+    from transformers import AutoConfig
+
+    from .. import MQTLlavaConfig
+
+    with loading(checkpoint):
+        # False: a checkpoint may carry its own code, but the classes of this package answer
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    if not isinstance(config, MQTLlavaConfig):
+        raise UsageError(f"not an MQT-LLaVA model but {config.model_type}: {checkpoint}")
+    return config
+
+
+def load_model(checkpoint: str, device: str, dtype: str):
+    """Processor and model, ready to answer on `device`."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    device = resolve_device(device)
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"
+    with loading(checkpoint):
+        processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            checkpoint, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        )
+    if report["missing_keys"]:  # transformers would answer with random weights and a warning
+        raise UsageError(
+            f"cannot load the model {checkpoint}: no weights for {', '.join(sorted(report['missing_keys']))}"
+        )
+    return processor, model.to(device).eval()
+
+
+def resolve_device(name: str):
+    import torch
+
+    if name == "auto":
+        gpus = {"cuda": torch.cuda, "mps": torch.backends.mps}
+        name = next((gpu for gpu, backend in gpus.items() if backend.is_available()), "cpu")
+    try:
+        tensor = torch.zeros(1, device=name)
+        tensor.cpu()  # not possible on `meta`, which holds no data
+        return tensor.device
+    except (AssertionError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(f"cannot use the device {name!r}: {reason}") from None
