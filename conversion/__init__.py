@@ -1,1 +1,6 @@
-"""Checkpoints of other layouts -> ours."""
+"""Checkpoints of other layouts to ours and back: one module per layout, one verifier for all."""
+
+from .convert import LAYOUTS, Report, convert
+
+
+__all__ = ["LAYOUTS", "Report", "convert"]

@@ -1,0 +1,149 @@
+"""Our checkpoint in the authors' layout again, for their code and what was built on it."""
+
+import math
+import shutil
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from ..modeling.configuration_mqt_llava import MQTLlavaConfig
+from .authors import NUM_HEADS, TEXT_MODEL_TYPES, split_off_vision
+from .files import LazyTensor, read_json, read_tensors
+from .names import AUTHORS_VISION_TOWER, to_authors
+from .writing import cast, write_json, write_shards
+
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+def recognise(source: Path) -> bool:
+    config = source / "config.json"
+    return config.exists() and read_json(config).get("model_type") == "mqt_llava"
+
+
+def check_fits(config: MQTLlavaConfig):
+    """The sizes that are written into the authors' code."""
+    vision = config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    sizes = {
+        "the language model": (config.text_config.model_type, tuple(TEXT_MODEL_TYPES.values())),
+        "the vision tower": (vision.model_type, ("clip_vision_model",)),
+        "the vision tower's width": (vision.hidden_size, (1024,)),
+        "the number of patches": (patches, (576,)),
+        "num_query_tokens": (config.num_query_tokens, (256,)),
+        "query_transformer_num_attention_heads": (config.query_transformer_num_attention_heads, (NUM_HEADS,)),
+    }
+    for name, (value, allowed) in sizes.items():
+        if value not in allowed:
+            raise ValueError(f"{name} is {value}; the authors' code takes {' or '.join(map(str, allowed))} only")
+
+
+def authors_tensors(source: Path, config: MQTLlavaConfig) -> dict[str, LazyTensor]:
+    return to_authors(read_tensors(source), original(config).get("vocab_size", config.image_token_id))
+
+
+def original(config: MQTLlavaConfig) -> dict:
+    """What [`full.plan_of_tensors`] kept of the authors' config; nothing for a model trained from parts."""
+    return getattr(config, "authors_config", None) or {}
+
+
+def write(source: Path, folder: Path, final_folder: Path, dtype, max_shard_size, progress) -> dict[str, LazyTensor]:
+    """Write the authors' checkpoint, the vision tower in a folder of its own as their loader wants it.
+
+    Args:
+        folder (`Path`), final_folder (`Path`): where to write, and where the folder will be when it is whole.
+
+    Returns:
+        `dict[str, LazyTensor]`: what was written, by the authors' names.
+    """
+    config = MQTLlavaConfig.from_pretrained(source)
+    check_fits(config)
+    tensors = cast(authors_tensors(source, config), dtype)
+    language, vision = split_off_vision(tensors)
+    write_shards(folder, language, max_shard_size, progress)
+    tower = folder / "vision_tower"
+    tower.mkdir()
+    write_shards(
+        tower,
+        {name.removeprefix(AUTHORS_VISION_TOWER): tensor for name, tensor in vision.items()},
+        max_shard_size,
+        progress,
+    )
+    write_configs(source, config, folder, tower, str(final_folder.absolute() / "vision_tower"))
+    return tensors
+
+
+def write_configs(source: Path, config: MQTLlavaConfig, folder: Path, tower: Path, tower_name: str):
+    text, vision = config.text_config.to_dict(), config.vision_config.to_dict()
+    kept = original(config)
+    rope = text.pop("rope_parameters", None) or {}
+    dtype = str(config.dtype).removeprefix("torch.")
+    text.pop("dtype", None)
+    vision.pop("dtype", None)
+    text_model_type = {ours: theirs for theirs, ours in TEXT_MODEL_TYPES.items()}[text["model_type"]]
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type")}
+    write_json(
+        folder / "config.json",
+        {
+            "image_aspect_ratio": "pad",
+            "mm_hidden_size": vision["hidden_size"],
+            "mm_patch_merge_type": "flat",
+            "mm_use_im_patch_token": False,
+            "mm_use_im_start_end": False,
+            "mm_vision_select_feature": "patch",
+            "num_visual_tokens": "second_stage",
+            "query_abstractor_type": "matry_query",
+            "use_mm_proj": True,
+            **text,
+            **kept,
+            "architectures": ["LlavaLlamaForCausalLM" if "llama" in text_model_type else "LlavaMistralForCausalLM"],
+            "mm_vision_select_layer": config.vision_feature_layer,
+            "mm_vision_tower": tower_name,
+            "model_type": text_model_type,
+            "rope_scaling": {"type": rope["rope_type"], **scaling} if scaling else None,
+            "rope_theta": rope.get("rope_theta", 10000.0),
+            "torch_dtype": dtype,
+            "vocab_size": kept.get("vocab_size", config.image_token_id),
+        },
+    )
+    write_json(tower / "config.json", {**vision, "architectures": ["CLIPVisionModel"], "torch_dtype": dtype})
+    processing = read_json(source / "processor_config.json").get("image_processor", {})
+    side = math.prod([vision["image_size"]])
+    write_json(
+        tower / "preprocessor_config.json",
+        {
+            "crop_size": side,
+            "do_center_crop": True,
+            "do_normalize": True,
+            "do_resize": True,
+            "feature_extractor_type": "CLIPFeatureExtractor",
+            "image_mean": processing.get("image_mean"),
+            "image_std": processing.get("image_std"),
+            "resample": 3,
+            "size": side,
+        },
+    )
+    write_tokenizer(source, folder)
+
+
+def write_tokenizer(source: Path, folder: Path):
+    """The SentencePiece model and its settings, as the authors' pinned transformers reads them."""
+    if not (source / "tokenizer.model").exists():
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
+        return
+    shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
+    settings = read_json(source / "tokenizer_config.json")
+    special = {name: settings[name] for name in SPECIAL_TOKENS if settings.get(name)}
+    write_json(folder / "special_tokens_map.json", special)
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "legacy": settings.get("legacy", True),
+            "model_max_length": settings.get("model_max_length"),
+            "padding_side": "right",
+            "tokenizer_class": "LlamaTokenizer",
+            **special,
+        },
+    )

@@ -1,0 +1,234 @@
+"""Convert a checkpoint: recognise its layout, plan, write aside, verify, move into place."""
+
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers.dynamic_module_utils import custom_object_save
+
+from . import back, full, lora, parts, stage1
+from .authors import WEIGHT_PATTERNS, make_generation_config
+from .files import fetch, read_json
+from .plan import Plan
+from .verify import Check, verify_plan, verify_tensors
+from .writing import cast, check_free, check_space, new_folder, plan_shards, write_shards
+
+
+LAYOUTS = ("full", "stage-1", "lora", "parts", "back")
+
+
+@dataclass
+class Report:
+    """What a conversion did, or with `dry_run` would do."""
+
+    layout: str
+    vision_source: str
+    tensors_in: int
+    tensors_out: int
+    renamed: int
+    split: int
+    dtypes: list[str]
+    nbytes: int
+    files: list[str]
+    base_models: list[str] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def recognise(source: Path) -> str:
+    """The layout of what is in `source`, one of `LAYOUTS`."""
+    for name, module in (("stage-1", stage1), ("lora", lora), ("full", full), ("back", back)):
+        if module.recognise(source):
+            return name
+    if (source / "config.json").exists():
+        return "parts"
+    raise ValueError(
+        f"{source} is in no known layout: it has none of config.json, adapter_config.json and {stage1.FILES[0]}"
+    )
+
+
+def convert(
+    source: str,
+    destination: str | Path,
+    layout: str | None = None,
+    vision_tower: str | None = None,
+    base_model: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    keep_adapter: bool = False,
+    verify: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress=None,
+    finish=None,
+) -> Report:
+    """Convert `source` and write the result to the folder `destination`.
+
+    Args:
+        source (`str`): A folder or a Hub repository; for stage-1 weights also the file itself.
+        layout (`str`, *optional*): One of `LAYOUTS`. Recognised from the files where it is not given.
+        vision_tower (`str`, *optional*): A folder or a Hub repository, to take instead of what the source says.
+        base_model (`str`, *optional*): The language model of stage-1 weights; the base of a LoRA folder; with
+            `keep_adapter` the MQT-LLaVA checkpoint, converted already, that the adapter will go on.
+        dtype (`torch.dtype`, *optional*): Of the weights that are written. As they are stored where it is not given.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): As for `save_pretrained`.
+        keep_adapter (`bool`, *optional*): Write a PEFT adapter instead of merging a LoRA folder.
+        verify (`bool`, *optional*): Compare the result with the source before it is moved to `destination`.
+        progress (`Callable[[int, int], None]`, *optional*): Is told the bytes that were read, and of how many.
+        finish (`Callable[[Path, Report], None]`, *optional*): Is called when the folder is whole, before it is moved.
+
+    Raises:
+        `ValueError`: for a source that cannot be converted and a destination that is not free. Nothing is left at
+            `destination` then.
+    """
+    start = time.perf_counter()
+    destination = Path(destination)
+    if layout is not None and layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
+    check_free(destination, overwrite)
+    source_path = (
+        Path(source) if Path(source).is_file() else fetch(source, *WEIGHT_PATTERNS, "tokenizer.model", "*.jinja")
+    )
+    if destination.exists() and destination.resolve() == source_path.resolve():
+        raise ValueError(f"{destination} is the source itself")
+    layout = layout or recognise(source_path)
+    arguments = {"vision_tower": vision_tower, "base_model": base_model}
+
+    if layout == "lora" and keep_adapter:
+        return _keep_adapter(source_path, destination, base_model, overwrite, dry_run, start)
+    if keep_adapter:
+        raise ValueError(f"--keep-adapter is for LoRA folders; this is the layout {layout!r}")
+    if layout == "back":
+        return _convert_back(
+            source_path, destination, dtype, max_shard_size, verify, overwrite, dry_run, progress, start
+        )
+    if layout == "parts":
+        plan = parts.plan(source, vision_tower)
+    else:
+        plan = {"full": full, "stage-1": stage1, "lora": lora}[layout].plan(source_path, **arguments)
+    plan.tensors = cast(plan.tensors, dtype)
+    plan.check()
+    report = _report(plan, max_shard_size)
+    check_space(destination, report.nbytes)
+    if not dry_run:
+        with new_folder(destination, overwrite) as folder:
+            _write(plan, folder, max_shard_size, _counter(progress, report.nbytes))
+            if verify:
+                report.checks = verify_plan(plan, folder, dtype)
+            if finish is not None:
+                finish(folder, report)
+            report.files = sorted(path.name for path in folder.iterdir())
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _report(plan: Plan, max_shard_size) -> Report:
+    sources = plan.source_tensors or plan.tensors
+    kept = len(plan.tensors.keys() & sources.keys())
+    packed = sum(name.rsplit("_", 1)[0].endswith("attn.in_proj") for name in sources)
+    return Report(
+        layout=plan.layout,
+        vision_source=plan.vision_source,
+        tensors_in=len(sources),
+        tensors_out=len(plan.tensors),
+        renamed=len(plan.tensors) - kept - 3 * packed,
+        split=packed,
+        dtypes=_dtypes(plan.tensors),
+        nbytes=sum(tensor.nbytes for tensor in plan.tensors.values()),
+        files=sorted(plan_shards(plan.tensors, max_shard_size).filename_to_tensors),
+        base_models=plan.base_models,
+    )
+
+
+def _dtypes(tensors) -> list[str]:
+    return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+
+
+def _counter(progress, total: int):
+    if progress is None:
+        return None
+    done = 0
+
+    def count(nbytes):
+        nonlocal done
+        done += nbytes
+        progress(done, total)
+
+    return count
+
+
+def _write(plan: Plan, folder: Path, max_shard_size, progress):
+    """Everything that a checkpoint folder has; the weights first, which are the most likely to fail."""
+    write_shards(folder, plan.tensors, max_shard_size, progress)
+    for name, path in plan.extra_files.items():
+        shutil.copyfile(path, folder / name)
+    model = plan.empty_model()
+    model.config.architectures = [type(model).__name__]
+    # what most of the weights are; `from_pretrained(dtype="auto")` goes by it
+    sizes = {}
+    for tensor in plan.tensors.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    model.config.dtype = max(sizes, key=sizes.get)
+    custom_object_save(model, folder)
+    model.config.save_pretrained(folder)
+    make_generation_config(plan.config, plan.processor.tokenizer).save_pretrained(folder)
+    plan.processor.save_pretrained(folder)
+
+
+def _convert_back(source, destination, dtype, max_shard_size, verify, overwrite, dry_run, progress, start) -> Report:
+    config = back.MQTLlavaConfig.from_pretrained(source)
+    back.check_fits(config)
+    tensors = cast(back.authors_tensors(source, config), dtype)
+    ours = back.read_tensors(source)
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    check_space(destination, nbytes)
+    report = Report(
+        layout="MQT-LLaVA, to the authors' layout",
+        vision_source="the checkpoint itself, into the folder vision_tower",
+        tensors_in=len(ours),
+        tensors_out=len(tensors),
+        renamed=len(tensors) - len(ours.keys() & tensors.keys()),
+        split=0,
+        dtypes=_dtypes(tensors),
+        nbytes=nbytes,
+        files=[],
+    )
+    if not dry_run:
+        with new_folder(destination, overwrite) as folder:
+            back.write(source, folder, destination, dtype, max_shard_size, _counter(progress, nbytes))
+            if verify:
+                report.checks = [verify_tensors(ours, full.plan(folder, str(folder / "vision_tower")).tensors, dtype)]
+            report.files = sorted(path.name for path in folder.iterdir())
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _keep_adapter(source, destination, base_model, overwrite, dry_run, start) -> Report:
+    if (
+        base_model is None
+        or read_json(fetch(base_model, "config.json") / "config.json").get("model_type") != "mqt_llava"
+    ):
+        raise ValueError(
+            "--keep-adapter needs --base-model: the MQT-LLaVA checkpoint, converted already, it will go on"
+        )
+    pairs, others = lora.adapter_tensors(source)
+    tensors = [tensor for pair in pairs.values() for tensor in pair] + list(others.values())
+    report = Report(
+        layout="LoRA folder, kept as a PEFT adapter",
+        vision_source=base_model,
+        tensors_in=len(tensors),
+        tensors_out=len(tensors),
+        renamed=len(tensors),
+        split=0,
+        dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
+        nbytes=sum(tensor.nbytes for tensor in tensors),
+        files=["adapter_config.json", "adapter_model.safetensors"],
+        base_models=[base_model],
+    )
+    if not dry_run:
+        with new_folder(destination, overwrite) as folder:
+            lora.write_adapter(source, folder, base_model)
+    report.seconds = time.perf_counter() - start
+    return report

@@ -1,0 +1,103 @@
+"""How the authors name and pack tensors, and how we do: one table for both directions."""
+
+import torch
+
+from .files import LazyTensor
+
+
+AUTHORS_QUERY_TRANSFORMER = "model.query_abstractor."
+AUTHORS_VISION_TOWER = "model.vision_tower.vision_tower."
+PACKED = ("q_proj", "k_proj", "v_proj")  # rows of the authors' `attn.in_proj_weight` and `attn.in_proj_bias`
+EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+
+# Prefixes, longest first where one begins another. CLIP towers are bare in our model, without `vision_model.`.
+PREFIXES = {
+    "model.query_abstractor.query": "model.query_transformer.query",
+    "model.query_abstractor.pos_embed": "model.query_transformer.position_embedding",
+    "model.query_abstractor.ln_q.": "model.query_transformer.query_norm.",
+    "model.query_abstractor.ln_k.": "model.query_transformer.key_norm.",
+    "model.query_abstractor.ln_v.": "model.query_transformer.value_norm.",
+    "model.query_abstractor.attn.out_proj.": "model.query_transformer.out_proj.",
+    "model.vision_tower.vision_tower.vision_model.": "model.vision_tower.",
+    "model.embed_tokens.": "model.language_model.embed_tokens.",
+    "model.layers.": "model.language_model.layers.",
+    "model.norm.": "model.language_model.norm.",
+    "lm_head.": "lm_head.",
+}
+BUFFERS = (".embeddings.position_ids", ".rotary_emb.inv_freq")  # older transformers saved them; computed since
+
+
+def from_authors(tensors: dict[str, LazyTensor], vocab_size: int) -> dict[str, LazyTensor]:
+    """Our tensors, made of the authors'. Embeddings get new rows at the end, up to `vocab_size`.
+
+    Raises:
+        `ValueError`: for a tensor that the authors' model does not have.
+    """
+    ours = {}
+    for name, tensor in tensors.items():
+        if name.endswith(BUFFERS):
+            continue
+        if name.startswith(AUTHORS_QUERY_TRANSFORMER + "attn.in_proj_"):
+            kind = name.rsplit("_", 1)[1]
+            rows = tensor.shape[0] // 3
+            for i, part in enumerate(PACKED):
+                ours[f"model.query_transformer.{part}.{kind}"] = tensor.map(
+                    lambda packed, i=i, rows=rows: packed[i * rows : (i + 1) * rows],
+                    shape=(rows, *tensor.shape[1:]),
+                )
+        elif name == AUTHORS_QUERY_TRANSFORMER + "proj":
+            ours["model.query_transformer.text_proj.weight"] = tensor.map(torch.t, shape=tensor.shape[::-1])
+        elif name in EMBEDDINGS:
+            ours[rename(name)] = add_rows(tensor, vocab_size)
+        else:
+            ours[rename(name)] = tensor
+    return ours
+
+
+def to_authors(tensors: dict[str, LazyTensor], vocab_size: int) -> dict[str, LazyTensor]:
+    """The authors' tensors, made of ours: [`from_authors`] the other way round."""
+    theirs = {}
+    back = {new: old for old, new in PREFIXES.items()}
+    for name, tensor in tensors.items():
+        part, _, kind = name.removeprefix("model.query_transformer.").partition(".")
+        if name.startswith("model.query_transformer.") and part in PACKED:
+            if part == PACKED[0]:
+                parts = [tensors[f"model.query_transformer.{part}.{kind}"] for part in PACKED]
+                packed = LazyTensor(
+                    (3 * tensor.shape[0], *tensor.shape[1:]),
+                    tensor.dtype,
+                    lambda parts=parts: torch.cat([part.load() for part in parts]),
+                )
+                theirs[f"{AUTHORS_QUERY_TRANSFORMER}attn.in_proj_{kind}"] = packed
+        elif name == "model.query_transformer.text_proj.weight":
+            theirs[AUTHORS_QUERY_TRANSFORMER + "proj"] = tensor.map(torch.t, shape=tensor.shape[::-1])
+        else:
+            official = rename(name, back)
+            if official in EMBEDDINGS:
+                tensor = tensor.map(lambda rows: rows[:vocab_size], shape=(vocab_size, tensor.shape[1]))
+            theirs[official] = tensor
+    return theirs
+
+
+def rename(name: str, prefixes: dict[str, str] = PREFIXES) -> str:
+    for old, new in prefixes.items():
+        if name == old or (old.endswith(".") and name.startswith(old)):
+            return new + name[len(old) :]
+    raise ValueError(f"unknown tensor {name}")
+
+
+def add_rows(embedding: LazyTensor, vocab_size: int) -> LazyTensor:
+    """An embedding of at least `vocab_size` rows: new ones are the mean of those that are there.
+
+    The mean of the rows of `lm_head` gives a new token no more than the average token's share of the probability (its
+    logit is the mean of all logits), so the others keep theirs but for a part in `vocab_size`.
+    """
+    missing = vocab_size - embedding.shape[0]
+    if missing <= 0:
+        return embedding
+
+    def extend(rows):
+        mean = sum(chunk.sum(0, dtype=torch.float32) for chunk in rows.split(4096)) / len(rows)
+        return torch.cat([rows, mean.to(rows.dtype).expand(missing, -1)])
+
+    return embedding.map(extend, shape=(vocab_size, *embedding.shape[1:]))

@@ -1,0 +1,82 @@
+"""A new MQT-LLaVA of a vision tower, a language model and a fresh query transformer, ready for stage 1."""
+
+
+import torch
+from transformers import AutoConfig, AutoModel
+
+from .authors import WEIGHT_PATTERNS, VisionTower, load_tokenizer, make_config, make_processor, without_prefix
+from .files import LazyTensor, fetch, read_tensors
+from .names import add_rows
+from .plan import Plan
+
+
+def plan(
+    language_model: str,
+    vision_tower: str | None,
+    num_query_tokens: int = 256,
+    num_attention_heads: int | None = None,
+    seed: int = 0,
+) -> Plan:
+    """
+    Args:
+        language_model (`str`): A causal language model: a folder or a Hub repository.
+        vision_tower (`str`): A CLIP or SigLIP model: a folder or a Hub repository.
+        num_query_tokens (`int`, *optional*, defaults to 256): M, a square number.
+        num_attention_heads (`int`, *optional*): Of the query transformer. Defaults to one for every 64 channels.
+        seed (`int`, *optional*, defaults to 0): Of the query transformer's fresh weights.
+    """
+    if vision_tower is None:
+        raise ValueError("a model from parts needs a vision tower; name it with --vision-tower")
+    folder = fetch(language_model, *WEIGHT_PATTERNS, "tokenizer.model", "*.jinja", "*.txt")
+    tower = VisionTower(vision_tower)
+    text = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    text = getattr(text, "text_config", text)
+    with torch.device("meta"):
+        expected = list(AutoModel.from_config(text).state_dict())
+    tokenizer, extra_files = load_tokenizer(folder)
+    width = tower.config.hidden_size
+    config = make_config(
+        text,
+        tower,
+        tokenizer,
+        num_query_tokens=num_query_tokens,
+        query_transformer_num_attention_heads=num_attention_heads or width // 64,
+        # CLIP has a class token, SigLIP has none
+        vision_feature_select_strategy="default" if "clip" in tower.config.model_type else "full",
+    )
+    stored = read_tensors(folder)
+    tensors = {"model.vision_tower." + name: tensor for name, tensor in tower.tensors().items()}
+    for name, tensor in without_prefix(stored, expected, language_model).items():
+        tensors["model.language_model." + name] = tensor
+    head = stored.get("lm_head.weight")
+    if head is not None:
+        tensors["lm_head.weight"] = head
+    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        if name in tensors:
+            tensors[name] = add_rows(tensors[name], config.text_config.vocab_size)
+    plan = Plan(
+        layout="parts, with a fresh query transformer",
+        config=config,
+        tensors=tensors,
+        processor=make_processor(config, tower, tokenizer),
+        source_tensors=None,
+        source_config={},
+        vision_source=vision_tower,
+        base_models=[language_model, vision_tower],
+        extra_files=extra_files,
+    )
+    plan.tensors |= fresh_query_transformer(plan, seed)
+    return plan
+
+
+def fresh_query_transformer(plan: Plan, seed: int) -> dict[str, LazyTensor]:
+    """The query transformer's weights as a new model has them."""
+    model = plan.empty_model()
+    query_transformer = model.model.query_transformer.to_empty(device="cpu")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        query_transformer.apply(model._init_weights)
+    return {
+        "model.query_transformer." + name: LazyTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
+        for name, tensor in query_transformer.state_dict().items()
+    }

@@ -1,0 +1,63 @@
+"""What a conversion will write, before anything of it is read or written."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..modeling.configuration_mqt_llava import MQTLlavaConfig
+from ..modeling.modeling_mqt_llava import MQTLlavaForConditionalGeneration
+from ..modeling.processing_mqt_llava import MQTLlavaProcessor
+from .files import LazyTensor
+
+
+@dataclass
+class Plan:
+    """A converted checkpoint that is not computed yet.
+
+    Args:
+        layout (`str`): what the source is, in words.
+        config, processor: of the converted model.
+        tensors (`dict[str, LazyTensor]`): the converted weights, by our names.
+        source_tensors (`dict[str, LazyTensor]`, *optional*): all that they are made of, by the authors' names.
+        source_config (`dict`): the authors' config.json.
+        vision_source (`str`): which vision tower was used.
+        base_models (`list[str]`): the models that this one is made of, for the model card.
+        extra_files (`dict[str, Path]`): files to copy as they are.
+    """
+
+    layout: str
+    config: MQTLlavaConfig
+    tensors: dict[str, LazyTensor]
+    processor: MQTLlavaProcessor
+    source_tensors: dict[str, LazyTensor] | None
+    source_config: dict
+    vision_source: str
+    base_models: list[str] = field(default_factory=list)
+    extra_files: dict[str, Path] = field(default_factory=dict)
+
+    def empty_model(self) -> MQTLlavaForConditionalGeneration:
+        """The model without its weights, on the meta device."""
+        with torch.device("meta"):
+            return MQTLlavaForConditionalGeneration(self.config)
+
+    def check(self):
+        """The tensors are those of the model, in name and shape.
+
+        Raises:
+            `ValueError`: naming what is missing, unknown or of another shape.
+        """
+        expected = {name: tuple(tensor.shape) for name, tensor in self.empty_model().state_dict().items()}
+        if self.config.tie_word_embeddings:
+            expected.pop("lm_head.weight")
+            self.tensors.pop("lm_head.weight", None)
+        for problem, names in (
+            ("lacks", sorted(expected.keys() - self.tensors.keys())),
+            ("has unknown", sorted(self.tensors.keys() - expected.keys())),
+        ):
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                raise ValueError(f"the checkpoint {problem} tensors: {', '.join(names[:5])}{more}")
+        for name, shape in expected.items():
+            if self.tensors[name].shape != shape:
+                raise ValueError(f"{name} has the shape {self.tensors[name].shape}; the config makes it {shape}")

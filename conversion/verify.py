@@ -1,0 +1,235 @@
+"""A second opinion on a conversion: the authors' mathematics on the source tensors, against the converted model.
+
+Nothing here uses our model, our names or transformers' layers: the forward pass is written out from the tensors as they are
+stored in the source, in float32, one layer in memory at a time.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from .authors import NUM_HEADS
+from .files import LazyTensor, read_tensors
+from .names import AUTHORS_QUERY_TRANSFORMER, AUTHORS_VISION_TOWER
+from .plan import Plan
+from .writing import cast
+
+
+VISUAL_TOLERANCE, LOGIT_TOLERANCE = 1e-4, 1e-3  # relative to the largest value, where that is above 1
+QUESTIONS = ("<image>\nDescribe the image in detail.", "What is this?\n<image>  Is it one  thing?", "No picture here.")
+QUERY_TRANSFORMER_EPS = 1e-6  # fixed in the authors' code
+
+
+@dataclass
+class Check:
+    """One line of the verification.
+
+    Args:
+        name (`str`): what was compared. amount (`str`): how much of it.
+        difference (`float`, *optional*), tolerance (`float`): largest difference and what is allowed; `None` where the
+            comparison could not be made, for the reason that `amount` gives.
+    """
+
+    name: str
+    amount: str
+    difference: float | None
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.difference is None or self.difference <= self.tolerance
+
+
+class Source:
+    """The authors' tensors in float32, by what follows a prefix."""
+
+    def __init__(self, tensors: dict[str, LazyTensor], prefix: str = ""):
+        self.tensors = tensors
+        self.prefix = prefix
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[self.prefix + name].load().float()
+
+    def under(self, prefix: str) -> "Source":
+        return Source(self.tensors, self.prefix + prefix)
+
+    def linear(self, x, name: str):
+        bias = self[name + ".bias"] if self.prefix + name + ".bias" in self.tensors else None
+        return F.linear(x, self[name + ".weight"], bias)
+
+    def layer_norm(self, x, name: str, eps: float):
+        return F.layer_norm(x, x.shape[-1:], self[name + ".weight"], self[name + ".bias"], eps)
+
+
+def clip_features(source: Source, pixel_values, config, select_layer: int):
+    """Patch features of a CLIP tower, `(num_images, num_patches, width)`."""
+    x = F.conv2d(pixel_values, source["embeddings.patch_embedding.weight"], stride=config.patch_size)
+    x = x.flatten(2).transpose(1, 2)
+    x = torch.cat([source["embeddings.class_embedding"].expand(len(x), 1, -1), x], dim=1)
+    x = source.layer_norm(x + source["embeddings.position_embedding.weight"], "pre_layrnorm", config.layer_norm_eps)
+    activation = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}[config.hidden_act]
+    depth = select_layer if select_layer >= 0 else config.num_hidden_layers + 1 + select_layer
+    for i in range(depth):
+        layer = source.under(f"encoder.layers.{i}.")
+        y = layer.layer_norm(x, "layer_norm1", config.layer_norm_eps)
+        q, k, v = (
+            layer.linear(y, f"self_attn.{name}").unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        x = x + layer.linear(attend(q, k, v), "self_attn.out_proj")
+        y = layer.layer_norm(x, "layer_norm2", config.layer_norm_eps)
+        x = x + layer.linear(activation(layer.linear(y, "mlp.fc1")), "mlp.fc2")
+    return x[:, 1:]
+
+
+def attend(q, k, v, mask=0.0):
+    weights = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask, dim=-1)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def query_features(source: Source, features, num_visual_tokens: int):
+    """Visual tokens, `(num_images, num_visual_tokens, text_width)`."""
+    positions = source["pos_embed"]
+    side, query_side = (int(n**0.5) for n in (features.shape[1], len(positions)))
+    grid = positions.T.unflatten(1, (query_side, query_side))[None]
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)[0].flatten(1).T
+    queries = (source["query"] + positions)[:num_visual_tokens]
+    q = source.layer_norm(queries, "ln_q", QUERY_TRANSFORMER_EPS)
+    k = source.layer_norm(grid, "ln_k", QUERY_TRANSFORMER_EPS)
+    v = source.layer_norm(features, "ln_v", QUERY_TRANSFORMER_EPS).transpose(0, 1)
+    width, num_images = q.shape[-1], v.shape[1]
+    output, _ = F.multi_head_attention_forward(
+        q[:, None].expand(-1, num_images, -1),
+        k[:, None].expand(-1, num_images, -1),
+        v,
+        width,
+        NUM_HEADS,
+        source["attn.in_proj_weight"],
+        source["attn.in_proj_bias"],
+        None,
+        None,
+        False,
+        0.0,
+        source["attn.out_proj.weight"],
+        source["attn.out_proj.bias"],
+        training=False,
+        need_weights=False,
+    )
+    return output.transpose(0, 1) @ source["proj"]
+
+
+def rms_norm(x, weight, eps):
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def language_logits(source: Source, x, config: dict):
+    """Logits of a Llama or Mistral on embeddings `(1, length, width)`, for the last eight positions."""
+    length, heads = x.shape[1], config["num_attention_heads"]
+    kv_heads, eps = config.get("num_key_value_heads") or heads, config.get("rms_norm_eps", 1e-6)
+    head_dim = config.get("head_dim") or x.shape[-1] // heads
+    frequencies = config.get("rope_theta", 10000.0) ** -(torch.arange(0, head_dim, 2) / head_dim)
+    angles = torch.arange(length)[:, None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    mask = torch.full((length, length), float("-inf")).triu(1)
+
+    def rotate(x):
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+    for i in range(config["num_hidden_layers"]):
+        layer = source.under(f"model.layers.{i}.")
+        y = rms_norm(x, layer["input_layernorm.weight"], eps)
+        q, k, v = (
+            layer.linear(y, f"self_attn.{name}").unflatten(-1, (count, head_dim)).transpose(1, 2)
+            for name, count in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads))
+        )
+        k, v = (part.repeat_interleave(heads // kv_heads, dim=1) for part in (rotate(k), v))
+        x = x + layer.linear(attend(rotate(q), k, v, mask), "self_attn.o_proj")
+        y = rms_norm(x, layer["post_attention_layernorm.weight"], eps)
+        x = x + layer.linear(
+            F.silu(layer.linear(y, "mlp.gate_proj")) * layer.linear(y, "mlp.up_proj"), "mlp.down_proj"
+        )
+    x = rms_norm(x[:, -8:], source["model.norm.weight"], eps)
+    head = "lm_head" if "lm_head.weight" in source.tensors else "model.embed_tokens"
+    return source.linear(x, head)
+
+
+def compare(name: str, amount: str, ours, expected, tolerance: float) -> Check:
+    scale = max(1.0, expected.abs().max().item())
+    return Check(name, amount, (ours - expected).abs().max().item() / scale, tolerance)
+
+
+def verify_tensors(expected: dict[str, LazyTensor], found: dict[str, LazyTensor], dtype=None) -> Check:
+    """Whether two checkpoints hold the same values under the same names."""
+    differing = len(expected.keys() ^ found.keys())
+    for name, tensor in cast(expected, dtype).items():
+        if name in found:
+            values = tensor.load()
+            differing += not torch.equal(values, found[name].load().to(values.dtype))
+    return Check("tensors that differ", f"{len(expected)} tensors", float(differing), 0.0)
+
+
+def verify_ids(processor, tokenizer_model: Path) -> Check:
+    """Prompt ids against SentencePiece itself, every chunk of text between images on its own."""
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = SentencePieceProcessor(model_file=str(tokenizer_model))
+    differing = 0
+    for question in QUESTIONS:
+        prompt = processor.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
+        prompt = prompt.removeprefix(processor.tokenizer.bos_token)
+        images = [torch.zeros(3, 8, 8, dtype=torch.uint8).numpy()] * prompt.count("<image>") or None
+        budget = {} if images is None else {"num_visual_tokens": 1}
+        ids = processor(images=images, text=prompt, **budget)["input_ids"][0]
+        expected = [pieces.bos_id()]
+        for i, chunk in enumerate(prompt.split("<image>")):
+            expected += [processor.image_token_id] * (i > 0) + pieces.encode(chunk)
+        differing += ids != expected
+    return Check("prompts with other ids", f"{len(QUESTIONS)} prompts", float(differing), 0.0)
+
+
+@torch.no_grad()
+def verify_plan(plan: Plan, folder: Path, dtype: torch.dtype | None) -> list[Check]:
+    """Compare the converted folder, loaded through the Auto classes in float32, with what it was made of."""
+    checks = [verify_tensors(plan.tensors, read_tensors(folder))]
+    if plan.source_tensors is None:
+        return checks
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    if (folder / "tokenizer.model").exists():
+        checks.append(verify_ids(processor, folder / "tokenizer.model"))
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    source, vision = Source(cast(plan.source_tensors, dtype)), plan.config.vision_config
+    if vision.model_type != "clip_vision_model" or vision.hidden_act not in ("quick_gelu", "gelu"):
+        amount = f"not compared: the vision tower is a {vision.model_type}"
+        return [*checks, Check("visual tokens", amount, None, VISUAL_TOLERANCE)]
+
+    generator = torch.Generator().manual_seed(0)
+    pixel_values = torch.randn(2, 3, vision.image_size, vision.image_size, generator=generator)
+    tower = source.under(AUTHORS_VISION_TOWER + "vision_model.")
+    features = clip_features(tower, pixel_values, vision, plan.config.vision_feature_layer)
+    most = plan.config.num_query_tokens
+    expected = query_features(source.under(AUTHORS_QUERY_TRANSFORMER), features, most)
+    for m in (1, 16, most):
+        ours = torch.stack(model.get_image_features(pixel_values, m).pooler_output)
+        checks.append(compare("visual tokens", f"2 images, m = {m}", ours, expected[:, :m], VISUAL_TOLERANCE))
+
+    if plan.source_config.get("rope_scaling"):
+        return [*checks, Check("logits", "not compared: the positions are scaled", None, LOGIT_TOLERANCE)]
+    prompt = processor.apply_chat_template([{"role": "user", "content": QUESTIONS[0]}], add_generation_prompt=True)
+    before, after = (
+        processor.tokenizer(chunk, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        for chunk in prompt.split("<image>")
+    )
+    embeddings = source["model.embed_tokens.weight"]
+    m = 16
+    x = torch.cat([embeddings[before], expected[:1, :m], embeddings[after]], dim=1)
+    expected_logits = language_logits(source, x, plan.source_config)
+    placeholders = torch.full((1, m), plan.config.image_token_id)
+    input_ids = torch.cat([before, placeholders, after], dim=1)
+    ours = model(input_ids=input_ids, pixel_values=pixel_values[:1], logits_to_keep=8).logits
+    ours = ours[..., : expected_logits.shape[-1]]
+    checks.append(compare("logits", f"8 positions, m = {m}", ours, expected_logits, LOGIT_TOLERANCE))
+    return checks

@@ -1,0 +1,103 @@
+"""Writing a checkpoint folder: shard by shard, aside, and moved into place when it is whole."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
+
+from .files import LazyTensor
+
+
+@contextlib.contextmanager
+def new_folder(destination: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `destination` when the block ends well; else nothing is left of it.
+
+    What a killed run left behind is removed by the next one.
+
+    Raises:
+        `ValueError`: where `destination` holds something and `overwrite` is not set.
+    """
+    destination = Path(os.path.abspath(destination))
+    check_free(destination, overwrite)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = (destination.with_name(f".{destination.name}.{state}") for state in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if destination.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            destination.replace(old)
+        partial.replace(destination)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_free(destination: Path, overwrite: bool):
+    if destination.exists() and not destination.is_dir():
+        raise ValueError(f"{destination} is a file; the converted checkpoint is a folder")
+    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
+        raise ValueError(f"{destination} is not empty; choose another folder or pass --overwrite")
+
+
+def check_space(folder: Path, nbytes: int):
+    """Refuse before any work what cannot fit."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise ValueError(f"the converted weights take {nbytes / 1e9:.2f} GB; {folder} has {free / 1e9:.2f} GB left")
+
+
+def plan_shards(tensors: dict[str, LazyTensor], max_shard_size: int | str):
+    """Which tensor goes to which file: a `StateDictSplit` of huggingface_hub."""
+    return split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+
+
+def write_shards(folder: Path, tensors: dict[str, LazyTensor], max_shard_size: int | str, progress=None):
+    """Write `tensors` as safetensors. No more than one shard is in memory at a time.
+
+    Args:
+        progress (`Callable[[int], None]`, *optional*): is told the bytes of each tensor that was read.
+    """
+    split = plan_shards(tensors, max_shard_size)
+    for filename, names in split.filename_to_tensors.items():
+        shard = {}
+        for name in names:
+            tensor = tensors[name].load()
+            if tuple(tensor.shape) != tensors[name].shape or tensor.dtype != tensors[name].dtype:
+                raise ValueError(f"{name} was announced as {tensors[name]}; its file holds {tuple(tensor.shape)}")
+            shard[name] = tensor.contiguous()
+            if progress is not None:
+                progress(tensor.nbytes)
+        save_file(shard, folder / filename, metadata={"format": "pt"})
+        (folder / filename).chmod(0o644)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_json(path: Path, content: dict):
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def cast(tensors: dict[str, LazyTensor], dtype: torch.dtype | None) -> dict[str, LazyTensor]:
+    """All floating point tensors in `dtype`; as they are where it is `None`."""
+    if dtype is None:
+        return tensors
+    return {
+        name: tensor.map(lambda values: values.to(dtype), dtype=dtype) if tensor.dtype.is_floating_point else tensor
+        for name, tensor in tensors.items()
+    }
