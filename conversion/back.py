@@ -1,14 +1,14 @@
 """Our checkpoint in the authors' layout again, for their code and what was built on it."""
 
-import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
 from ..modeling.configuration_mqt_llava import MQTLlavaConfig
 from .authors import NUM_HEADS, TEXT_MODEL_TYPES, split_off_vision
-from .files import LazyTensor, read_json, read_tensors
+from .files import LazyTensor, read_json
 from .names import AUTHORS_VISION_TOWER, to_authors
 from .writing import cast, write_json, write_shards
 
@@ -38,39 +38,41 @@ def check_fits(config: MQTLlavaConfig):
             raise ValueError(f"{name} is {value}; the authors' code takes {' or '.join(map(str, allowed))} only")
 
 
-def authors_tensors(source: Path, config: MQTLlavaConfig) -> dict[str, LazyTensor]:
-    return to_authors(read_tensors(source), original(config).get("vocab_size", config.image_token_id))
+@dataclass
+class BackPlan:
+    """What will be written: the checkpoint without its vision tower, and that as the authors' loader wants it."""
+
+    source: Path
+    config: MQTLlavaConfig
+    language: dict[str, LazyTensor]
+    vision: dict[str, LazyTensor]
+
+
+def plan(source: Path, tensors: dict[str, LazyTensor], dtype=None) -> BackPlan:
+    config = MQTLlavaConfig.from_pretrained(source)
+    check_fits(config)
+    theirs = cast(to_authors(tensors, original(config).get("vocab_size", config.image_token_id)), dtype)
+    language, vision = split_off_vision(theirs)
+    return BackPlan(source, config, language, vision)
 
 
 def original(config: MQTLlavaConfig) -> dict:
-    """What [`full.plan_of_tensors`] kept of the authors' config; nothing for a model trained from parts."""
+    """What [`authors.authors_config`] kept of the authors' config; nothing for a model trained from parts."""
     return getattr(config, "authors_config", None) or {}
 
 
-def write(source: Path, folder: Path, final_folder: Path, dtype, max_shard_size, progress) -> dict[str, LazyTensor]:
-    """Write the authors' checkpoint, the vision tower in a folder of its own as their loader wants it.
+def write(plan: BackPlan, folder: Path, final_folder: Path, max_shard_size, progress):
+    """Write the authors' checkpoint, the vision tower in a folder of its own.
 
     Args:
         folder (`Path`), final_folder (`Path`): where to write, and where the folder will be when it is whole.
-
-    Returns:
-        `dict[str, LazyTensor]`: what was written, by the authors' names.
     """
-    config = MQTLlavaConfig.from_pretrained(source)
-    check_fits(config)
-    tensors = cast(authors_tensors(source, config), dtype)
-    language, vision = split_off_vision(tensors)
-    write_shards(folder, language, max_shard_size, progress)
+    write_shards(folder, plan.language, max_shard_size, progress)
     tower = folder / "vision_tower"
     tower.mkdir()
-    write_shards(
-        tower,
-        {name.removeprefix(AUTHORS_VISION_TOWER): tensor for name, tensor in vision.items()},
-        max_shard_size,
-        progress,
-    )
-    write_configs(source, config, folder, tower, str(final_folder.absolute() / "vision_tower"))
-    return tensors
+    vision = {name.removeprefix(AUTHORS_VISION_TOWER): tensor for name, tensor in plan.vision.items()}
+    write_shards(tower, vision, max_shard_size, progress)
+    write_configs(plan.source, plan.config, folder, tower, str(final_folder.absolute() / "vision_tower"))
 
 
 def write_configs(source: Path, config: MQTLlavaConfig, folder: Path, tower: Path, tower_name: str):
@@ -108,7 +110,7 @@ def write_configs(source: Path, config: MQTLlavaConfig, folder: Path, tower: Pat
     )
     write_json(tower / "config.json", {**vision, "architectures": ["CLIPVisionModel"], "torch_dtype": dtype})
     processing = read_json(source / "processor_config.json").get("image_processor", {})
-    side = math.prod([vision["image_size"]])
+    side = vision["image_size"]
     write_json(
         tower / "preprocessor_config.json",
         {

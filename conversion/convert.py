@@ -10,7 +10,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from . import back, full, lora, parts, stage1
 from .authors import WEIGHT_PATTERNS, make_generation_config
-from .files import fetch, read_json
+from .files import fetch, read_json, read_tensors
 from .plan import Plan
 from .verify import Check, verify_plan, verify_tensors
 from .writing import cast, check_free, check_space, new_folder, plan_shards, write_shards
@@ -21,7 +21,13 @@ LAYOUTS = ("full", "stage-1", "lora", "parts", "back")
 
 @dataclass
 class Report:
-    """What a conversion did, or with `dry_run` would do."""
+    """What a conversion did, or with `dry_run` would do.
+
+    Args:
+        split (`int`): packed q/k/v tensors that were taken apart, or put together on the way back.
+        nbytes (`int`): of the weights that were written.
+        base_models (`list[str]`): folders and repositories that the result is made of.
+    """
 
     layout: str
     vision_source: str
@@ -178,28 +184,29 @@ def _write(plan: Plan, folder: Path, max_shard_size, progress):
 
 
 def _convert_back(source, destination, dtype, max_shard_size, verify, overwrite, dry_run, progress, start) -> Report:
-    config = back.MQTLlavaConfig.from_pretrained(source)
-    back.check_fits(config)
-    tensors = cast(back.authors_tensors(source, config), dtype)
-    ours = back.read_tensors(source)
+    ours = read_tensors(source)
+    plan = back.plan(source, ours, dtype)
+    tensors = plan.language | plan.vision
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     check_space(destination, nbytes)
+    packed = sum(name.rsplit("_", 1)[0].endswith("attn.in_proj") for name in tensors)
     report = Report(
         layout="MQT-LLaVA, to the authors' layout",
         vision_source="the checkpoint itself, into the folder vision_tower",
         tensors_in=len(ours),
         tensors_out=len(tensors),
-        renamed=len(tensors) - len(ours.keys() & tensors.keys()),
-        split=0,
+        renamed=len(tensors) - len(ours.keys() & tensors.keys()) - packed,
+        split=packed,
         dtypes=_dtypes(tensors),
         nbytes=nbytes,
-        files=[],
+        files=[*sorted(plan_shards(plan.language, max_shard_size).filename_to_tensors), "vision_tower"],
     )
     if not dry_run:
         with new_folder(destination, overwrite) as folder:
-            back.write(source, folder, destination, dtype, max_shard_size, _counter(progress, nbytes))
+            back.write(plan, folder, destination, max_shard_size, _counter(progress, nbytes))
             if verify:
-                report.checks = [verify_tensors(ours, full.plan(folder, str(folder / "vision_tower")).tensors, dtype)]
+                again = full.plan(folder, str(folder / "vision_tower"))
+                report.checks = [verify_tensors(ours, again.tensors, dtype)]
             report.files = sorted(path.name for path in folder.iterdir())
     report.seconds = time.perf_counter() - start
     return report

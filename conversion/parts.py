@@ -1,6 +1,5 @@
 """A new MQT-LLaVA of a vision tower, a language model and a fresh query transformer, ready for stage 1."""
 
-
 import torch
 from transformers import AutoConfig, AutoModel
 

@@ -1,0 +1,166 @@
+"""`mqt-llava convert SRC DST`: checkpoints of the authors' code into ours, and back."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import UsageError
+from .models import Dtype, silence_libraries
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A folder, a Hub repository, or query_abstractor.bin.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
+    layout: Annotated[
+        str | None, typer.Option(help="full, stage-1, lora, parts or back. Default: recognised from the files.")
+    ] = None,
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(metavar="DIR_OR_REPO", help="Take this vision tower, not what the checkpoint has or names."),
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(metavar="DIR_OR_REPO", help="The language model of stage-1 weights, the base of a LoRA folder."),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="auto: as the weights are stored.")] = Dtype.auto,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of one file, as in 500MB.")] = "5GB",
+    keep_adapter: Annotated[
+        bool, typer.Option("--keep-adapter", help="A LoRA folder becomes a PEFT adapter; it is not merged.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compute visual tokens and logits from the source and compare.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at DST.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the result to this repository of the Hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
+    commit_message: Annotated[str, typer.Option(help="Of the push.")] = "Upload MQT-LLaVA",
+    license: Annotated[
+        str | None,
+        typer.Option(help="For the model card, as in apache-2.0. Default with --push-to-hub: that of the base model."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+):
+    """Convert a checkpoint and say what was done.
+
+    \b
+    mqt-llava convert MQT-LLaVA-7b mqt-llava-7b-hf --verify
+    mqt-llava convert query_abstractor.bin stage1-hf --base-model vicuna-7b --vision-tower clip-vit-large-patch14-336
+    mqt-llava convert my-lora merged-hf --base-model MQT-LLaVA-7b
+    mqt-llava convert vicuna-7b new-hf --vision-tower clip-vit-large-patch14-336
+    mqt-llava convert mqt-llava-7b-hf MQT-LLaVA-7b-again
+    """
+    silence_libraries()
+    import torch
+
+    from ..conversion import convert as run
+    from ..hub import is_repository, license_of, push_folder, write_card
+
+    if push_to_hub is not None and not is_repository(push_to_hub):
+        raise UsageError(f"--push-to-hub takes the name of a repository, as in someone/model; got {push_to_hub!r}")
+
+    def finish(folder, report):
+        failed = [check.name for check in report.checks if not check.passed]
+        if failed:
+            print_checks(report.checks)
+            raise ValueError(f"the converted model differs from its source in: {', '.join(dict.fromkeys(failed))}")
+        stated = license
+        if push_to_hub is not None and license is None:
+            stated = license_of([name for name in report.base_models if is_repository(name)])
+            if stated is None:
+                raise UsageError("no base model states a license; name that of the model with --license")
+        origin = f"Converted from `{Path(source).name}` ({report.layout}) with `mqt-llava convert`."
+        write_card(folder, push_to_hub or str(destination), stated, report.base_models, origin=origin)
+
+    try:
+        with progress_bar() as progress:
+            report = run(
+                source,
+                destination,
+                layout=layout,
+                vision_tower=vision_tower,
+                base_model=base_model,
+                dtype=None if dtype is Dtype.auto else getattr(torch, dtype.value),
+                max_shard_size=max_shard_size,
+                keep_adapter=keep_adapter,
+                verify=verify,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                progress=progress,
+                finish=finish,
+            )
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    if as_json:
+        print(json.dumps(asdict(report)))
+    else:
+        print_report(report, dry_run)
+    if push_to_hub is not None:
+        if dry_run:
+            print(f"would push to {push_to_hub}: {', '.join(report.files)}", file=sys.stderr)
+            return
+        url = push_folder(destination, push_to_hub, private or None, revision, commit_message)
+        print(f"pushed to {url}", file=sys.stderr)
+
+
+class progress_bar:
+    """A bar of bytes on stderr: `with progress_bar() as progress: progress(done, total)`."""
+
+    def __enter__(self):
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self.task = None
+        return self.update
+
+    def update(self, done: int, total: int):
+        if self.task is None:
+            self.bar.start()
+            self.task = self.bar.add_task("", total=total)
+        self.bar.update(self.task, completed=done)
+
+    def __exit__(self, *error):
+        if self.task is not None:
+            self.bar.stop()
+
+
+def print_report(report, dry_run: bool):
+    lines = {
+        "layout": report.layout,
+        "vision tower": report.vision_source,
+        "tensors": f"{report.tensors_in} in, {report.tensors_out} out, {report.renamed} renamed, {report.split} split",
+        "weights": f"{report.nbytes / 1e9:.2f} GB, {', '.join(report.dtypes)}",
+        "files": ", ".join(report.files),
+        "time": "nothing was written" if dry_run else f"{report.seconds:.1f} s",
+    }
+    for name, value in lines.items():
+        print(f"{name:<13} {value}")
+    print_checks(report.checks)
+
+
+def print_checks(checks):
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    if not checks:
+        return
+    table = Table(box=box.SIMPLE)
+    for name in ("check", "compared", "difference", "allowed", ""):
+        table.add_column(name, justify="right" if name in ("difference", "allowed") else "left")
+    for check in checks:
+        difference = "" if check.difference is None else f"{check.difference:.2g}"
+        verdict = "-" if check.difference is None else "ok" if check.passed else "FAILED"
+        table.add_row(
+            check.name, check.amount, difference, f"{check.tolerance:.0e}" if check.tolerance else "0", verdict
+        )
+    Console(file=sys.stdout).print(table)

@@ -1,0 +1,148 @@
+"""Publishing a checkpoint: its model card, and the way to the Hub."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ model_name }}
+
+An MQT-LLaVA model ([Matryoshka Query Transformer](https://arxiv.org/abs/2405.19315)) in HuggingFace's layout: it encodes
+an image into any number *m* of visual tokens from 1 to {{ num_query_tokens }}, chosen at inference. Few tokens are cheap
+and coarse, many are exact.
+{% if origin %}
+{{ origin }}
+{% endif %}
+## How to use
+
+```python
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+repo = "{{ repo_id }}"
+processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained(repo, dtype="auto", trust_remote_code=True)
+
+messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]}]
+prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+inputs = processor(
+    images=Image.open("photo.jpg"), text=prompt, add_special_tokens=False, return_tensors="pt"
+).to(model.device, model.dtype)
+output = model.generate(**inputs, num_visual_tokens={{ example_tokens }}, max_new_tokens=64)
+print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+Without `num_visual_tokens` the model uses all {{ num_query_tokens }}. The code in this repository needs transformers 5.19
+or newer.
+{% if accuracy %}
+## Accuracy and compute
+
+{{ accuracy }}
+{% endif %}"""
+
+
+def write_card(
+    folder: Path,
+    repo_id: str,
+    license: str | None = None,
+    base_models: list[str] | None = None,
+    datasets: list[str] | None = None,
+    languages: list[str] | None = None,
+    origin: str = "",
+) -> Path:
+    """Write the model card, README.md, of a checkpoint folder.
+
+    Args:
+        repo_id (`str`): What the usage snippet loads.
+        license (`str`, *optional*): As the Hub spells it (`apache-2.0`, `llama2`, ...).
+        base_models (`list[str]`, *optional*): Hub repositories that this model is made of; folders are left out.
+        origin (`str`, *optional*): A sentence about where the weights come from.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    base_models = [name for name in base_models or [] if is_repository(name)]
+    most = config.get("num_query_tokens", 256)
+    card = ModelCard.from_template(
+        ModelCardData(
+            license=license,
+            base_model=base_models or None,
+            library_name="transformers",
+            pipeline_tag="image-text-to-text",
+            tags=["mqt_llava", "llava", "matryoshka", "custom_code"],
+            datasets=datasets or None,
+            language=languages or ["en"],
+        ),
+        template_str=TEMPLATE,
+        model_name=Path(repo_id).name,
+        repo_id=repo_id,
+        num_query_tokens=most,
+        example_tokens=min(16, most),
+        origin=origin,
+        accuracy=accuracy_table(folder),
+    )
+    path = folder / "README.md"
+    path.write_text(str(card).rstrip() + "\n", encoding="utf-8")
+    return path
+
+
+def is_repository(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+
+
+def license_of(models: list[str]) -> str | None:
+    """The license that the card of the first of `models` states, if any can be read. Asks the Hub."""
+    return next((stated for name in models if (stated := stated_license(name))), None)
+
+
+def stated_license(model: str) -> str | None:
+    try:
+        return ModelCard.load(model).data.license
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError):
+        return None
+
+
+def accuracy_table(folder: Path) -> str:
+    """What a checkpoint carries in accuracy.json, `{m: {question type: percent}}`, as a table with the compute of each m."""
+    path = folder / "accuracy.json"
+    if not path.exists():
+        return ""
+    from .cost import flops_by_budget
+
+    accuracy = {int(m): figures for m, figures in json.loads(path.read_text(encoding="utf-8")).items() if m.isdigit()}
+    kinds = list(next(iter(accuracy.values())))
+    flops = flops_by_budget(folder, sorted(accuracy))
+    lines = [
+        f"| m | {' | '.join(kinds)} | GFLOP to the first token |",
+        "| ---: |" + " ---: |" * (len(kinds) + 1),
+    ]
+    for m in sorted(accuracy):
+        figures = " | ".join(f"{accuracy[m][kind]:.1f}" for kind in kinds)
+        lines.append(f"| {m} | {figures} | {flops[m] / 1e9:.2f} |")
+    return "\n".join(lines)
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload MQT-LLaVA",
+    token: str | None = None,
+) -> str:
+    """Upload a checkpoint folder to the Hub as one commit, and say where it is.
+
+    Args:
+        private (`bool`, *optional*): Of a repository that is new. Defaults to what the account's organisation has.
+        revision (`str`, *optional*): A branch; it is made where it does not exist.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
+    return f"{api.endpoint}/{repo_id}"
