@@ -261,6 +261,19 @@ def images_beyond_cache(
     return [True] * num_images, new_counts
 
 
+class VisionLayers(nn.ModuleList):
+    """The layers of a vision tower, of which a forward pass runs the first `num_used`; `None` means all.
+
+    Features are taken before the last layer, and what is behind them need not be computed. All layers stay in the tower, so
+    checkpoints are those of the whole tower.
+    """
+
+    num_used: int | None = None
+
+    def __iter__(self):
+        return iter(list(self._modules.values())[: self.num_used])
+
+
 def cache_length(past_key_values: Cache | None) -> int:
     """How many positions a cache holds already."""
     return past_key_values.get_seq_length() if isinstance(past_key_values, Cache) else 0
@@ -343,12 +356,50 @@ def rebudget_inputs(
     return result
 
 
+def check_rows_stay_aligned(
+    is_placeholder: torch.Tensor, old_counts: list[int], new_counts: list[int], num_cached: int
+):
+    """Rows are aligned at their ends: where their new parts shrink differently, their cached parts shift apart.
+
+    Args:
+        is_placeholder (`torch.Tensor` of shape `(batch_size, sequence_length)`): of the re-budgeted prompt.
+
+    Raises:
+        `ValueError`: where they do.
+    """
+    rows, columns = is_placeholder.nonzero().T
+    old, new = (torch.tensor(counts, device=rows.device) for counts in (old_counts, new_counts))
+    ends = new.cumsum(0) - 1
+    shrinkage = torch.zeros(is_placeholder.shape[0], dtype=torch.long, device=rows.device)
+    shrinkage = shrinkage.index_add(0, rows[ends], (old - new) * (columns[ends] >= num_cached))
+    if not (shrinkage == shrinkage[0]).all():
+        raise ValueError(
+            "`num_visual_tokens` cannot re-budget a batch that goes on from `past_key_values` when the new images of its "
+            "rows shrink by different numbers of placeholders. Prepare the prompt with its budget, as "
+            "`processor(..., num_visual_tokens=m)`, or go on with each row alone."
+        )
+
+
+def first_visual_tokens(features: BaseModelOutputWithPooling, counts: list[int]) -> BaseModelOutputWithPooling:
+    """Image features cut to `counts[i]` visual tokens: token i is the same whatever m."""
+    lengths = [len(tokens) for tokens in features.pooler_output]
+    if len(counts) != len(lengths) or any(count > length for count, length in zip(counts, lengths)):
+        raise ValueError(
+            f"`mm_encoder_outputs` holds {lengths} visual tokens for the images, `num_visual_tokens` asks for {counts}. "
+            "Make the features with as many as will be asked for."
+        )
+    return BaseModelOutputWithPooling(pooler_output=[tokens[:n] for tokens, n in zip(features.pooler_output, counts)])
+
+
 class MQTLlavaModel(MQTLlavaPreTrainedModel):
     """The vision tower, the query transformer and the language model, without a language modeling head."""
 
     def __init__(self, config: MQTLlavaConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
+        if config.vision_config.model_type in ("clip_vision_model", "siglip_vision_model"):
+            # Other towers may return something else than the last layer's output as their last hidden state
+            self.vision_tower.encoder.layers = VisionLayers(self.vision_tower.encoder.layers)
         self.query_transformer = MQTLlavaQueryTransformer(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -379,33 +430,45 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
                 How many visual tokens to make of each image, 1 to M. Defaults to M.
 
         Returns:
-            [`~modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state` from the vision tower, of shape
-            `(num_images, num_patches (+ 1), vision_hidden_size)`, and as `pooler_output` a list of one tensor of shape
-            `(m_i, text_hidden_size)` for each image.
+            [`~modeling_outputs.BaseModelOutputWithPooling`]: as `last_hidden_state` the hidden state of the vision tower
+            that is queried, of shape `(num_images, num_patches (+ 1), vision_hidden_size)`, and as `pooler_output` a list
+            of one tensor of shape `(m_i, text_hidden_size)` for each image. Its first rows are what fewer visual tokens
+            would be, so features of M tokens do for every budget.
 
         Raises:
             `ValueError`: for counts that are not one integer from 1 to M per image.
         """
         num_query_tokens = self.config.num_query_tokens
         counts = resolve_visual_token_counts(visual_token_counts, pixel_values.shape[0], num_query_tokens)
-        # Not an argument by name: `generate` withholds those from the language model
+        # Not arguments by name: `generate` withholds those from the language model
         output_hidden_states = kwargs.pop("output_hidden_states", None)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        # hidden states are asked for because one of them is used; they are returned only if the caller asks too
-        outputs = self.vision_tower(
-            pixel_values.to(self.vision_tower.dtype), output_hidden_states=True, return_dict=True, **kwargs
-        )
-        patch_features = outputs.hidden_states[vision_feature_layer]
-        if vision_feature_select_strategy == "default":
-            patch_features = patch_features[:, 1:]
+        whole = output_hidden_states or kwargs.get("output_attentions", self.config.output_attentions)
+        outputs, features = self._run_vision_tower(pixel_values, vision_feature_layer, whole, **kwargs)
+        patch_features = features[:, 1:] if vision_feature_select_strategy == "default" else features
         visual_tokens = self.query_transformer(patch_features, max(counts, default=0))
         return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=features,
             pooler_output=[tokens[:count] for tokens, count in zip(visual_tokens, counts)],
             hidden_states=outputs.hidden_states if output_hidden_states else None,
             attentions=outputs.attentions,
         )
+
+    def _run_vision_tower(self, pixel_values, vision_feature_layer: int, whole: bool, **kwargs):
+        """The tower's outputs and one of its hidden states. Runs the layers behind that only if `whole`."""
+        pixel_values = pixel_values.to(self.vision_tower.dtype)
+        layers = getattr(getattr(self.vision_tower, "encoder", None), "layers", None)
+        depth = vision_feature_layer
+        if depth < 0:
+            depth += self.config.vision_config.num_hidden_layers + 1
+        partly = isinstance(layers, VisionLayers) and not whole and 0 < depth <= len(layers)
+        # transformers counts the selected states from 0 or from 1, depending on its version; the last one is meant
+        selection = [depth - 1, depth] if partly else True
+        if isinstance(layers, VisionLayers) and layers.num_used != (depth if partly else None):
+            layers.num_used = depth if partly else None
+        outputs = self.vision_tower(pixel_values, output_hidden_states=selection, return_dict=True, **kwargs)
+        return outputs, outputs.hidden_states[-1 if partly else vision_feature_layer]
 
     def get_placeholder_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Where the image placeholders are: a bool tensor of shape `(batch_size, sequence_length)`."""
@@ -571,7 +634,8 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
                 the length of the re-budgeted prompt, with padding on the side where the prompt has it, on the right where
                 it has none. Defaults to the number of placeholders in the prompt.
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
-                `{"image": output of get_image_features}`, instead of `pixel_values`.
+                `{"image": output of get_image_features}`, instead of `pixel_values`. With `num_visual_tokens` the first
+                tokens of each image are taken.
 
         Raises:
             `ValueError`: for budgets that are not integers from 1 to M, and when images and placeholders do not match.
@@ -583,12 +647,14 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
                 input_ids=input_ids,
                 pixel_values=pixel_values,
                 visual_token_counts=visual_token_counts,
+                mm_encoder_outputs=mm_encoder_outputs,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 labels=labels,
                 **aligned,
             )
             input_ids, attention_mask = prompt.pop("input_ids"), prompt.pop("attention_mask")
+            mm_encoder_outputs = prompt.pop("mm_encoder_outputs")
             visual_token_counts = prompt.pop("visual_token_counts")
             position_ids, labels = prompt.pop("position_ids"), prompt.pop("labels")
             kwargs |= prompt
@@ -626,19 +692,25 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         input_ids=None,
         pixel_values=None,
         visual_token_counts=None,
+        mm_encoder_outputs=None,
         default_padding_side="right",
         num_cached=0,
         **aligned,
     ):
-        """The prompt for a budget: see [`rebudget_inputs`]. `visual_token_counts` is in the result.
+        """The prompt for a budget: see [`rebudget_inputs`]. `visual_token_counts` and `mm_encoder_outputs`, cut to the budget,
+        are in the result.
 
         A prompt that goes on from a cache is re-budgeted with all its images, whether or not they are passed again.
         """
+        unchanged = {"input_ids": input_ids, "mm_encoder_outputs": mm_encoder_outputs, **aligned}
+        features = (mm_encoder_outputs or {}).get("image")
         num_images = 0 if pixel_values is None else pixel_values.shape[0]
+        if features is not None:
+            num_images = len(features.pooler_output)
         if not num_cached:
             new_counts = resolve_visual_token_counts(num_visual_tokens, num_images, self.config.num_query_tokens)
             if num_images == 0:
-                return {"input_ids": input_ids, "visual_token_counts": None, **aligned}
+                return {**unchanged, "visual_token_counts": None}
         if input_ids is None:
             raise ValueError(
                 "`num_visual_tokens` needs `input_ids`: a prompt given as `inputs_embeds` has its budget."
@@ -649,9 +721,14 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
             num_images = len(runs if visual_token_counts is None else visual_token_counts)
             new_counts = resolve_visual_token_counts(num_visual_tokens, num_images, self.config.num_query_tokens)
         old_counts = count_placeholders_per_image(is_placeholder, num_images, visual_token_counts)
-        visual_token_counts = torch.tensor(new_counts, device=input_ids.device, dtype=torch.long)
+        if features is not None:
+            unchanged["mm_encoder_outputs"] = {
+                **mm_encoder_outputs,
+                "image": first_visual_tokens(features, new_counts),
+            }
+        unchanged["visual_token_counts"] = torch.tensor(new_counts, device=input_ids.device, dtype=torch.long)
         if old_counts == new_counts:
-            return {"input_ids": input_ids, "visual_token_counts": visual_token_counts, **aligned}
+            return unchanged
         pad_token_id = self.generation_config.pad_token_id
         prompt = rebudget_inputs(
             input_ids,
@@ -663,20 +740,10 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
             **aligned,
         )
         if num_cached:
-            # Rows are aligned at their ends: if their new parts shrink differently, their cached parts shift apart
-            rows, columns = (prompt["input_ids"] == self.config.image_token_id).nonzero().T
-            ends = visual_token_counts.cumsum(0) - 1
-            shrinkage = (torch.tensor(old_counts, device=rows.device) - visual_token_counts) * (
-                columns[ends] >= num_cached
+            check_rows_stay_aligned(
+                prompt["input_ids"] == self.config.image_token_id, old_counts, new_counts, num_cached
             )
-            shrinkage = torch.zeros_like(input_ids[:, 0]).index_add(0, rows[ends], shrinkage)
-            if not (shrinkage == shrinkage[0]).all():
-                raise ValueError(
-                    "`num_visual_tokens` cannot re-budget a batch that goes on from `past_key_values` when the new images "
-                    "of its rows shrink by different numbers of placeholders. Prepare the prompt with its budget, as "
-                    "`processor(..., num_visual_tokens=m)`, or go on with each row alone."
-                )
-        return {"visual_token_counts": visual_token_counts, **prompt}
+        return {**unchanged, **prompt}
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args, num_visual_tokens=None, **kwargs):
@@ -711,6 +778,7 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
             input_ids=input_ids,
             pixel_values=kwargs.get("pixel_values"),
             visual_token_counts=kwargs.pop("visual_token_counts", None),
+            mm_encoder_outputs=kwargs.pop("mm_encoder_outputs", None),
             default_padding_side="left",
             num_cached=cache_length(kwargs.get("past_key_values")),
             **aligned,

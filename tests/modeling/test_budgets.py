@@ -238,3 +238,23 @@ def test_position_ids_of_the_caller(prepared):
         results.append((logits[:, -1], sequences[:, -5:]))
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-4, rtol=1e-4)
     assert results[0][1].tolist() == results[1][1].tolist()
+
+
+@pytest.mark.parametrize("m", [1, 7, M, [2, 9, 4]])
+def test_features_of_all_tokens_do_for_every_budget(m):
+    """Images are encoded once; a budget takes the first visual tokens of each."""
+    batch = [([3, 5], ["", "a", "b c", ""]), ([2], ["a", "", "", ""])]
+    inputs, _ = prepare(batch, padding_side="left")
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_visual_tokens": m}
+    expected = MODEL.generate(**inputs, **options)
+    pixel_values = inputs.pop("pixel_values")
+    with torch.no_grad():
+        features = {"image": MODEL.get_image_features(pixel_values)}
+        logits = MODEL(**inputs, mm_encoder_outputs=features, num_visual_tokens=m).logits
+        wanted = MODEL(**inputs, pixel_values=pixel_values, num_visual_tokens=m).logits
+        few = {"image": MODEL.get_image_features(pixel_values, [1, 2, 1])}
+    torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
+    for _ in range(2):  # features are not used up
+        assert MODEL.generate(**inputs, mm_encoder_outputs=features, **options).tolist() == expected.tolist()
+    with pytest.raises(ValueError, match=r"holds \[1, 2, 1\] visual tokens"):
+        MODEL.generate(**inputs, mm_encoder_outputs=few, **options | {"num_visual_tokens": 3})

@@ -1,8 +1,10 @@
 """Parity with the authors' implementation: its outputs on a tiny random checkpoint are in `tests/reference/dev`.
 
-`tests/reference/official_layout.py` rebuilds that checkpoint from its seed in the authors' layout; a key mapping loads it.
+`tests/reference/official_layout.py` rebuilds that checkpoint from its seed in the authors' layout. It is converted, and
+loaded through the Auto classes.
 """
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -11,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
-from transformers import CLIPVisionConfig, LlamaConfig
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration, MQTLlavaProcessor
-from mqt_llava.conversion.tokenization import load_llama_tokenizer
+from mqt_llava.conversion import convert
+from mqt_llava.conversion.files import LazyTensor, read_tensors
+from mqt_llava.conversion.names import from_authors
+from mqt_llava.training.collator import MQTLlavaDataCollator
 from tests.reference import official_layout, parity_inputs
 
 
@@ -24,77 +26,36 @@ REFERENCE = Path(__file__).parent.parent / "reference"
 DEV = REFERENCE / "dev"
 IMAGE_TOKEN = 32000  # ours; the authors write -200
 
-RENAMED = {
-    "model.query_abstractor.query": "model.query_transformer.query",
-    "model.query_abstractor.pos_embed": "model.query_transformer.position_embedding",
-    "model.query_abstractor.ln_q.": "model.query_transformer.query_norm.",
-    "model.query_abstractor.ln_k.": "model.query_transformer.key_norm.",
-    "model.query_abstractor.ln_v.": "model.query_transformer.value_norm.",
-    "model.query_abstractor.attn.out_proj.": "model.query_transformer.out_proj.",
-    "model.vision_tower.vision_tower.vision_model.": "model.vision_tower.",
-    "model.embed_tokens.": "model.language_model.embed_tokens.",
-    "model.layers.": "model.language_model.layers.",
-    "model.norm.": "model.language_model.norm.",
-    "lm_head.": "lm_head.",
-}
-
-
 def read_json(name):
     return json.loads((DEV / name).read_text())
 
 
-def rename(official):
-    """Our state dict of the official one: packed projections are split, one row is added for `<image>`."""
-    ours = {}
-    for name, tensor in official.items():
-        tensor = tensor.float()
-        if ".attn.in_proj_" in name:
-            for part, chunk in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3)):
-                ours[f"model.query_transformer.{part}.{name.rsplit('_', 1)[1]}"] = chunk
-        elif name == "model.query_abstractor.proj":
-            ours["model.query_transformer.text_proj.weight"] = tensor.T
-        else:
-            old, new = next(pair for pair in RENAMED.items() if name.startswith(pair[0]))
-            if name in ("model.embed_tokens.weight", "lm_head.weight"):
-                tensor = torch.cat([tensor, tensor.new_zeros(1, tensor.shape[1])])
-            ours[new + name[len(old) :]] = tensor
-    return ours
+def our_names(official):
+    """What the tensor of that name is called after conversion: three names for packed projections."""
+    return list(from_authors({official: LazyTensor((3, 3), torch.float32, None)}, 0))
 
 
-def load_official(folder, **layout):
-    """The tiny checkpoint as our model: `(model, {official name: tensor})`."""
+def convert_official(folder, **layout):
+    """The tiny checkpoint, converted: the folder of the result."""
     official_layout.write_checkpoint(
         folder / "ckpt", tokenizer_model=str(REFERENCE / "tokenizer.model"), **{"seed": 0, **layout}
     )
-    official = {}
-    for shard in (folder / "ckpt").glob("*.safetensors"):
-        official |= load_file(shard)
-    config = json.loads((folder / "ckpt" / "config.json").read_text())
-    clip = json.loads((folder / layout.get("clip_path", "clip") / "config.json").read_text())
-    text_keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
-    text_config = LlamaConfig(
-        vocab_size=config["vocab_size"] + 1, rms_norm_eps=config["rms_norm_eps"], **{k: config[k] for k in text_keys}
-    )
-    vision_keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "image_size")
-    vision_config = CLIPVisionConfig(patch_size=clip["patch_size"], **{key: clip[key] for key in vision_keys})
-    model = MQTLlavaForConditionalGeneration(
-        MQTLlavaConfig(vision_config=vision_config, text_config=text_config, image_token_id=IMAGE_TOKEN)
-    )
-    model.load_state_dict(rename(official))
-    model.generation_config.suppress_tokens = None  # the authors' model has no token for images to suppress
-    return model.eval(), official
+    convert(str(folder / "ckpt"), folder / "converted")
+    return folder / "converted"
+
+
+def load(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
-def official(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("official")
-    model, tensors = load_official(folder)
-    return model, tensors, folder
+def folder(tmp_path_factory):
+    return convert_official(tmp_path_factory.mktemp("official"))
 
 
 @pytest.fixture(scope="module")
-def model(official):
-    return official[0]
+def model(folder):
+    return load(folder)
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +73,14 @@ def pad(rows, fill):
     return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
 
 
-def test_checkpoint_is_the_reference_one(official):
-    _, tensors, _ = official
+def test_checkpoint_is_the_reference_one(folder):
+    found = read_tensors(folder.parent / "ckpt")
     expected = read_json("state_dict.json")
-    assert set(expected) == set(tensors)
-    assert all(list(tensors[name].shape) == entry["shape"] for name, entry in expected.items())
+    assert {name: list(tensor.shape) for name, tensor in found.items()} == {
+        name: entry["shape"] for name, entry in expected.items()
+    }
+    for name, tensor in found.items():
+        assert hashlib.sha256(tensor.load().numpy().tobytes()).hexdigest() == expected[name]["sha256"], name
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 16, 100, 144, 255, 256])
@@ -181,8 +145,7 @@ def test_greedy_ids(model, pixel_values, m, prepared_m):
     assert output[0, input_ids.shape[1] :].tolist() == reference["outputs"][f"m{m}"]["new_ids"]
 
 
-def test_loss_and_gradients(official, pixel_values):
-    model, _, _ = official
+def test_loss_and_gradients(model, pixel_values):
     reference = read_json("loss.json")
     m = reference["m"]
     rows, labels = [], []
@@ -199,20 +162,12 @@ def test_loss_and_gradients(official, pixel_values):
     ).loss
     assert abs(loss.item() - reference["loss"]) < 1e-3
     loss.backward()
-    gradients = rename(
-        {name: torch.empty(entry["shape"], device="meta") for name, entry in read_json("state_dict.json").items()}
-    )
-    assert set(gradients) == {name for name, _ in model.named_parameters()}
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert set(found) == {name for official in read_json("state_dict.json") for name in our_names(official)}
     for name, norm in reference["gradient_l2_norms_stage2"].items():
         if norm is None or name.endswith("ln_k.bias"):  # frozen; or zero in exact arithmetic
             continue
-        if ".attn.in_proj_" in name:
-            kind = name.rsplit("_", 1)[1]
-            parts = [found[f"model.query_transformer.{part}.{kind}"].norm() for part in ("q_proj", "k_proj", "v_proj")]
-            ours = math.sqrt(sum(part**2 for part in parts))
-        else:
-            ours = found[next(iter(rename({name: torch.empty(1, 1)})))].norm().item()
+        ours = math.sqrt(sum(found[part].norm().item() ** 2 for part in our_names(name)))
         assert ours == pytest.approx(norm, rel=1e-3), name
     assert (found["model.query_transformer.query"].norm(dim=-1) > 0).sum() == reference["query_rows_with_gradient"]
 
@@ -223,7 +178,7 @@ def test_loss_and_gradients(official, pixel_values):
 )
 def test_variants(variant, layout, pixel_values, tmp_path):
     """A trained position table (not to be recomputed), and a checkpoint stored in bfloat16, run in float32."""
-    model, _ = load_official(tmp_path, **layout)
+    model = load(convert_official(tmp_path, **layout))
     reference = np.load(DEV / "variants.npz")
     names = [name for name in reference.files if name.startswith(variant)]
     with torch.no_grad():
@@ -241,23 +196,25 @@ def test_variants(variant, layout, pixel_values, tmp_path):
     assert checked >= 2, names
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["legacy", "legacy_false"])
+def test_separate_vision_tower(model, tmp_path):
+    """Without the vision tower inside, the folder that `mm_vision_tower` names gives the same model."""
+    other = load(convert_official(tmp_path, include_vision_tower=False)).state_dict()
+    assert other.keys() == model.state_dict().keys()
+    assert all(torch.equal(other[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.fixture(scope="module", params=[None, True, False], ids=["no_key", "legacy", "legacy_false"])
 def processor(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    official_layout.write_tokenizer(str(folder), str(REFERENCE / "tokenizer.model"), 2048, request.param)
-    tokenizer = load_llama_tokenizer(folder, legacy=request.param)
-    side = {"height": 336, "width": 336}
-    image_processor = LlavaImageProcessorPil(do_pad=True, size=side, do_center_crop=False, crop_size=side)
-    processor = MQTLlavaProcessor(image_processor, tokenizer, image_side=336)
-    return processor, "ids" if request.param else "ids_legacy_false"
+    folder = convert_official(tmp_path_factory.mktemp("tokenizer"), legacy=request.param)
+    return AutoProcessor.from_pretrained(folder), "_legacy_false" if request.param is False else ""
 
 
 @pytest.mark.parametrize("entry", read_json("tokenization.json")["entries"], ids=lambda entry: entry["prompt"][-24:])
 def test_prompt_ids(processor, entry):
-    processor, key = processor
+    processor, suffix = processor
     images = [Image.new("RGB", (8, 8))] * entry["prompt"].count("<image>") or None
     inputs = processor(images=images, text=entry["prompt"], num_visual_tokens=1 if images else None)
-    expected = entry.get(key, entry["ids"])
+    expected = entry["ids" + suffix]
     assert [-200 if token == processor.image_token_id else token for token in inputs["input_ids"][0]] == expected
     if "turns" in entry and entry.get("template") is None:
         messages = [
@@ -266,6 +223,21 @@ def test_prompt_ids(processor, entry):
             if turn is not None
         ]
         assert processor.apply_chat_template(messages) == "<s>" + entry["prompt"]
+
+
+def test_label_masks(processor):
+    """The chat template tells answers and their `</s>` from the rest."""
+    processor, suffix = processor
+    for entry in read_json("labels.json"):
+        if entry["edge"]:
+            continue
+        turns = entry["turns_after_preprocess_multimodal"]
+        messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        images = [Image.new("RGB", (8, 8))] * sum(turn.count("<image>") for turn in turns)
+        batch = MQTLlavaDataCollator(processor, 1)([{"messages": messages, "images": images}])
+        ids = [-200 if i == processor.image_token_id else i for i in batch["input_ids"][0].tolist()]
+        assert ids == entry["input_ids" + suffix], entry["name"]
+        assert batch["labels"][0].tolist() == entry["labels" + suffix], entry["name"]
 
 
 def test_pixels(processor):
