@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from .modeling.configuration_mqt_llava import MQTLlavaConfig
 from .modeling.modeling_mqt_llava import MQTLlavaForConditionalGeneration, MQTLlavaModel
 from .modeling.processing_mqt_llava import MQTLlavaProcessor
+from .prefix_cache import PrefixCache
 
 
 __version__ = "0.1.0"
@@ -27,5 +28,6 @@ __all__ = [
     "MQTLlavaForConditionalGeneration",
     "MQTLlavaModel",
     "MQTLlavaProcessor",
+    "PrefixCache",
     "TINY_CHECKPOINT",
 ]

@@ -3,13 +3,24 @@
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration, MQTLlavaProcessor
 
 
 NUM_QUERY_TOKENS = 16  # M of the small random model
+SIGLIP = {  # for `make_config`: a tower without a class token
+    "vision_config": SiglipVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=30,
+        patch_size=5,
+    ),
+    "vision_feature_select_strategy": "full",
+}
 
 
 def make_tokenizer():

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration, MQTLlavaModel
-from tests.small_model import NUM_QUERY_TOKENS, make_config, make_images, make_model, make_processor
+from tests.small_model import NUM_QUERY_TOKENS, SIGLIP, make_config, make_images, make_model, make_processor
 
 
 BUDGETS = [1, 7, NUM_QUERY_TOKENS]
@@ -180,17 +180,6 @@ def test_missing_weights_are_initialised_as_in_a_new_model(missing, vision, tmp_
 # Key names ------------------------------------------------------------------------------------------------------------
 
 
-SIGLIP = {
-    "vision_config": SiglipVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=30,
-        patch_size=5,
-    ),
-    "vision_feature_select_strategy": "full",
-}
 TEXT_SIZES = {
     "vocab_size": 264,
     "hidden_size": 32,

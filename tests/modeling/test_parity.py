@@ -19,12 +19,14 @@ from mqt_llava.conversion import convert
 from mqt_llava.conversion.files import LazyTensor, read_tensors
 from mqt_llava.conversion.names import from_authors
 from mqt_llava.training.collator import MQTLlavaDataCollator
+from tests.modeling.test_remote_code import fresh_process
 from tests.reference import official_layout, parity_inputs
 
 
 REFERENCE = Path(__file__).parent.parent / "reference"
 DEV = REFERENCE / "dev"
 IMAGE_TOKEN = 32000  # ours; the authors write -200
+
 
 def read_json(name):
     return json.loads((DEV / name).read_text())
@@ -143,6 +145,46 @@ def test_greedy_ids(model, pixel_values, m, prepared_m):
     )
     assert torch.equal(output[:, : input_ids.shape[1]], input_ids)
     assert output[0, input_ids.shape[1] :].tolist() == reference["outputs"][f"m{m}"]["new_ids"]
+
+
+FRESH = """
+processor = AutoProcessor.from_pretrained(task["folder"], trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained(task["folder"], dtype=torch.float32, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules.")
+input_ids = torch.tensor([task["input_ids"]])
+for m in task["budgets"]:
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        pixel_values=torch.load(task["pixel_values"]),
+        num_visual_tokens=m,
+        max_new_tokens=task["max_new_tokens"],
+        do_sample=False,
+    )
+    result[m] = output[0, input_ids.shape[1]:].tolist()
+result["prompt_ids"] = processor(images=images, text=task["prompt"], num_visual_tokens=1)["input_ids"][0]
+"""
+
+
+def test_fresh_process_without_the_package(folder, pixel_values, tmp_path):
+    """Greedy ids and prompt ids where only the converted folder brings the code."""
+    reference = read_json("generate.json")
+    entry = next(entry for entry in read_json("tokenization.json")["entries"] if entry["prompt"].count("<image>") == 1)
+    torch.save(pixel_values[reference["image"]][None], tmp_path / "pixel_values.pt")
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    task = {
+        "folder": str(folder),
+        "images": [str(tmp_path / "photo.png")],
+        "input_ids": expand(reference["input_ids"], 1),
+        "pixel_values": str(tmp_path / "pixel_values.pt"),
+        "budgets": [2, 16, 256],
+        "max_new_tokens": reference["max_new_tokens"],
+        "prompt": entry["prompt"],
+    }
+    result = fresh_process(FRESH, task, tmp_path)
+    assert result["prompt_ids"] == [IMAGE_TOKEN if token == -200 else token for token in entry["ids"]]
+    for m in task["budgets"]:
+        assert result[str(m)] == reference["outputs"][f"m{m}"]["new_ids"]
 
 
 def test_loss_and_gradients(model, pixel_values):

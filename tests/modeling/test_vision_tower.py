@@ -4,23 +4,9 @@ import gc
 
 import pytest
 import torch
-from transformers import SiglipVisionConfig
 
 from mqt_llava import MQTLlavaForConditionalGeneration
-from tests.small_model import make_config, make_images, make_model, make_processor
-
-
-SIGLIP = {
-    "vision_config": SiglipVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=30,
-        patch_size=5,
-    ),
-    "vision_feature_select_strategy": "full",
-}
+from tests.small_model import SIGLIP, make_config, make_images, make_model, make_processor
 
 
 @pytest.fixture(params=[{}, SIGLIP], ids=["clip", "siglip"])

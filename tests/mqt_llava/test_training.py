@@ -16,7 +16,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from mqt_llava import MQTLlavaProcessor
 from mqt_llava.conversion.tokenization import load_llama_tokenizer
 from mqt_llava.training import export, make_data, pretrain_text, pretrain_vision, scenes, train
-from mqt_llava.training.data import LlavaCollator, LlavaDataset
+from mqt_llava.training.collator import MQTLlavaDataCollator
+from mqt_llava.training.data import load_conversations, open_image
 from tests.reference import official_layout
 
 
@@ -92,7 +93,7 @@ def test_labels_equal_the_reference(legacy, tmp_path):
         turns = entry["turns_after_preprocess_multimodal"]
         messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
         images = [Image.new("RGB", (8, 8))] * sum(turn.count("<image>") for turn in turns)
-        batch = LlavaCollator(processor)([{"messages": messages, "images": images}])
+        batch = MQTLlavaDataCollator(processor, 1)([{"messages": messages, "images": images}])
         ids = [-200 if i == processor.image_token_id else i for i in batch["input_ids"][0].tolist()]
         assert ids == entry["input_ids" + suffix], entry["name"]
         assert batch["labels"][0].tolist() == entry["labels" + suffix], entry["name"]
@@ -161,8 +162,8 @@ def test_every_stage_runs_resumes_and_ships(tmp_path):
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "shipped", trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(tmp_path / "shipped", trust_remote_code=True)
     assert model.dtype == torch.bfloat16 and model.generation_config.use_cache
-    sample = LlavaDataset(data / "conversations.json", data / "images")[0]
-    inputs = processor(images=sample["images"], text="<image>", return_tensors="pt")
+    sample = load_conversations(data / "conversations.json", data / "images")[0]
+    inputs = processor(images=[open_image(path) for path in sample["images"]], text="<image>", return_tensors="pt")
     assert model.generate(**inputs, num_visual_tokens=2, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
     with pytest.raises(SystemExit, match="not empty"):
         run(export, "--model", tmp_path / "unbroken", "--output_dir", tmp_path / "shipped")

@@ -1,0 +1,82 @@
+"""The beginning that all prompts share, prefilled once."""
+
+import copy
+
+import torch
+from transformers import DynamicCache
+
+
+class PrefixCache:
+    """Keys and values of the beginning that prompts share, computed once and reused in every call of `generate`.
+
+    ```python
+    prefix = PrefixCache(model, processor)  # of the chat template: the system prompt
+    model.generate(**prefix(inputs), num_visual_tokens=16)
+    ```
+
+    The answers are those without it. Worth most where m and the question are short: at m = 16 the system prompt of LLaVA
+    1.5 is about half of the tokens that a question about an image takes.
+
+    Args:
+        model (`MQTLlavaForConditionalGeneration`): what will generate.
+        processor (`MQTLlavaProcessor`): makes the prompts.
+        text (`str`, *optional*): The shared beginning. Defaults to what the processor's chat template puts before the
+            first image or question.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model, processor, text: str | None = None):
+        tokenizer = processor.tokenizer
+        if text is None:
+            samples = [
+                processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+                for content in (processor.image_token, "1", "a")
+            ]
+        else:
+            bos = tokenizer.bos_token or ""
+            samples = [bos + text.removeprefix(bos) + end for end in (processor.image_token, "1", " a")]
+        ids = [tokenizer(sample, add_special_tokens=False)["input_ids"] for sample in samples]
+        # What follows can change how the end of a text is split into tokens, so only tokens that stay are shared
+        shared = next((i for i, tokens in enumerate(zip(*ids)) if len(set(tokens)) > 1), 0)
+        if shared == 0:
+            raise ValueError(f"the prompts have no beginning in common: {samples[0]!r} and {samples[1]!r}")
+        self.input_ids = torch.tensor(ids[0][:shared], device=model.device)
+        self.cache = DynamicCache(config=model.config.get_text_config())
+        model(input_ids=self.input_ids[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+
+    def __len__(self) -> int:
+        """How many tokens are shared."""
+        return len(self.input_ids)
+
+    def __call__(self, inputs, num_sequences: int = 1) -> dict:
+        """
+        Args:
+            inputs (`dict`): Of the processor, `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)`
+                among them. Left padding moves behind the shared beginning.
+            num_sequences (`int`, *optional*, defaults to 1): `num_beams` or `num_return_sequences` of `generate`.
+
+        Returns:
+            `dict`: the inputs for `generate`, with a copy of the cache as `past_key_values`.
+
+        Raises:
+            `ValueError`: for a prompt that does not begin with the shared tokens, or has nothing after them.
+        """
+        input_ids = inputs["input_ids"]
+        mask = inputs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        batch_size, length = input_ids.shape
+        padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+        column = torch.arange(length, device=input_ids.device).expand(batch_size, -1)
+        moved = torch.where(column < len(self) + padding, column - len(self), column)
+        source = torch.where(column < len(self), column + padding, moved).clamp(max=length - 1)
+        input_ids, mask = input_ids.gather(1, source), mask.gather(1, source)
+        for row in range(batch_size):
+            if length - padding[row] <= len(self) or not torch.equal(input_ids[row, : len(self)], self.input_ids):
+                raise ValueError(
+                    f"row {row} does not begin with the {len(self)} shared tokens and go on after them; it has "
+                    f"{int(length - padding[row])} tokens that begin {input_ids[row, :8].tolist()}, the shared ones are "
+                    f"{self.input_ids[:8].tolist()}..."
+                )
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(batch_size * num_sequences)
+        return {**inputs, "input_ids": input_ids, "attention_mask": mask, "past_key_values": cache}

@@ -1,0 +1,35 @@
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_generation_measures_every_row(tmp_path):
+    options = "--preset tiny --batch_sizes 1 2 --budgets 16 1 --output_dir".split()
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.generation", *options, tmp_path],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # pytest-xdist runs one process for each core
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("| MQT, sdpa | ") == 6
+    assert result.stdout.count("| LLaVA-1.5, sdpa | ") == 2
+    with (tmp_path / "generation_tiny.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["batch"], row["m"]) for row in rows] == [(b, m) for b in "12" for m in ("576", "256", "16", "1")]
+    measured = ["preprocess", "vision", "connector", "merge", "prefill", "first token", "decode step", "peak"]
+    assert all(float(row[name]) > 0 for row in rows for name in measured)
+    assert (tmp_path / "generation_tiny.png").exists()
+    assert (tmp_path / "generation_tiny.md").read_text() in result.stdout
+
+
+def test_generation_marks_what_is_not_measured():
+    from benchmarks.generation import PRESETS, benchmark
+
+    rows, setting = benchmark(PRESETS["tiny"] | {"device": "cuda", "batch_sizes": [1], "budgets": [16]})
+    if "Not measured" in setting:
+        assert {row["first token"] for row in rows} == {"not measured"}
+        assert {row["way"] for row in rows} == {"sdpa", "flash_attention_2", "sdpa, compiled"}
