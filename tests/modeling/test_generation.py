@@ -6,7 +6,15 @@ from threading import Thread
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer, TextStreamer, pipeline
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+    TextIteratorStreamer,
+    TextStreamer,
+    pipeline,
+)
 
 from mqt_llava import MQTLlavaForConditionalGeneration
 from tests.small_model import NUM_QUERY_TOKENS, make_images, make_model, make_processor
@@ -709,6 +717,21 @@ def test_generate_with_a_compiled_forward(model, compile_model, m):
     model.forward = compile_model(model.forward, "eager")
     assert model.generate(**inputs, **settings, cache_implementation="static").tolist() == expected.tolist()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_one_graph_decodes_prompts_of_any_length_with_any_budget(model, processor, compile_model, image):
+    """With a static cache of the caller's, which is reset for every prompt, nothing is compiled again."""
+    compile_config = CompileConfig(backend="eager", fullgraph=True, dynamic=False)
+    compile_config._compile_all_devices = True  # as transformers does by itself on a GPU
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=160)
+    for text, m in (("<image>a", 1), ("<image> what is this?", 7), ("A longer text: <image>", 16), ("<image>", 3)):
+        inputs = processor(images=image, text=text, return_tensors="pt")
+        options = {"num_visual_tokens": m, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+        expected = model.generate(**inputs, **options)
+        cache.reset()
+        sequences = model.generate(**inputs, **options, past_key_values=cache, compile_config=compile_config)
+        assert sequences.tolist() == expected.tolist()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.parametrize("with_counts", [True, False], ids=["counts", "no_counts"])
