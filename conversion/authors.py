@@ -10,7 +10,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from ..modeling.configuration_mqt_llava import MQTLlavaConfig
 from ..modeling.processing_mqt_llava import MQTLlavaProcessor
-from .files import LazyTensor, fetch, read_json, read_tensors
+from .files import LazyTensor, check_inside, fetch, read_json, read_tensors
 from .names import AUTHORS_QUERY_TRANSFORMER, AUTHORS_VISION_TOWER
 from .tokenization import load_llama_tokenizer
 
@@ -82,6 +82,11 @@ class VisionTowerInside:
             raise ValueError(f"the vision tower {name!r} cannot be found; name it with --vision-tower")
         prefix = AUTHORS_VISION_TOWER + "vision_model."
         shapes = {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items()}
+        sized = {"embeddings.patch_embedding.weight": 4, "embeddings.position_embedding.weight": 2}
+        sized["encoder.layers.0.mlp.fc1.weight"] = 2
+        for part, rank in sized.items():
+            if len(shapes.get(part, ())) != rank:
+                raise ValueError(f"the checkpoint lacks {prefix}{part}, or it has not {rank} dimensions")
         width, _, patch_size, _ = shapes["embeddings.patch_embedding.weight"]
         side = math.isqrt(shapes["embeddings.position_embedding.weight"][0] - 1)
         self.name = name
@@ -132,9 +137,11 @@ def vision_tower(config: dict, folder: Path, inside: dict[str, LazyTensor], choi
         raise ValueError("config.json names no vision tower (`mm_vision_tower`); name one with --vision-tower")
     try:
         tower = VisionTower(named, near=None if choice else folder)
-    except ValueError:
-        if choice or not inside:
+    except ValueError as error:
+        if choice:
             raise
+        if not inside:
+            raise ValueError(f"{error}; name the vision tower with --vision-tower") from error
         tower = VisionTowerInside(named, inside)
     if inside and not choice:
         return tower, inside, "the checkpoint itself; the authors' loader would take the separate " + named
@@ -146,7 +153,7 @@ def vision_tower(config: dict, folder: Path, inside: dict[str, LazyTensor], choi
 def load_tokenizer(folder: Path):
     """The tokenizer of a language model's folder, with `<image>`, and the files that the authors' code would need."""
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-    kept = {name: folder / name for name in ("tokenizer.model",) if (folder / name).exists()}
+    kept = {name: check_inside(folder, name) for name in ("tokenizer.model",) if (folder / name).exists()}
     if "tokenizer.model" in kept and settings.get("tokenizer_class", "LlamaTokenizer").startswith("LlamaTokenizer"):
         legacy = settings.get("legacy")
         return load_llama_tokenizer(folder, legacy=True if legacy is None else legacy), kept
@@ -174,8 +181,8 @@ def make_config(text: PreTrainedConfig, tower, tokenizer, **settings) -> MQTLlav
 def authors_config(config: dict, tower, tokenizer, tensors: dict[str, LazyTensor]) -> MQTLlavaConfig:
     """Our config of the authors', as far as it is not in the tensors' shapes."""
     query = tensors.get(AUTHORS_QUERY_TRANSFORMER + "query")
-    if query is None:
-        raise ValueError(f"there is no tensor {AUTHORS_QUERY_TRANSFORMER}query: is this an MQT-LLaVA checkpoint?")
+    if query is None or len(query.shape) != 2:
+        raise ValueError(f"there is no matrix {AUTHORS_QUERY_TRANSFORMER}query: is this an MQT-LLaVA checkpoint?")
     return make_config(
         text_config(config),
         tower,

@@ -10,7 +10,7 @@ from ..modeling.configuration_mqt_llava import MQTLlavaConfig
 from .authors import NUM_HEADS, TEXT_MODEL_TYPES, split_off_vision
 from .files import LazyTensor, read_json
 from .names import AUTHORS_VISION_TOWER, to_authors
-from .writing import cast, write_json, write_shards
+from .writing import cast, main_dtype, write_json, write_shards
 
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -31,6 +31,7 @@ def check_fits(config: MQTLlavaConfig):
         "the vision tower's width": (vision.hidden_size, (1024,)),
         "the number of patches": (patches, (576,)),
         "num_query_tokens": (config.num_query_tokens, (256,)),
+        "query_transformer_layer_norm_eps": (config.query_transformer_layer_norm_eps, (1e-6,)),
         "query_transformer_num_attention_heads": (config.query_transformer_num_attention_heads, (NUM_HEADS,)),
     }
     for name, (value, allowed) in sizes.items():
@@ -51,9 +52,15 @@ class BackPlan:
 def plan(source: Path, tensors: dict[str, LazyTensor], dtype=None) -> BackPlan:
     config = MQTLlavaConfig.from_pretrained(source)
     check_fits(config)
-    theirs = cast(to_authors(tensors, original(config).get("vocab_size", config.image_token_id)), dtype)
+    theirs = cast(to_authors(tensors, vocab_size(config)), dtype)
     language, vision = split_off_vision(theirs)
     return BackPlan(source, config, language, vision)
+
+
+def vocab_size(config: MQTLlavaConfig) -> int:
+    """Rows of the authors' embeddings: all but that of `<image>`, where it stands behind the language model's own."""
+    rows = config.text_config.vocab_size
+    return rows - 1 if config.image_token_id == rows - 1 else rows
 
 
 def original(config: MQTLlavaConfig) -> dict:
@@ -72,14 +79,14 @@ def write(plan: BackPlan, folder: Path, final_folder: Path, max_shard_size, prog
     tower.mkdir()
     vision = {name.removeprefix(AUTHORS_VISION_TOWER): tensor for name, tensor in plan.vision.items()}
     write_shards(tower, vision, max_shard_size, progress)
-    write_configs(plan.source, plan.config, folder, tower, str(final_folder.absolute() / "vision_tower"))
+    dtype = str(main_dtype(plan.language)).removeprefix("torch.")
+    write_configs(plan.source, plan.config, dtype, folder, tower, str(final_folder.absolute() / "vision_tower"))
 
 
-def write_configs(source: Path, config: MQTLlavaConfig, folder: Path, tower: Path, tower_name: str):
+def write_configs(source: Path, config: MQTLlavaConfig, dtype: str, folder: Path, tower: Path, tower_name: str):
     text, vision = config.text_config.to_dict(), config.vision_config.to_dict()
     kept = original(config)
     rope = text.pop("rope_parameters", None) or {}
-    dtype = str(config.dtype).removeprefix("torch.")
     text.pop("dtype", None)
     vision.pop("dtype", None)
     text_model_type = {ours: theirs for theirs, ours in TEXT_MODEL_TYPES.items()}[text["model_type"]]
@@ -105,7 +112,7 @@ def write_configs(source: Path, config: MQTLlavaConfig, folder: Path, tower: Pat
             "rope_scaling": {"type": rope["rope_type"], **scaling} if scaling else None,
             "rope_theta": rope.get("rope_theta", 10000.0),
             "torch_dtype": dtype,
-            "vocab_size": kept.get("vocab_size", config.image_token_id),
+            "vocab_size": vocab_size(config),
         },
     )
     write_json(tower / "config.json", {**vision, "architectures": ["CLIPVisionModel"], "torch_dtype": dtype})

@@ -11,12 +11,24 @@ from transformers.dynamic_module_utils import custom_object_save
 from . import back, full, lora, parts, stage1
 from .authors import WEIGHT_PATTERNS, make_generation_config
 from .files import fetch, read_json, read_tensors
+from .names import to_authors
 from .plan import Plan
-from .verify import Check, verify_plan, verify_tensors
-from .writing import cast, check_free, check_space, new_folder, plan_shards, write_shards
+from .verify import Check, require, verify_adapter, verify_plan, verify_tensors
+from .writing import cast, check_free, check_space, main_dtype, new_folder, plan_shards, write_shards
 
 
 LAYOUTS = ("full", "stage-1", "lora", "parts", "back")
+FOLDER_FILES = (  # beside the weights
+    "chat_template.jinja",
+    "config.json",
+    "configuration_mqt_llava.py",
+    "generation_config.json",
+    "modeling_mqt_llava.py",
+    "processing_mqt_llava.py",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 
 
 @dataclass
@@ -68,6 +80,7 @@ def convert(
     overwrite: bool = False,
     dry_run: bool = False,
     progress=None,
+    prepare=None,
     finish=None,
 ) -> Report:
     """Convert `source` and write the result to the folder `destination`.
@@ -83,11 +96,13 @@ def convert(
         keep_adapter (`bool`, *optional*): Write a PEFT adapter instead of merging a LoRA folder.
         verify (`bool`, *optional*): Compare the result with the source before it is moved to `destination`.
         progress (`Callable[[int, int], None]`, *optional*): Is told the bytes that were read, and of how many.
+        prepare (`Callable[[Report], None]`, *optional*): Is called before anything is written, with `dry_run` too.
         finish (`Callable[[Path, Report], None]`, *optional*): Is called when the folder is whole, before it is moved.
 
     Raises:
-        `ValueError`: for a source that cannot be converted and a destination that is not free. Nothing is left at
-            `destination` then.
+        `ValueError`: for a source that cannot be converted and a destination that is not free.
+        `VerificationError`: a `ValueError`, where the result differs from its source.
+        Nothing is left at `destination` then, and what was there stays.
     """
     start = time.perf_counter()
     destination = Path(destination)
@@ -97,15 +112,20 @@ def convert(
     source_path = (
         Path(source) if Path(source).is_file() else fetch(source, *WEIGHT_PATTERNS, "tokenizer.model", "*.jinja")
     )
-    if destination.exists() and destination.resolve() == source_path.resolve():
-        raise ValueError(f"{destination} is the source itself")
+    for path in filter(None, (source_path, vision_tower, base_model)):
+        if Path(path).exists() and Path(path).resolve().is_relative_to(destination.resolve()):
+            raise ValueError(f"{destination} is or holds the source {path}; choose another folder")
     layout = layout or recognise(source_path)
     arguments = {"vision_tower": vision_tower, "base_model": base_model}
-
-    if layout == "lora" and keep_adapter:
-        return _keep_adapter(source_path, destination, base_model, overwrite, dry_run, start)
-    if keep_adapter:
+    if keep_adapter and layout != "lora":
         raise ValueError(f"--keep-adapter is for LoRA folders; this is the layout {layout!r}")
+    if vision_tower is not None and (keep_adapter or layout == "back"):
+        raise ValueError("the vision tower is that of the MQT-LLaVA checkpoint; --vision-tower has no use here")
+    if base_model is not None and layout in ("parts", "back"):
+        raise ValueError(f"--base-model is for stage-1 weights and LoRA folders; this is the layout {layout!r}")
+
+    if keep_adapter:
+        return _keep_adapter(source_path, destination, base_model, verify, overwrite, dry_run, start)
     if layout == "back":
         return _convert_back(
             source_path, destination, dtype, max_shard_size, verify, overwrite, dry_run, progress, start
@@ -118,11 +138,14 @@ def convert(
     plan.check()
     report = _report(plan, max_shard_size)
     check_space(destination, report.nbytes)
+    if prepare is not None:
+        prepare(report)
     if not dry_run:
         with new_folder(destination, overwrite) as folder:
             _write(plan, folder, max_shard_size, _counter(progress, report.nbytes))
             if verify:
                 report.checks = verify_plan(plan, folder, dtype)
+                require(report.checks)
             if finish is not None:
                 finish(folder, report)
             report.files = sorted(path.name for path in folder.iterdir())
@@ -131,19 +154,22 @@ def convert(
 
 
 def _report(plan: Plan, max_shard_size) -> Report:
-    sources = plan.source_tensors or plan.tensors
-    kept = len(plan.tensors.keys() & sources.keys())
+    sources = plan.source_tensors or {}
+    kept = len(plan.tensors.keys() & (sources.keys() or {"lm_head.weight"}))
     packed = sum(name.rsplit("_", 1)[0].endswith("attn.in_proj") for name in sources)
+    files = [*plan_shards(plan.tensors, max_shard_size).filename_to_tensors, *FOLDER_FILES, *plan.extra_files]
+    if len(files) > 1 + len(FOLDER_FILES) + len(plan.extra_files):
+        files.append("model.safetensors.index.json")
     return Report(
         layout=plan.layout,
         vision_source=plan.vision_source,
-        tensors_in=len(sources),
+        tensors_in=len(sources) or len(plan.tensors) - plan.num_fresh,
         tensors_out=len(plan.tensors),
-        renamed=len(plan.tensors) - kept - 3 * packed,
+        renamed=len(plan.tensors) - plan.num_fresh - kept - 3 * packed,
         split=packed,
         dtypes=_dtypes(plan.tensors),
         nbytes=sum(tensor.nbytes for tensor in plan.tensors.values()),
-        files=sorted(plan_shards(plan.tensors, max_shard_size).filename_to_tensors),
+        files=sorted(files),
         base_models=plan.base_models,
     )
 
@@ -172,11 +198,7 @@ def _write(plan: Plan, folder: Path, max_shard_size, progress):
         shutil.copyfile(path, folder / name)
     model = plan.empty_model()
     model.config.architectures = [type(model).__name__]
-    # what most of the weights are; `from_pretrained(dtype="auto")` goes by it
-    sizes = {}
-    for tensor in plan.tensors.values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
-    model.config.dtype = max(sizes, key=sizes.get)
+    model.config.dtype = main_dtype(plan.tensors)
     custom_object_save(model, folder)
     model.config.save_pretrained(folder)
     make_generation_config(plan.config, plan.processor.tokenizer).save_pretrained(folder)
@@ -206,17 +228,17 @@ def _convert_back(source, destination, dtype, max_shard_size, verify, overwrite,
             back.write(plan, folder, destination, max_shard_size, _counter(progress, nbytes))
             if verify:
                 again = full.plan(folder, str(folder / "vision_tower"))
-                report.checks = [verify_tensors(ours, again.tensors, dtype)]
+                again.check()
+                report.checks = [verify_tensors(tensors, to_authors(again.tensors, back.vocab_size(plan.config)))]
+                require(report.checks)
             report.files = sorted(path.name for path in folder.iterdir())
     report.seconds = time.perf_counter() - start
     return report
 
 
-def _keep_adapter(source, destination, base_model, overwrite, dry_run, start) -> Report:
-    if (
-        base_model is None
-        or read_json(fetch(base_model, "config.json") / "config.json").get("model_type") != "mqt_llava"
-    ):
+def _keep_adapter(source, destination, base_model, verify, overwrite, dry_run, start) -> Report:
+    base = None if base_model is None else fetch(base_model, *WEIGHT_PATTERNS, "tokenizer.model", "*.jinja")
+    if base is None or read_json(base / "config.json").get("model_type") != "mqt_llava":
         raise ValueError(
             "--keep-adapter needs --base-model: the MQT-LLaVA checkpoint, converted already, it will go on"
         )
@@ -237,5 +259,8 @@ def _keep_adapter(source, destination, base_model, overwrite, dry_run, start) ->
     if not dry_run:
         with new_folder(destination, overwrite) as folder:
             lora.write_adapter(source, folder, base_model)
+            if verify:
+                report.checks = verify_adapter(base, source, folder)
+                require(report.checks)
     report.seconds = time.perf_counter() - start
     return report

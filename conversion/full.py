@@ -8,6 +8,7 @@ from .authors import (
     load_tokenizer,
     make_processor,
     split_off_vision,
+    text_config,
     vision_tower,
 )
 from .files import LazyTensor, read_json, read_tensors
@@ -52,7 +53,7 @@ def plan_of_tensors(
     return Plan(
         layout=layout,
         config=config,
-        tensors=from_authors(tensors, config.text_config.vocab_size),
+        tensors=from_authors(tensors, config.text_config.vocab_size - text_config(settings).vocab_size),
         processor=make_processor(config, tower, tokenizer, settings.get("image_aspect_ratio", "pad") == "pad"),
         source_tensors=tensors,
         source_config=settings,

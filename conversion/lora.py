@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from .authors import WEIGHT_PATTERNS
 from .files import LazyTensor, WeightFile, fetch, read_json, read_tensors
@@ -13,6 +12,7 @@ from .full import plan_of_tensors
 from .names import AUTHORS_QUERY_TRANSFORMER, from_authors, rename
 from .plan import Plan
 from .stage1 import combine, language_model, query_transformer
+from .writing import write_safetensors
 
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -34,20 +34,30 @@ def plan(source: Path, vision_tower: str | None = None, base_model: str | None =
     base = fetch(base_model, *WEIGHT_PATTERNS, "tokenizer.model", near=source)
     base_settings = read_json(base / "config.json")
     tensors = read_tensors(base)
+    near = base  # where the config lies that names the vision tower
     if not str(base_settings.get("model_type", "")).startswith("llava_"):
         base_settings, tensors = combine(base_settings, settings, base_model), language_model(tensors)
+        near = source
+    tensors = merged(tensors, source, base_model)
+    return plan_of_tensors("LoRA folder, merged", near, base_settings, tensors, vision_tower, tokenizer_folder=base)
+
+
+def merged(tensors: dict[str, LazyTensor], source: Path, base_model) -> dict[str, LazyTensor]:
+    """A base model's tensors with the LoRA folder `source` in them."""
     pairs, others = adapter_tensors(source)
-    scaling = lora_scaling(adapter)
+    scaling = lora_scaling(read_json(source / "adapter_config.json"))
+    changed = {}
     for module, (a, b) in pairs.items():
         name = module + ".weight"
         if name not in tensors:
             raise ValueError(f"the adapter is for {module}, which the base model {base_model} does not have")
-        tensors[name] = merge(name, tensors[name], a, b, scaling)
-    tensors |= others
-    return plan_of_tensors("LoRA folder, merged", base, base_settings, tensors, vision_tower, tokenizer_folder=base)
+        changed[name] = merge(name, tensors[name], a, b, scaling)
+    return tensors | changed | others
 
 
 def lora_scaling(adapter: dict) -> float:
+    if adapter.get("peft_type", "LORA") != "LORA" or not adapter.get("r") or not adapter.get("lora_alpha"):
+        raise ValueError("adapter_config.json is not of a LoRA adapter with its `r` and `lora_alpha`")
     unsupported = [key for key in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern") if adapter.get(key)]
     if unsupported:
         raise ValueError(f"adapter_config.json: {', '.join(unsupported)} cannot be converted")
@@ -85,7 +95,7 @@ def merge(name: str, weight: LazyTensor, a: LazyTensor, b: LazyTensor, scaling: 
     if (b.shape[0], a.shape[1]) != weight.shape or a.shape[0] != b.shape[1]:
         raise ValueError(f"lora_A {a.shape} and lora_B {b.shape} do not fit {name} {weight.shape}")
 
-    def merged(values):
+    def add(values):
         # in place and in float32: the weight is copied once
         return (
             values.to(torch.float32, copy=True)
@@ -93,7 +103,7 @@ def merge(name: str, weight: LazyTensor, a: LazyTensor, b: LazyTensor, scaling: 
             .to(values.dtype)
         )
 
-    return weight.map(merged)
+    return weight.map(add)
 
 
 def write_adapter(source: Path, destination: Path, base_model: str):
@@ -113,8 +123,10 @@ def write_adapter(source: Path, destination: Path, base_model: str):
     tensors = {}
     for module, (a, b) in pairs.items():
         ours = rename(module + ".weight").removesuffix(".weight")
+        if not ours.startswith("model.language_model."):
+            raise ValueError(f"the adapter is for {module}, too; convert without --keep-adapter")
         tensors |= {f"base_model.model.{ours}.lora_{part}.weight": half for part, half in (("A", a), ("B", b))}
-    for name, tensor in from_authors(others, 0).items():
+    for name, tensor in from_authors(others).items():
         tensors["base_model.model." + name] = tensor
     suffixes = sorted({module.rsplit(".", 1)[1] for module in pairs})
     config = LoraConfig(
@@ -129,8 +141,5 @@ def write_adapter(source: Path, destination: Path, base_model: str):
         inference_mode=True,
     )
     config.save_pretrained(destination)
-    save_file(
-        {name: tensor.load().contiguous() for name, tensor in tensors.items()},
-        destination / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
+    loaded = {name: tensor.load().contiguous() for name, tensor in tensors.items()}
+    write_safetensors(destination / "adapter_model.safetensors", loaded)

@@ -27,19 +27,25 @@ PREFIXES = {
 BUFFERS = (".embeddings.position_ids", ".rotary_emb.inv_freq")  # older transformers saved them; computed since
 
 
-def from_authors(tensors: dict[str, LazyTensor], vocab_size: int) -> dict[str, LazyTensor]:
-    """Our tensors, made of the authors'. Embeddings get new rows at the end, up to `vocab_size`.
+def from_authors(tensors: dict[str, LazyTensor], new_rows: int = 0) -> dict[str, LazyTensor]:
+    """Our tensors, made of the authors'. Embeddings get `new_rows` at the end.
 
     Raises:
-        `ValueError`: for a tensor that the authors' model does not have.
+        `ValueError`: for a tensor that the authors' model does not have, or that cannot be split as theirs.
     """
     ours = {}
     for name, tensor in tensors.items():
         if name.endswith(BUFFERS):
             continue
+        if not tensor.shape:
+            raise ValueError(f"{name} is a single number")
         if name.startswith(AUTHORS_QUERY_TRANSFORMER + "attn.in_proj_"):
             kind = name.rsplit("_", 1)[1]
-            rows = tensor.shape[0] // 3
+            rows, more = divmod(tensor.shape[0], 3)
+            if more:
+                raise ValueError(
+                    f"{name} has {tensor.shape[0]} rows; packed queries, keys and values have three parts"
+                )
             for i, part in enumerate(PACKED):
                 ours[f"model.query_transformer.{part}.{kind}"] = tensor.map(
                     lambda packed, i=i, rows=rows: packed[i * rows : (i + 1) * rows],
@@ -48,7 +54,7 @@ def from_authors(tensors: dict[str, LazyTensor], vocab_size: int) -> dict[str, L
         elif name == AUTHORS_QUERY_TRANSFORMER + "proj":
             ours["model.query_transformer.text_proj.weight"] = tensor.map(torch.t, shape=tensor.shape[::-1])
         elif name in EMBEDDINGS:
-            ours[rename(name)] = add_rows(tensor, vocab_size)
+            ours[rename(name)] = add_rows(tensor, new_rows)
         else:
             ours[rename(name)] = tensor
     return ours
@@ -86,18 +92,17 @@ def rename(name: str, prefixes: dict[str, str] = PREFIXES) -> str:
     raise ValueError(f"unknown tensor {name}")
 
 
-def add_rows(embedding: LazyTensor, vocab_size: int) -> LazyTensor:
-    """An embedding of at least `vocab_size` rows: new ones are the mean of those that are there.
+def add_rows(embedding: LazyTensor, new_rows: int) -> LazyTensor:
+    """An embedding with more rows at its end: they are the mean of those that are there.
 
     The mean of the rows of `lm_head` gives a new token no more than the average token's share of the probability (its
     logit is the mean of all logits), so the others keep theirs but for a part in `vocab_size`.
     """
-    missing = vocab_size - embedding.shape[0]
-    if missing <= 0:
+    if not new_rows:
         return embedding
 
     def extend(rows):
         mean = sum(chunk.sum(0, dtype=torch.float32) for chunk in rows.split(4096)) / len(rows)
-        return torch.cat([rows, mean.to(rows.dtype).expand(missing, -1)])
+        return torch.cat([rows, mean.to(rows.dtype).expand(new_rows, -1)])
 
-    return embedding.map(extend, shape=(vocab_size, *embedding.shape[1:]))
+    return embedding.map(extend, shape=(embedding.shape[0] + new_rows, *embedding.shape[1:]))

@@ -31,7 +31,9 @@ def plan(
     text = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     text = getattr(text, "text_config", text)
     with torch.device("meta"):
-        expected = list(AutoModel.from_config(text).state_dict())
+        empty = AutoModel.from_config(text)
+    expected, embeddings = list(empty.state_dict()), empty.get_input_embeddings().weight
+    embeddings_name = next(name for name, parameter in empty.named_parameters() if parameter is embeddings)
     tokenizer, extra_files = load_tokenizer(folder)
     width = tower.config.hidden_size
     config = make_config(
@@ -39,7 +41,7 @@ def plan(
         tower,
         tokenizer,
         num_query_tokens=num_query_tokens,
-        query_transformer_num_attention_heads=num_attention_heads or width // 64,
+        query_transformer_num_attention_heads=num_attention_heads or max(width // 64, 1),
         # CLIP has a class token, SigLIP has none
         vision_feature_select_strategy="default" if "clip" in tower.config.model_type else "full",
     )
@@ -50,9 +52,9 @@ def plan(
     head = stored.get("lm_head.weight")
     if head is not None:
         tensors["lm_head.weight"] = head
-    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+    for name in ("model.language_model." + embeddings_name, "lm_head.weight"):
         if name in tensors:
-            tensors[name] = add_rows(tensors[name], config.text_config.vocab_size)
+            tensors[name] = add_rows(tensors[name], config.text_config.vocab_size - text.vocab_size)
     plan = Plan(
         layout="parts, with a fresh query transformer",
         config=config,
@@ -64,7 +66,9 @@ def plan(
         base_models=[language_model, vision_tower],
         extra_files=extra_files,
     )
-    plan.tensors |= fresh_query_transformer(plan, seed)
+    fresh = fresh_query_transformer(plan, seed)
+    plan.num_fresh = len(fresh)
+    plan.tensors |= fresh
     return plan
 
 

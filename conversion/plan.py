@@ -20,6 +20,7 @@ class Plan:
         config, processor: of the converted model.
         tensors (`dict[str, LazyTensor]`): the converted weights, by our names.
         source_tensors (`dict[str, LazyTensor]`, *optional*): all that they are made of, by the authors' names.
+        num_fresh (`int`): how many of `tensors` are new, and come from no source.
         source_config (`dict`): the authors' config.json.
         vision_source (`str`): which vision tower was used.
         base_models (`list[str]`): the models that this one is made of, for the model card.
@@ -33,6 +34,7 @@ class Plan:
     source_tensors: dict[str, LazyTensor] | None
     source_config: dict
     vision_source: str
+    num_fresh: int = 0
     base_models: list[str] = field(default_factory=list)
     extra_files: dict[str, Path] = field(default_factory=dict)
 

@@ -32,6 +32,7 @@ def load_llama_tokenizer(folder, legacy: bool, image_token: str = "<image>") -> 
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         extra_special_tokens={"image_token": image_token},
+        legacy=legacy,  # for those who ask; what it means is in the backend
         model_max_length=slow_names.model_max_length,
         padding_side=slow_names.padding_side,
         **{name: getattr(slow_names, name) for name in names if getattr(slow_names, name) is not None},

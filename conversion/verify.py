@@ -11,9 +11,10 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from . import lora
 from .authors import NUM_HEADS
 from .files import LazyTensor, read_tensors
-from .names import AUTHORS_QUERY_TRANSFORMER, AUTHORS_VISION_TOWER
+from .names import AUTHORS_QUERY_TRANSFORMER, AUTHORS_VISION_TOWER, to_authors
 from .plan import Plan
 from .writing import cast
 
@@ -41,6 +42,20 @@ class Check:
     @property
     def passed(self) -> bool:
         return self.difference is None or self.difference <= self.tolerance
+
+
+class VerificationError(ValueError):
+    """A conversion that is not what its source is; `checks` has the comparisons."""
+
+    def __init__(self, checks: list[Check]):
+        self.checks = checks
+        failed = dict.fromkeys(check.name for check in checks if not check.passed)
+        super().__init__(f"the converted model differs from its source in: {', '.join(failed)}")
+
+
+def require(checks: list[Check]):
+    if not all(check.passed for check in checks):
+        raise VerificationError(checks)
 
 
 class Source:
@@ -130,7 +145,8 @@ def language_logits(source: Source, x, config: dict):
     length, heads = x.shape[1], config["num_attention_heads"]
     kv_heads, eps = config.get("num_key_value_heads") or heads, config.get("rms_norm_eps", 1e-6)
     head_dim = config.get("head_dim") or x.shape[-1] // heads
-    frequencies = config.get("rope_theta", 10000.0) ** -(torch.arange(0, head_dim, 2) / head_dim)
+    theta = (config.get("rope_parameters") or config).get("rope_theta") or 10000.0
+    frequencies = theta ** -(torch.arange(0, head_dim, 2) / head_dim)
     angles = torch.arange(length)[:, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
     mask = torch.full((length, length), float("-inf")).triu(1)
@@ -193,7 +209,11 @@ def verify_ids(processor, tokenizer_model: Path) -> Check:
 
 @torch.no_grad()
 def verify_plan(plan: Plan, folder: Path, dtype: torch.dtype | None) -> list[Check]:
-    """Compare the converted folder, loaded through the Auto classes in float32, with what it was made of."""
+    """Compare the converted folder, loaded through the Auto classes in float32, with what it was made of.
+
+    Args:
+        dtype (`torch.dtype`, *optional*): to which the weights were cast.
+    """
     checks = [verify_tensors(plan.tensors, read_tensors(folder))]
     if plan.source_tensors is None:
         return checks
@@ -201,7 +221,31 @@ def verify_plan(plan: Plan, folder: Path, dtype: torch.dtype | None) -> list[Che
     if (folder / "tokenizer.model").exists():
         checks.append(verify_ids(processor, folder / "tokenizer.model"))
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-    source, vision = Source(cast(plan.source_tensors, dtype)), plan.config.vision_config
+    source = Source(cast(plan.source_tensors, dtype))
+    return checks + verify_outputs(model, processor, source, plan.source_config)
+
+
+@torch.no_grad()
+def verify_adapter(base: Path, source: Path, folder: Path) -> list[Check]:
+    """Compare a PEFT adapter in `folder`, on its base in our layout, with the authors' LoRA folder it was made of."""
+    from peft import PeftModel
+
+    processor = AutoProcessor.from_pretrained(base, trust_remote_code=False)
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
+    theirs = to_authors(read_tensors(base), model.config.text_config.vocab_size)
+    theirs = cast(theirs, torch.float32)
+    tensors = lora.merged(theirs, source, base)
+    model = PeftModel.from_pretrained(model, folder).get_base_model()
+    return verify_outputs(model, processor, Source(tensors), model.config.text_config.to_dict())
+
+
+def verify_outputs(model, processor, source: Source, settings: dict) -> list[Check]:
+    """Visual tokens and logits of a model in float32 against those of the authors' tensors.
+
+    Args:
+        settings (`dict`): the language model's config.
+    """
+    checks, config, vision = [], model.config, model.config.vision_config
     if vision.model_type != "clip_vision_model" or vision.hidden_act not in ("quick_gelu", "gelu"):
         amount = f"not compared: the vision tower is a {vision.model_type}"
         return [*checks, Check("visual tokens", amount, None, VISUAL_TOLERANCE)]
@@ -209,14 +253,15 @@ def verify_plan(plan: Plan, folder: Path, dtype: torch.dtype | None) -> list[Che
     generator = torch.Generator().manual_seed(0)
     pixel_values = torch.randn(2, 3, vision.image_size, vision.image_size, generator=generator)
     tower = source.under(AUTHORS_VISION_TOWER + "vision_model.")
-    features = clip_features(tower, pixel_values, vision, plan.config.vision_feature_layer)
-    most = plan.config.num_query_tokens
+    features = clip_features(tower, pixel_values, vision, config.vision_feature_layer)
+    most = config.num_query_tokens
     expected = query_features(source.under(AUTHORS_QUERY_TRANSFORMER), features, most)
     for m in (1, 16, most):
         ours = torch.stack(model.get_image_features(pixel_values, m).pooler_output)
         checks.append(compare("visual tokens", f"2 images, m = {m}", ours, expected[:, :m], VISUAL_TOLERANCE))
 
-    if plan.source_config.get("rope_scaling"):
+    rope_type = (settings.get("rope_parameters") or {}).get("rope_type", "default")
+    if settings.get("rope_scaling") or rope_type != "default":
         return [*checks, Check("logits", "not compared: the positions are scaled", None, LOGIT_TOLERANCE)]
     prompt = processor.apply_chat_template([{"role": "user", "content": QUESTIONS[0]}], add_generation_prompt=True)
     before, after = (
@@ -226,8 +271,8 @@ def verify_plan(plan: Plan, folder: Path, dtype: torch.dtype | None) -> list[Che
     embeddings = source["model.embed_tokens.weight"]
     m = 16
     x = torch.cat([embeddings[before], expected[:1, :m], embeddings[after]], dim=1)
-    expected_logits = language_logits(source, x, plan.source_config)
-    placeholders = torch.full((1, m), plan.config.image_token_id)
+    expected_logits = language_logits(source, x, settings)
+    placeholders = torch.full((1, m), config.image_token_id)
     input_ids = torch.cat([before, placeholders, after], dim=1)
     ours = model(input_ids=input_ids, pixel_values=pixel_values[:1], logits_to_keep=8).logits
     ours = ours[..., : expected_logits.shape[-1]]

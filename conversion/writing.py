@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .files import LazyTensor
@@ -23,21 +24,26 @@ def new_folder(destination: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         `ValueError`: where `destination` holds something and `overwrite` is not set.
     """
-    destination = Path(os.path.abspath(destination))
+    destination = Path(os.path.realpath(destination))  # a link stays where it is
+    partial, old = (destination.with_name(f".{destination.name}.{state}") for state in ("partial", "old"))
+    _clean_up(destination, partial, old)
     check_free(destination, overwrite)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (destination.with_name(f".{destination.name}.{state}") for state in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
         if destination.exists():
-            shutil.rmtree(old, ignore_errors=True)
             destination.replace(old)
         partial.replace(destination)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        _clean_up(destination, partial, old)
+
+
+def _clean_up(destination: Path, partial: Path, old: Path):
+    shutil.rmtree(partial, ignore_errors=True)
+    if old.exists() and not destination.exists():  # stopped between the two renames
+        old.replace(destination)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_free(destination: Path, overwrite: bool):
@@ -82,11 +88,18 @@ def write_shards(folder: Path, tensors: dict[str, LazyTensor], max_shard_size: i
             shard[name] = tensor.contiguous()
             if progress is not None:
                 progress(tensor.nbytes)
-        save_file(shard, folder / filename, metadata={"format": "pt"})
-        (folder / filename).chmod(0o644)
+        write_safetensors(folder / filename, shard)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]):
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # what a full disk leads to
+        raise OSError(f"cannot write {path.name}: {error}") from error
+    path.chmod(0o644)
 
 
 def write_json(path: Path, content: dict):
@@ -101,3 +114,11 @@ def cast(tensors: dict[str, LazyTensor], dtype: torch.dtype | None) -> dict[str,
         name: tensor.map(lambda values: values.to(dtype), dtype=dtype) if tensor.dtype.is_floating_point else tensor
         for name, tensor in tensors.items()
     }
+
+
+def main_dtype(tensors: dict[str, LazyTensor]) -> torch.dtype:
+    """What most of the weights are; `from_pretrained(dtype="auto")` goes by it."""
+    sizes = {}
+    for tensor in tensors.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    return max(sizes, key=sizes.get)

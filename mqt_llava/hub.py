@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 
 TEMPLATE = """---
@@ -102,7 +101,7 @@ def license_of(models: list[str]) -> str | None:
 def stated_license(model: str) -> str | None:
     try:
         return ModelCard.load(model).data.license
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError):
+    except Exception:  # no card, no network, no valid metadata: whatever the Hub's HTTP library raises
         return None
 
 
@@ -111,18 +110,19 @@ def accuracy_table(folder: Path) -> str:
     path = folder / "accuracy.json"
     if not path.exists():
         return ""
-    from .cost import flops_by_budget
+    from .cost import CostModel
+    from .modeling.configuration_mqt_llava import MQTLlavaConfig
 
     accuracy = {int(m): figures for m, figures in json.loads(path.read_text(encoding="utf-8")).items() if m.isdigit()}
     kinds = list(next(iter(accuracy.values())))
-    flops = flops_by_budget(folder, sorted(accuracy))
+    costs = CostModel(MQTLlavaConfig.from_pretrained(folder))
     lines = [
         f"| m | {' | '.join(kinds)} | GFLOP to the first token |",
         "| ---: |" + " ---: |" * (len(kinds) + 1),
     ]
     for m in sorted(accuracy):
         figures = " | ".join(f"{accuracy[m][kind]:.1f}" for kind in kinds)
-        lines.append(f"| {m} | {figures} | {flops[m] / 1e9:.2f} |")
+        lines.append(f"| {m} | {figures} | {costs(m).flops / 1e9:.2f} |")
     return "\n".join(lines)
 
 

@@ -1,0 +1,130 @@
+"""Memory and speed of `mqt-llava convert` on a checkpoint with the tensors of MQT-LLaVA 7B, with fewer layers.
+
+    python -m benchmarks.conversion [--layers 8] [--folder /tmp/conversion] [--repeats 3]
+
+The checkpoint is random, in bfloat16, once in safetensors shards and once as one `.bin` file. Every conversion runs in a process of
+its own, whose peak resident memory the system tells; the files are copied by `shutil.copytree` beside it, in turn.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from tests.reference import official_layout
+
+
+HIDDEN, HEADS, INTERMEDIATE, VOCAB = 4096, 32, 11008, 32000
+CONVERT = (
+    "import sys; from mqt_llava.conversion import convert; convert(sys.argv[1], sys.argv[2], dtype=eval(sys.argv[3]))"
+)
+
+
+def random_tensors(names):
+    generator = torch.Generator().manual_seed(0)
+    for name, (shape, *_) in names.items():
+        yield name, torch.randn(shape, generator=generator, dtype=torch.bfloat16)
+
+
+def write_source(folder: Path, layers: int, as_bin: bool):
+    """The authors' layout: configs and tokenizer from the reference's script, weights from here."""
+    small = folder.with_name(folder.name + "-small")
+    tokenizer = Path(official_layout.__file__).parent / "tokenizer.model"
+    official_layout.write_checkpoint(
+        small, layers=1, hidden=64, heads=2, kv_heads=2, vocab=64, clip_path="clip", tokenizer_model=str(tokenizer)
+    )
+    folder.mkdir(parents=True)
+    for file in small.iterdir():
+        if not file.name.startswith("model"):
+            shutil.copy(file, folder)
+    shutil.rmtree(small)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "num_hidden_layers": layers,
+        "vocab_size": VOCAB,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "torch_dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    names = official_layout.llm_tensors(HIDDEN, layers, HEADS, HEADS, INTERMEDIATE, VOCAB)
+    names |= official_layout.resampler_tensors(HIDDEN)
+    names |= {official_layout.VT + k: v for k, v in official_layout.clip_tensors(24, 4096, 336, 14).items()}
+    tensors = dict(random_tensors(names))
+    if as_bin:
+        torch.save(tensors, folder / "pytorch_model.bin")
+        return
+    half = len(tensors) // 2
+    parts = [dict(list(tensors.items())[:half]), dict(list(tensors.items())[half:])]
+    weight_map = {}
+    for i, part in enumerate(parts, 1):
+        file = f"model-{i:05d}-of-00002.safetensors"
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def timed(command) -> tuple[float, float]:
+    """Seconds and peak resident memory in GB of a command."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{command} ended with {status}")
+    os.sync()
+    return time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/conversion"))
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    shutil.rmtree(arguments.folder, ignore_errors=True)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the vision tower is in the checkpoint
+
+    print(
+        "| source | written as | weights (GB) | largest shard (GB) | peak memory (GB) | beyond the shard (GB) | convert (s) | copy (s) | ratio |"
+    )
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for as_bin in (False, True):
+        source = arguments.folder / ("bin" if as_bin else "safetensors")
+        write_source(source, arguments.layers, as_bin)
+        for dtype in (None, "float16"):
+            target = arguments.folder / "target"
+            conversions, copies = [], []
+            for _ in range(arguments.repeats):
+                shutil.rmtree(target, ignore_errors=True)
+                os.sync()
+                copy = f"import shutil; shutil.copytree({str(source)!r}, {str(target)!r})"
+                copies.append(timed([sys.executable, "-c", copy])[0])
+                shutil.rmtree(target)
+                os.sync()
+                name = "None" if dtype is None else f"__import__('torch').{dtype}"
+                conversions.append(timed([sys.executable, "-c", CONVERT, str(source), str(target), name]))
+            shards = [file.stat().st_size / 1e9 for file in target.glob("*.safetensors")]
+            seconds, copied = statistics.median(s for s, _ in conversions), statistics.median(copies)
+            peak = max(memory for _, memory in conversions)
+            print(
+                f"| {source.name} | {dtype or 'stored'} | {sum(shards):.2f} | {max(shards):.2f} | {peak:.2f} "
+                f"| {peak - max(shards):.2f} | {seconds:.1f} | {copied:.1f} | {seconds / copied:.2f} |",
+                flush=True,
+            )
+        shutil.rmtree(source)
+    shutil.rmtree(arguments.folder)
+
+
+if __name__ == "__main__":
+    main()
