@@ -1,9 +1,11 @@
 """Fixtures shared by all tests: a small random model, its processor and a checkpoint of both."""
 
 import os
+import tempfile
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+os.environ["HF_DATASETS_CACHE"] = os.path.join(tempfile.gettempdir(), "mqt-llava-tests-datasets")
 
 import pytest
 import torch

@@ -8,7 +8,10 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from .ask import ask
+from .convert import convert
+from .cost import cost
 from .errors import UsageError, print_error
+from .finetune import finetune
 
 
 class OneLineErrors(TyperGroup):
@@ -27,6 +30,9 @@ class OneLineErrors(TyperGroup):
 
 app = typer.Typer(cls=OneLineErrors, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
 app.command()(ask)
+app.command()(finetune)
+app.command()(convert)
+app.command()(cost)
 
 
 def main():

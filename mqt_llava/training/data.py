@@ -1,73 +1,200 @@
-"""LLaVA's conversation JSON as training batches."""
+"""Conversations about images as samples: LLaVA's JSON and chat messages, read with `datasets`."""
 
+import io
 import json
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from PIL import Image
-from torch.utils.data import Dataset
-from transformers.utils.chat_template_utils import render_jinja_template
 
 
-class LlavaDataset(Dataset):
-    """Samples of a LLaVA JSON file as chat messages: `{"messages": [...], "images": [PIL.Image, ...]}`.
+IMAGE_TOKEN = "<image>"
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
-    `image` of a sample, where it has one, is a file in `image_folder`. `<image>` stays where the text has it.
+
+class SampleError(ValueError):
+    """A sample that cannot be trained on, and why."""
+
+
+def load_conversations(data_files, image_folder=None, streaming=False):
+    r"""
+    Read conversations about images.
+
+    A row is LLaVA's, `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from":
+    "gpt", "value": "A cat."}]}`, where `image` may be missing, one file or a list; or a chat, `{"messages": [{"role":
+    "user", "content": [{"type": "image", "path": "a.jpg"}, {"type": "text", "text": "What?"}]}, ...], "images": [...]}`,
+    where a content is a string or a list of parts, and images stand in their parts or, in the same order, in `images`.
+
+    Args:
+        data_files (`str`, `Path` or a list of them):
+            JSON files (one list of rows) or JSON Lines (`.jsonl`, one row a line).
+        image_folder (`str` or `Path`, *optional*):
+            Where image files are, unless their path is absolute. Defaults to the folder of the data file.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read rows when they are asked for, without a copy in the cache of `datasets`. Several files are several
+            shards, for as many workers.
+
+    Returns:
+        `datasets.Dataset` or `datasets.IterableDataset` of rows `{"id": str, "messages": [{"role": str, "content": str},
+        ...], "images": [str, ...], "error": str}` as [`MQTLlavaDataCollator`] takes them. Images are not opened. A row
+        that makes no sample has an `error` that says why, and `id` tells file and index of each.
+
+    Raises:
+        `ValueError`: when there is no such file or folder.
     """
+    from datasets import Dataset, Features, IterableDataset, List, Value
 
-    def __init__(self, data_path, image_folder=None):
-        self.samples = json.loads(Path(data_path).read_text(encoding="utf-8"))
-        self.image_folder = Path(image_folder) if image_folder else None
+    files = [str(file) for file in ([data_files] if isinstance(data_files, (str, os.PathLike)) else data_files)]
+    for file in files:
+        if not os.path.isfile(file):
+            raise ValueError(f"There is no data file {file}.")
+    if image_folder is not None and not os.path.isdir(image_folder):
+        raise ValueError(f"There is no image folder {image_folder}.")
+    message = {"role": Value("string"), "content": Value("string")}
+    features = Features(
+        {"id": Value("string"), "messages": List(message), "images": List(Value("string")), "error": Value("string")}
+    )
+    # `datasets` keeps what it once read for the same arguments: the time of change is one of them
+    versions = [f"{os.stat(file).st_mtime_ns} {os.stat(file).st_size}" for file in files]
+    arguments = {"files": files, "versions": versions, "image_folder": str(image_folder or "")}
+    builder = IterableDataset if streaming else Dataset
+    return builder.from_generator(_read_rows, features=features, gen_kwargs=arguments)
 
-    def __len__(self):
-        return len(self.samples)
 
-    def __getitem__(self, index):
-        sample = self.samples[index]
-        roles = {"human": "user", "gpt": "assistant"}
-        messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in sample["conversations"]]
-        images = []
-        if "image" in sample:
-            with Image.open(self.image_folder / sample["image"]) as image:
-                images.append(image.convert("RGB"))
-        return {"messages": messages, "images": images}
+def _read_rows(files: list[str], versions: list[str], image_folder: str) -> Iterator[dict]:
+    for file in files:
+        folder = Path(image_folder or os.path.dirname(file))
+        with open(file, encoding="utf-8") as lines:
+            rows = map(json.loads, filter(str.strip, lines)) if file.endswith(".jsonl") else json.load(lines)
+            for index, row in enumerate(rows):
+                name = f"{os.path.basename(file)}[{index}]"
+                if isinstance(row, dict) and "id" in row:
+                    name += f" (id {row['id']})"
+                try:
+                    sample = canonical_sample(row)
+                    images = [str(folder / path) for path in map(_local_path, sample["images"])]
+                    yield {"id": name, "messages": sample["messages"], "images": images, "error": None}
+                except SampleError as error:
+                    yield {"id": name, "messages": [], "images": [], "error": str(error)}
 
 
-class LlavaCollator:
-    """Batches of `LlavaDataset` samples as inputs of the model, answers and their end-of-sequence as labels.
+def _local_path(image) -> str:
+    path = image.get("path") if isinstance(image, dict) else image
+    if not isinstance(path, str):
+        raise SampleError(f"an image in a JSON file must be the path of a file; got {image!r}")
+    return path
 
-    Prompts have one placeholder for each image, whatever the budget: `forward(num_visual_tokens=m)` makes m of it.
+
+def canonical_sample(row) -> dict:
+    r"""
+    A row of any form that [`load_conversations`] describes as `{"messages": [{"role": str, "content": str}, ...],
+    "images": [...]}`, where `<image>` in a user's content stands for each image, in front of the text.
+
+    Images are left as they are: PIL images, paths, or `{"path": ..., "bytes": ...}` as `datasets` keeps them.
+
+    Raises:
+        `SampleError`: for a row that cannot be trained on.
     """
-
-    def __init__(self, processor):
-        self.processor = processor
-
-    def __call__(self, samples):
-        tokenizer = self.processor.tokenizer
-        texts, answers = render_jinja_template(
-            conversations=[sample["messages"] for sample in samples],
-            chat_template=self.processor.chat_template,
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
+    if not isinstance(row, dict) or not (row.get("conversations") or row.get("messages")):
+        raise SampleError("it has neither `conversations` nor `messages`")
+    turns = row.get("messages") or row["conversations"]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise SampleError("its turns are no list of objects")
+    images = row.get("images") or row.get("image") or []
+    images = list(images) if isinstance(images, (list, tuple)) else [images]
+    messages, inline_images = [], []
+    for turn in turns:
+        role, content = turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value") or ""
+        if role not in ROLES:
+            raise SampleError(f"the role of a turn must be one of {', '.join(ROLES)}; got {role!r}")
+        if not isinstance(content, str):
+            content = _join_parts(content, inline_images)
+        messages.append({"role": ROLES[role], "content": _images_first(content)})
+    if images and inline_images:
+        raise SampleError("it has images both in its messages and beside them")
+    images += inline_images
+    if messages[0]["role"] == "assistant":  # nothing asked for it; LLaVA's trainer too leaves it out
+        del messages[0]
+    _check_turns(messages)
+    num_placeholders = sum(message["content"].count(IMAGE_TOKEN) for message in messages)
+    if num_placeholders != len(images):
+        raise SampleError(
+            f"it has {len(images)} images and {num_placeholders} {IMAGE_TOKEN}; each image needs one, and no other text "
+            "may have it"
         )
-        images = [image for sample in samples for image in sample["images"]]
-        batch = self.processor(
-            images=images or None,
-            text=texts,
-            num_visual_tokens=1 if images else None,  # `<image>` keeps its width, so answers keep their places
-            padding=True,
-            padding_side="right",
-            add_special_tokens=False,  # the template writes the BOS
-            return_tensors="pt",
-        )
-        begin = self.processor.begin_chunks
-        encoding = tokenizer([begin(text) for text in texts], add_special_tokens=False)
-        labels = torch.full_like(batch["input_ids"], -100)
-        for row, (text, spans) in enumerate(zip(texts, answers)):
-            for start, end in spans:
-                # where the answer begins and ends in the text that the processor tokenized
-                start, end = len(begin(text[:start])), len(begin(text[:end]))
-                first, last = encoding.char_to_token(row, start), encoding.char_to_token(row, end - 1)
-                labels[row, first : last + 1] = batch["input_ids"][row, first : last + 1]
-        batch["labels"] = labels
-        return dict(batch)
+    return {"messages": messages, "images": images}
+
+
+def _join_parts(parts: list[dict], images: list) -> str:
+    """The parts of a message as one text. An image that is in its part is added to `images`."""
+    text = ""
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise SampleError(f"the content of a turn must be a string or a list of parts; got {parts!r}")
+    for part in parts:
+        if part.get("type") == "text":
+            text += part.get("text") or ""
+        elif part.get("type") == "image":
+            text = IMAGE_TOKEN + text
+            if part.get("url"):
+                raise SampleError(f"images are not downloaded; pass {part['url']} as a file")
+            images += [part[key] for key in ("image", "path") if part.get(key) is not None][:1]
+        else:
+            raise SampleError(f'the type of a part must be "text" or "image"; got {part.get("type")!r}')
+    return text
+
+
+def _images_first(content: str) -> str:
+    r"""`<image>\n` for every image, then the text: the form in which LLaVA was trained."""
+    count = content.count(IMAGE_TOKEN)
+    return f"{IMAGE_TOKEN}\n" * count + content.replace(IMAGE_TOKEN, "").strip() if count else content
+
+
+def _check_turns(messages: list[dict]):
+    """Question and answer by turns, after at most one system message; answers have a text and no image."""
+    turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    for index, message in enumerate(turns):
+        if message["role"] != ("user", "assistant")[index % 2]:
+            raise SampleError(
+                f"user and assistant must take turns, the user first; turn {index} is of {message['role']}"
+            )
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise SampleError(f"the answer in turn {index} is empty")
+        if message["role"] == "assistant" and IMAGE_TOKEN in message["content"]:
+            raise SampleError(f"the answer in turn {index} has an {IMAGE_TOKEN}")
+    if len(turns) < 2:
+        raise SampleError("it has no answer")
+
+
+def open_image(image) -> Image.Image:
+    """The pixels of an image as [`canonical_sample`] leaves it.
+
+    Raises:
+        `SampleError`: when there is no such file, or no image in it.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, dict):
+        image = io.BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
+    name = image if isinstance(image, (str, os.PathLike)) else "the image"
+    if re.match(r"https?://", str(name)):
+        raise SampleError(f"images are not downloaded; pass {name} as a file")
+    try:
+        with Image.open(image) as opened:
+            opened.load()
+            return opened
+    except FileNotFoundError:
+        raise SampleError(f"there is no image file {name}") from None
+    except Exception as error:  # a damaged file can lead a decoder to any exception
+        raise SampleError(f"{name} is damaged or no image ({error})") from None
+
+
+def with_num_visual_tokens(dataset, num_visual_tokens: int):
+    """The same rows at a budget of their own: `eval_dataset={"m16": with_num_visual_tokens(dataset, 16)}`.
+
+    Args:
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): rows as [`MQTLlavaDataCollator`] takes them.
+        num_visual_tokens (`int`): m, for all images of all rows. The collator checks it.
+    """
+    return dataset.map(lambda row: {"num_visual_tokens": num_visual_tokens})

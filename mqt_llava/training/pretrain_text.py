@@ -22,7 +22,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..modeling.processing_mqt_llava import CHAT_TEMPLATE, SYSTEM_PROMPT, MQTLlavaProcessor
-from .data import LlavaCollator, LlavaDataset
+from .collator import MQTLlavaDataCollator
+from .data import load_conversations
 
 
 @dataclass
@@ -80,8 +81,8 @@ def make_processor(tokenizer, image_size, num_query_tokens):
 def main():
     arguments, training = HfArgumentParser((TextArguments, TrainingArguments)).parse_args_into_dataclasses()
     set_seed(training.seed)
-    dataset = LlavaDataset(arguments.data_path)
-    texts = (f" {turn['value']} ASSISTANT: USER:" for sample in dataset.samples for turn in sample["conversations"])
+    dataset = load_conversations(arguments.data_path)
+    texts = (f" {turn['content']} ASSISTANT: USER:" for messages in dataset["messages"] for turn in messages)
     tokenizer = train_tokenizer(texts, arguments.vocab_size)
     processor = make_processor(tokenizer, arguments.image_size, arguments.num_query_tokens)
     model = LlamaForCausalLM(
@@ -98,7 +99,7 @@ def main():
             tie_word_embeddings=True,
         )
     )
-    trainer = Trainer(model, training, data_collator=LlavaCollator(processor), train_dataset=dataset)
+    trainer = Trainer(model, training, data_collator=MQTLlavaDataCollator(processor), train_dataset=dataset)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))
     model.save_pretrained(training.output_dir)
     processor.save_pretrained(training.output_dir)

@@ -11,15 +11,16 @@ transformer and the language model train on conversations, with m drawn from {2,
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import AutoModel, AutoModelForCausalLM, HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .. import MQTLlavaConfig, MQTLlavaForConditionalGeneration, MQTLlavaProcessor
-from ..modeling.configuration_mqt_llava import resolve_visual_token_counts
-from .data import LlavaCollator, LlavaDataset
+from .collator import MQTLlavaDataCollator
+from .data import load_conversations
+from .sampling import VisualTokenSampler
+from .trainer import MQTLlavaTrainer
 
 
 @dataclass
@@ -80,28 +81,6 @@ def assemble(vision_tower, language_model, processor, num_attention_heads):
     return model
 
 
-class MatryoshkaTrainer(Trainer):
-    """A `Trainer` that gives every step a budget m, drawn evenly from `budgets`.
-
-    The draw depends on nothing but the seed and the step, so it is the same on every rank and after a resume.
-    """
-
-    def __init__(self, *args, budgets, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.budgets = budgets
-
-    def budget(self):
-        return int(np.random.default_rng([self.args.seed, self.state.global_step]).choice(self.budgets))
-
-    def training_step(self, model, inputs, *args, **kwargs):
-        return super().training_step(model, {**inputs, "num_visual_tokens": self.budget()}, *args, **kwargs)
-
-
-def enable_cache(model):
-    """Undo what `Trainer` does to a model's config: it turns the key-value cache off, and `generate` would go without."""
-    model.config.use_cache = model.config.text_config.use_cache = model.generation_config.use_cache = True
-
-
 def main():
     arguments, training = HfArgumentParser((StageArguments, TrainingArguments)).parse_args_into_dataclasses()
     set_seed(training.seed)
@@ -120,18 +99,15 @@ def main():
         model.model.language_model.requires_grad_(True)
         model.lm_head.requires_grad_(True)
 
-    max_tokens = model.config.num_query_tokens
-    budgets = [max_tokens] if arguments.stage == 1 else arguments.budgets or list(range(2, max_tokens + 1, 2))
-    resolve_visual_token_counts(budgets, len(budgets), max_tokens)
-    trainer = MatryoshkaTrainer(
+    distribution = "fixed" if arguments.stage == 1 else arguments.budgets or "even"
+    sampler = VisualTokenSampler(distribution, model.config.num_query_tokens, training.seed)
+    trainer = MQTLlavaTrainer(
         model,
         training,
-        data_collator=LlavaCollator(processor),
-        train_dataset=LlavaDataset(arguments.data_path, arguments.image_folder),
-        budgets=budgets,
+        data_collator=MQTLlavaDataCollator(processor, sampler),
+        train_dataset=load_conversations(arguments.data_path, arguments.image_folder),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))
-    enable_cache(model)
     model.save_pretrained(training.output_dir)
     processor.save_pretrained(training.output_dir)
 

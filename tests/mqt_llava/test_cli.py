@@ -324,7 +324,7 @@ def test_chat_at_a_terminal(checkpoint, files, tmp_path):
 
 def flops_of_products(m, length):
     """Floating point operations of the small model's prefill, by hand: 2 for each multiply-add."""
-    width, inner, patches, layers = 32, 64, 36, 3
+    width, inner, patches, layers = 32, 64, 36, 2  # of three layers: features come from before the last
     tower = 2 * patches * 3 * 25 * width  # patch embedding: 5 x 5 pixels of 3 colours
     tokens = patches + 1
     tower += layers * 2 * tokens * (4 * width**2 + 2 * width * inner + 2 * tokens * width)

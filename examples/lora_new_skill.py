@@ -1,0 +1,193 @@
+"""Teach mqt-llava-tiny ten kinds of objects that it has never seen, by LoRA, and look at every number of visual tokens.
+
+Tunes adapters that differ only in how m is drawn: anew at every step ("elastic"), or fixed at 1, 4, 16 or 64. Prints how
+many questions about the new kinds are answered rightly, and how many about the old ones, before and after.
+
+    python examples/lora_new_skill.py --output_dir runs/new-skill
+
+Each adapter takes some minutes on two CPU cores; called again, the script goes on with the next one. Needs Debian's
+fonts-noto-color-emoji.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
+
+import mqt_llava
+from mqt_llava.training import scenes
+from mqt_llava.training.adapters import load_adapter, save_adapter
+from mqt_llava.training.collator import MQTLlavaDataCollator
+from mqt_llava.training.evaluate import evaluation_set, is_right
+from mqt_llava.training.lora import make_lora_config
+from mqt_llava.training.pretrain_vision import EVALUATION_SEED
+from mqt_llava.training.sampling import VisualTokenSampler
+from mqt_llava.training.trainer import MQTLlavaTrainer
+
+
+NEW_OBJECTS = {
+    "lion": "🦁", "koala": "🐨", "duck": "🦆", "dolphin": "🐬", "cherry": "🍒",
+    "grape": "🍇", "truck": "🚚", "plane": "✈️", "bell": "🔔", "crown": "👑",
+}  # fmt: skip
+NEW_KINDS = tuple(NEW_OBJECTS)
+NEW_SEED = 7_000_000  # scenes of the training data have others, and evaluation too
+BUDGETS = (1, 4, 16, 64)
+DRAWS = {"elastic": [1, 1, 2, 4, 8, 16, 32, 64], **{f"m = {m}": m for m in BUDGETS}}
+scenes.OBJECTS.update(NEW_OBJECTS)  # drawn like the others, but `make_scene` does not know them
+scenes.PLURALS["cherry"] = "cherries"
+
+
+def new_scene(seed):
+    """A scene in which one object or more is of a new kind."""
+    scene, rng = scenes.make_scene(seed), np.random.default_rng([seed, 5])
+    things = list(scene.things)
+    for i in rng.permutation(len(things))[: rng.integers(1, len(things) + 1)]:
+        things[i] = dataclasses.replace(things[i], name=NEW_KINDS[rng.integers(len(NEW_KINDS))])
+    return dataclasses.replace(scene, things=tuple(things))
+
+
+def ask_about_new(scene, rng):
+    """A `(type, question, answer)` whose question or answer has a new kind."""
+    while True:
+        kind = str(rng.choice(["exists", "count", "at", "at", "beside", "list", "list"]))
+        question = scenes.ask(scene, kind, rng)
+        if kind == "exists" and rng.random() < 0.5:
+            absent = [name for name in NEW_KINDS if name not in [thing.name for thing in scene.things]]
+            question = (f"Is there a {absent[rng.integers(len(absent))]}?", "No.")
+        if question and any(name in " ".join(question).lower().replace("cherries", "cherry") for name in NEW_KINDS):
+            return kind, *question
+
+
+class NewSkill(torch.utils.data.Dataset):
+    """Chats about pictures with new kinds, drawn when they are asked for; among them a share of chats about old ones."""
+
+    def __init__(self, num_samples, rehearsal=0.5, questions=3):
+        self.num_samples, self.rehearsal, self.questions = num_samples, rehearsal, questions
+
+    def __len__(self):
+        return self.num_samples
+
+    def __getitem__(self, index):
+        seed = NEW_SEED + index
+        rng = np.random.default_rng([seed, 6])
+        if rng.random() < self.rehearsal:
+            scene = scenes.make_scene(seed)
+            kinds = rng.choice(scenes.QUESTION_TYPES, self.questions, replace=False)
+            turns = [turn for kind in kinds if (turn := scenes.ask(scene, str(kind), rng))]
+            turns = turns or [scenes.ask(scene, "list", rng)]
+        else:
+            scene = new_scene(seed)
+            turns = [ask_about_new(scene, rng)[1:] for _ in range(self.questions)]
+            turns = list(dict.fromkeys(turns))
+        messages = [
+            {"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)
+        ]
+        messages[0]["content"] = f"<image>\n{messages[0]['content']}"
+        return {"id": f"seed {seed}", "messages": messages, "images": [scenes.draw(scene)]}
+
+
+def evaluation_of_new(num_pictures):
+    """`[(picture, type, question, answer), ...]`: two questions about each picture, seeds never trained on."""
+    samples = []
+    for seed in range(EVALUATION_SEED, EVALUATION_SEED + num_pictures):
+        scene, rng = new_scene(seed), np.random.default_rng([seed, 8])
+        samples += [(scenes.draw(scene), *ask_about_new(scene, rng)) for _ in range(2)]
+    return samples
+
+
+def accuracy(model, processor, samples):
+    """`{m: percentage}` of exact answers."""
+    return {m: 100 * float(np.mean(is_right(model, processor, samples, m))) for m in BUDGETS}
+
+
+def tune(model, processor, draw, arguments, folder):
+    """An adapter whose training draws m as `draw` says."""
+    set_seed(0)
+    # The tokenizer has only the old names as words. The pieces that spell new ones were never seen: they train too
+    names = [f" {scenes.PLURALS.get(name, name + end)}" for name in NEW_KINDS for end in ("", "s")] + [" cherry"]
+    pieces = sorted({i for ids in processor.tokenizer(names, add_special_tokens=False)["input_ids"] for i in ids})
+    config = make_lora_config(
+        model,
+        ["language_model", "query_transformer"],
+        r=arguments.rank,
+        lora_alpha=2 * arguments.rank,
+        trainable_token_indices=pieces,
+    )
+    model = get_peft_model(model, config)
+    model.print_trainable_parameters()
+    trainer = MQTLlavaTrainer(
+        model,
+        TrainingArguments(
+            output_dir=folder,
+            max_steps=arguments.steps,
+            per_device_train_batch_size=arguments.batch_size,
+            learning_rate=arguments.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.03,
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+            save_strategy="no",
+            logging_steps=10,
+            report_to="none",
+        ),
+        data_collator=MQTLlavaDataCollator(processor, VisualTokenSampler(draw, model.config.num_query_tokens)),
+        train_dataset=NewSkill(arguments.steps * arguments.batch_size, arguments.rehearsal),
+    )
+    trainer.train()
+    save_adapter(model, folder)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=mqt_llava.TINY_CHECKPOINT)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--draws", nargs="+", choices=DRAWS, default=list(DRAWS))
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument(
+        "--rehearsal", type=float, default=0.4, help="share of pictures and questions of the old kinds"
+    )
+    parser.add_argument("--pictures", type=int, default=300, help="to evaluate on, for the new and for the old skills")
+    arguments = parser.parse_args()
+
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    new, old = evaluation_of_new(arguments.pictures), evaluation_set(arguments.pictures)
+    rows = {}
+    for name in ["before", *arguments.draws]:
+        folder = arguments.output_dir / name.replace(" ", "")
+        if not (folder / "result.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            base = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=torch.float32)
+            row = {}
+            if name != "before":
+                start = time.perf_counter()
+                tune(base, processor, DRAWS[name], arguments, folder)
+                row["minutes"] = (time.perf_counter() - start) / 60
+                row["MB"] = (folder / "adapter_model.safetensors").stat().st_size / 1e6
+                base = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=torch.float32)
+                base = load_adapter(base, folder).merge_and_unload()
+            row |= {"new": accuracy(base, processor, new), "old": accuracy(base, processor, old)}
+            (folder / "result.json").write_text(json.dumps(row) + "\n")
+        rows[name] = json.loads((folder / "result.json").read_text())
+
+    columns = [f"{skill}, m = {m}" for skill in ("new", "old") for m in BUDGETS]
+    lines = ["| tuned at | " + " | ".join(columns) + " | MB | minutes |", "| --- |" + " ---: |" * (len(columns) + 2)]
+    for name, row in rows.items():
+        cells = [f"{row[skill][str(m)]:.1f}" for skill in ("new", "old") for m in BUDGETS]
+        cells += [f"{row[key]:.1f}" if key in row else "" for key in ("MB", "minutes")]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    table = "\n".join(lines) + "\n"
+    (arguments.output_dir / "table.md").write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""`mqt-llava finetune DATA --output-dir DIR`: LoRA that keeps the model elastic."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import UsageError
+from .models import load_config, loading, name_checkpoint
+
+
+def finetune(
+    data: Annotated[
+        list[Path],
+        typer.Argument(metavar="DATA...", help="LLaVA conversations or chat messages: JSON or JSON Lines."),
+    ],
+    output_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where the adapter goes.")],
+    image_folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the images are. Default: beside each data file.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="DIR_OR_REPO", help="Base: a folder or a Hub repository. Default: the shipped one."),
+    ] = None,
+    eval_data: Annotated[Path | None, typer.Option(metavar="FILE", help="Evaluate on this after each epoch.")] = None,
+    eval_budgets: Annotated[
+        str, typer.Option(metavar="M,M,...", help="... at these numbers of visual tokens. Default: 1, a quarter, all.")
+    ] = "",
+    targets: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="language_model, query_transformer (LoRA) or query_transformer_full (all of it), vision_tower.",
+        ),
+    ] = "language_model",
+    rank: Annotated[int, typer.Option("--rank", "-r", min=1, help="Rank of LoRA.")] = 16,
+    alpha: Annotated[float, typer.Option(help="Scale of LoRA.")] = 32,
+    dropout: Annotated[float, typer.Option(min=0, max=1, help="Dropout of LoRA.")] = 0.05,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank) (rsLoRA).")] = False,
+    dora: Annotated[bool, typer.Option("--dora", help="Tune magnitudes apart from directions (DoRA).")] = False,
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="QLoRA: the language model in 4 bits (needs bitsandbytes).")
+    ] = False,
+    num_visual_tokens: Annotated[
+        str,
+        typer.Option(
+            metavar="DRAW",
+            help="How m is drawn for each step: even (2, 4, ..., M: the paper's), uniform, log-uniform, fixed (M), a "
+            "number, or numbers M,M,...",
+        ),
+    ] = "even",
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1,
+    max_steps: Annotated[int, typer.Option(help="Steps, instead of --epochs.")] = -1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per device and batch.")] = 8,
+    gradient_accumulation_steps: Annotated[int, typer.Option(min=1, help="Batches per step.")] = 1,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Its peak.")] = 2e-4,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest sample in tokens. Default: as the model has positions.")
+    ] = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Shorten longer ones at their last turns.")] = False,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Warn of broken samples and leave them out. Default: stop.")
+    ] = False,
+    num_workers: Annotated[int, typer.Option(min=0, help="Processes that prepare batches.")] = 0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16.")] = False,
+    use_cpu: Annotated[bool, typer.Option("--use-cpu", help="Leave GPUs alone.")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory for more compute.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of weights, order and draws.")] = 0,
+    save_steps: Annotated[int, typer.Option(min=1, help="A checkpoint every so many steps.")] = 500,
+    logging_steps: Annotated[int, typer.Option(min=1, help="A line every so many steps.")] = 10,
+    report_to: Annotated[str, typer.Option(help="none, tensorboard, wandb ...")] = "none",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the adapter with its card when done.")
+    ] = None,
+):
+    """Tune with LoRA on conversations about images, with m drawn anew at every step, and save the adapter.
+
+    On several GPUs: accelerate launch -m mqt_llava.cli finetune ...
+
+    \b
+    mqt-llava finetune data.json --image-folder images --output-dir adapter
+    mqt-llava finetune data.jsonl --output-dir adapter --targets language_model,query_transformer -r 32 --bf16
+    mqt-llava finetune data.json --output-dir adapter --num-visual-tokens 1,4,16,64 --load-in-4bit
+    """
+    checkpoint = name_checkpoint(model)
+    num_query_tokens = load_config(checkpoint).num_query_tokens
+    try:
+        import peft
+        from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
+
+        from ..training.adapters import check_base_is_on_hub, save_adapter
+        from ..training.collator import MQTLlavaDataCollator
+        from ..training.data import load_conversations, with_num_visual_tokens
+        from ..training.lora import load_quantized, make_lora_config
+        from ..training.output import prepare_output_dir
+        from ..training.sampling import VisualTokenSampler
+        from ..training.trainer import MQTLlavaTrainer
+    except ImportError as error:
+        raise UsageError(f"{error.name} is missing: pip install 'mqt-llava[train]'") from None
+
+    try:
+        if push_to_hub is not None:
+            check_base_is_on_hub(checkpoint)
+        last_checkpoint = prepare_output_dir(output_dir, resume, overwrite)
+        sampler = VisualTokenSampler(parse_draw(num_visual_tokens), num_query_tokens, seed)
+        train_dataset = load_conversations(data, image_folder)
+        eval_dataset = None
+        if eval_data is not None:
+            budgets = parse_draw(eval_budgets) or sorted({1, max(num_query_tokens // 4, 1), num_query_tokens})
+            budgets = VisualTokenSampler(budgets, num_query_tokens).choices
+            rows = load_conversations(eval_data, image_folder)
+            eval_dataset = {f"m{m}": with_num_visual_tokens(rows, m) for m in budgets}
+
+        set_seed(seed)
+        with loading(checkpoint):
+            processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
+            load = load_quantized if load_in_4bit else AutoModelForImageTextToText.from_pretrained
+            base = load(
+                checkpoint,
+                trust_remote_code=False,
+                **({} if load_in_4bit else {"dtype": "bfloat16" if bf16 else "float32"}),
+            )
+        if load_in_4bit:
+            base = peft.prepare_model_for_kbit_training(
+                base, gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        lora_config = make_lora_config(
+            base, targets.split(","), rank, alpha, dropout, use_rslora=rslora, use_dora=dora
+        )
+        network = peft.get_peft_model(base, lora_config)
+        network.print_trainable_parameters()
+
+        trainer = MQTLlavaTrainer(
+            network,
+            TrainingArguments(
+                output_dir=output_dir,
+                num_train_epochs=epochs,
+                max_steps=max_steps,
+                per_device_train_batch_size=batch_size,
+                per_device_eval_batch_size=batch_size,
+                gradient_accumulation_steps=gradient_accumulation_steps,
+                learning_rate=learning_rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=0.03,
+                eval_strategy="no" if eval_dataset is None else "epoch",
+                dataloader_num_workers=num_workers,
+                bf16=bf16,
+                use_cpu=use_cpu,
+                seed=seed,
+                save_steps=save_steps,
+                save_total_limit=2,
+                logging_steps=logging_steps,
+                report_to=report_to,
+                **({"gradient_checkpointing": True} if gradient_checkpointing else {}),  # newer releases rename it
+            ),
+            data_collator=MQTLlavaDataCollator(
+                processor,
+                sampler,
+                max_length=max_length or getattr(base.config.text_config, "max_position_embeddings", None),
+                truncate=truncate,
+                on_error="skip" if skip_broken else "raise",
+            ),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+        )
+        trainer.train(resume_from_checkpoint=last_checkpoint)
+    except (ValueError, FloatingPointError) as error:
+        raise UsageError(str(error)) from None
+    if trainer.is_world_process_zero():
+        save_adapter(network, output_dir, push_to_hub)
+        print(f"The adapter is in {output_dir}")
+
+
+def parse_draw(text: str) -> str | list[int]:
+    """`"1,4,16"` as numbers; other words as they are."""
+    parts = text.split(",")
+    return [int(part) for part in parts] if all(part.strip().isdecimal() for part in parts) else text

@@ -1,0 +1,192 @@
+"""Samples of conversations about images as batches with labels, at a number of visual tokens drawn for each batch."""
+
+import re
+from itertools import accumulate
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import logging
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from ..modeling.configuration_mqt_llava import resolve_visual_token_counts
+from .data import SampleError, canonical_sample, open_image
+from .sampling import VisualTokenSampler
+
+
+logger = logging.get_logger(__name__)
+
+
+class MQTLlavaDataCollator:
+    r"""
+    Makes batches for MQT-LLaVA, for a `Trainer`, TRL's `SFTTrainer` or a bare loop. Answers and their end-of-sequence are
+    the labels; system text, questions, visual tokens and padding are masked with -100.
+
+    Samples have one of the forms that [`load_conversations`] describes, or come from it. One may have its own budget as
+    `num_visual_tokens`; all others of a batch share one m. A `Trainer` must be told `remove_unused_columns=False`.
+
+    Args:
+        processor (`MQTLlavaProcessor`):
+            Its tokenizer must be a fast one.
+        num_visual_tokens (`int` or `VisualTokenSampler`, *optional*):
+            m, or what draws it for each batch. Defaults to the processor's M. Give the sampler to the trainer as well, as
+            one of its `callbacks`.
+        max_length (`int`, *optional*):
+            Longest sample in tokens, visual ones included. What counts is the length at the largest m that the sampler
+            draws, so that a sample is either in or out, whatever the step.
+        truncate (`bool`, *optional*, defaults to `False`):
+            Shorten what is longer: drop last turns whole, with their images; where one turn alone is too long, cut the
+            end of its answer. A sample of which no label would be left stays broken.
+        on_error (`"raise"` or `"skip"`, *optional*, defaults to `"raise"`):
+            What to do with broken samples: an image that is missing, damaged or without `<image>`, no answer, too long.
+            `"skip"` warns, counts them in `num_skipped` and makes the batch smaller. A batch of which nothing is left
+            repeats the last good sample.
+        return_sample_ids (`bool`, *optional*, defaults to `False`):
+            Add `sample_ids`, a list of strings. The model does not take it: it is for a trainer that does.
+
+    Returns, when called with a list of samples:
+        `dict`: `input_ids`, `attention_mask` and `labels` of shape `(batch_size, sequence_length)`, padded on the right;
+        for batches with images `pixel_values` of shape `(num_images, 3, height, width)` and `visual_token_counts` of
+        shape `(num_images,)`.
+
+    Raises:
+        `ValueError`: for budgets that are not integers from 1 to M, for settings that are unknown, and for broken
+        samples, unless they are skipped.
+    """
+
+    def __init__(
+        self,
+        processor,
+        num_visual_tokens=None,
+        max_length=None,
+        truncate=False,
+        on_error="raise",
+        return_sample_ids=False,
+    ):
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f'`on_error` must be "raise" or "skip"; got {on_error!r}.')
+        if not re.search(r"{%-?\s*generation\b", processor.chat_template):
+            raise ValueError(
+                "The processor's chat template does not mark answers with `{% generation %}` and `{% endgeneration %}`, so "
+                "there would be no labels."
+            )
+        largest = num_visual_tokens
+        if isinstance(num_visual_tokens, VisualTokenSampler):
+            largest = num_visual_tokens.largest
+        (self.largest,) = resolve_visual_token_counts(largest, 1, processor.num_query_tokens)
+        self.processor = processor
+        self.num_visual_tokens = num_visual_tokens
+        self.max_length = max_length
+        self.truncate = truncate
+        self.on_error = on_error
+        self.return_sample_ids = return_sample_ids
+        self.num_skipped = 0  # by this process
+        self.last_good = None
+
+    def __call__(self, samples) -> dict:
+        m = self.largest
+        if isinstance(self.num_visual_tokens, VisualTokenSampler):
+            if any(sample.get("num_visual_tokens") is None for sample in samples):
+                m = self.num_visual_tokens.next()
+        rows = []
+        for index, sample in enumerate(samples):
+            name = sample.get("id") or f"{index} of a batch"
+            try:
+                rows.append(self.prepare(sample, name, m))
+            except SampleError as error:
+                problem = f"Sample {name} cannot be trained on: {error}."
+                if self.on_error == "raise":
+                    raise ValueError(problem) from None
+                self.num_skipped += 1
+                logger.warning("%s Skipped, the %dth of this process.", problem, self.num_skipped)
+        if not rows:
+            if self.last_good is None:
+                raise ValueError(
+                    f"All {len(samples)} samples of a batch are broken, and there was none before that could stand in: "
+                    "see the warnings above."
+                )
+            rows = [{**self.last_good, "num_visual_tokens": m}]
+        self.last_good = rows[-1]
+        return self.collate(rows)
+
+    def prepare(self, sample, name, num_visual_tokens) -> dict:
+        """A sample as ids and labels with one placeholder for each image, its images opened."""
+        if sample.get("error"):
+            raise SampleError(sample["error"])
+        own = sample.get("num_visual_tokens")
+        canonical = canonical_sample(sample)
+        input_ids, labels = self.tokenize(canonical["messages"])
+        limit = self.largest
+        if own is not None:
+            (num_visual_tokens,) = (limit,) = resolve_visual_token_counts(own, 1, self.processor.num_query_tokens)
+        length = self.fit(input_ids, labels, limit)
+        input_ids, labels = input_ids[:length], labels[:length]
+        images = canonical["images"][: input_ids.count(self.processor.image_token_id)]
+        return {
+            "id": name,
+            "input_ids": input_ids,
+            "labels": labels,
+            "images": [open_image(image) for image in images],
+            "num_visual_tokens": num_visual_tokens,
+        }
+
+    def tokenize(self, messages) -> tuple[list[int], list[int]]:
+        """Ids with one placeholder for each image, and labels: the answers, and -100 elsewhere."""
+        tokenizer, begin = self.processor.tokenizer, self.processor.begin_chunks
+        (text,), (answers,) = render_jinja_template(
+            conversations=[messages],
+            chat_template=self.processor.chat_template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+        encoding = tokenizer(begin(text), add_special_tokens=False)  # the template writes the BOS
+        input_ids = encoding["input_ids"]
+        labels = [-100] * len(input_ids)
+        for start, end in answers:
+            # where the answer begins and ends in the text that was tokenized
+            start, end = len(begin(text[:start])), len(begin(text[:end]))
+            first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+            labels[first : last + 1] = input_ids[first : last + 1]
+        return input_ids, labels
+
+    def fit(self, input_ids, labels, num_visual_tokens) -> int:
+        """How many of the ids to keep: all, or with `truncate` those that stay within `max_length`."""
+        widths = [num_visual_tokens if i == self.processor.image_token_id else 1 for i in input_ids]
+        if self.max_length is None or sum(widths) <= self.max_length:
+            return len(input_ids)
+        room = sum(length <= self.max_length for length in accumulate(widths))
+        if self.truncate:
+            is_answer = [label != -100 for label in labels]
+            goes_on = [*is_answer[1:], False]
+            ends = [i + 1 for i in range(room) if is_answer[i] and not goes_on[i]]
+            if ends:
+                return ends[-1]
+            if any(is_answer[:room]):
+                return room
+        num_images = input_ids.count(self.processor.image_token_id)
+        raise SampleError(
+            f"it has {sum(widths)} tokens, {num_images} x {num_visual_tokens} visual ones among them, and `max_length` is "
+            f"{self.max_length}: raise `max_length`, lower `num_visual_tokens` or shorten the "
+            + ("question, which leaves no room for an answer" if self.truncate else "sample, as `truncate=True` does")
+        )
+
+    def collate(self, rows) -> dict:
+        """A batch of prepared samples: the placeholder of each image m times, padding, pixels."""
+        image_token_id = self.processor.image_token_id
+        input_ids, labels = [], []
+        for row in rows:
+            ids = torch.tensor(row["input_ids"])
+            repeats = torch.where(ids == image_token_id, row["num_visual_tokens"], 1)
+            input_ids.append(ids.repeat_interleave(repeats))
+            labels.append(torch.tensor(row["labels"]).repeat_interleave(repeats))
+        batch = {
+            "input_ids": pad_sequence(input_ids, True, self.processor.tokenizer.pad_token_id or 0),
+            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], True, 0),
+            "labels": pad_sequence(labels, True, -100),
+        }
+        images = [image for row in rows for image in row["images"]]
+        if images:
+            counts = [row["num_visual_tokens"] for row in rows for _ in row["images"]]
+            batch |= self.processor(images=images, num_visual_tokens=counts, return_tensors="pt")
+        if self.return_sample_ids:
+            batch["sample_ids"] = [row["id"] for row in rows]
+        return batch

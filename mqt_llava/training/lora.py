@@ -1,0 +1,92 @@
+"""LoRA for MQT-LLaVA: which layers, by name, and the 4-bit base for QLoRA."""
+
+import re
+
+import torch
+from peft import LoraConfig
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+
+TARGETS = {
+    "language_model": "LoRA on all linear layers of the language model, its head apart",
+    "query_transformer": "LoRA on the five projections of the query transformer",
+    "query_transformer_full": "the query transformer itself, a copy of which is saved with the adapter",
+    "vision_tower": "LoRA on all linear layers of the vision tower, as far as features are taken from it",
+}
+
+
+def make_lora_config(model, targets=("language_model",), r=16, lora_alpha=32, lora_dropout=0.05, **kwargs):
+    """
+    A [`~peft.LoraConfig`] for parts of the model by name.
+
+    Args:
+        model (`MQTLlavaForConditionalGeneration`):
+            The base model. It is read, not changed.
+        targets (`str` or `tuple[str]`, *optional*, defaults to `("language_model",)`):
+            Any of `TARGETS`, which says what each stands for.
+        r, lora_alpha, lora_dropout, kwargs:
+            As [`~peft.LoraConfig`] takes them: `use_rslora=True`, `use_dora=True`, ...
+
+    Raises:
+        `ValueError`: for an unknown target, none, or the query transformer twice.
+    """
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    for target in targets:
+        if target not in TARGETS:
+            raise ValueError(f"LoRA targets are {', '.join(TARGETS)}; got {target!r}.")
+    if not targets or {"query_transformer", "query_transformer_full"} <= set(targets):
+        raise ValueError(
+            "`targets` must name at least one part, and the query transformer once, as `query_transformer` or as "
+            f"`query_transformer_full`; got {targets}."
+        )
+    config = model.config
+    # No adapters on layers of the tower behind the features, which would get no gradient
+    feature = config.vision_feature_layer
+    used = range(feature if feature >= 0 else config.vision_config.num_hidden_layers + 1 + feature)
+    parts = {
+        "language_model": r"model\.language_model\.(.*\.)?",
+        "query_transformer": r"model\.query_transformer\.",
+        "vision_tower": rf"model\.vision_tower\.(.*\.)?layers\.({'|'.join(map(str, used))})\.(.*\.)?",
+    }
+    patterns = [part + _linear_names(model, part) for target, part in parts.items() if target in targets]
+    full = ["query_transformer"] if "query_transformer_full" in targets else None
+    return LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules="|".join(patterns) or DUMMY_TARGET_MODULES,
+        modules_to_save=full,
+        task_type="CAUSAL_LM",
+        **kwargs,
+    )
+
+
+def _linear_names(model, part: str) -> str:
+    """A regular expression for the last names of the linear layers in a part of the model."""
+    layers = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    names = {name.rpartition(".")[2] for name in layers if re.match(part, name)}
+    return f"({'|'.join(sorted(names))})"
+
+
+def load_quantized(checkpoint, compute_dtype=torch.bfloat16, **kwargs):
+    """
+    The base model for QLoRA: the language model in 4-bit NormalFloat, doubly quantized (arXiv 2305.14314), everything
+    else as it is. Needs bitsandbytes. Next comes [`~peft.prepare_model_for_kbit_training`].
+
+    Args:
+        checkpoint (`str`): a folder or a Hub repository.
+        compute_dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): of the products, and of what is not quantized.
+        kwargs: as `from_pretrained` takes them.
+    """
+    quantization_config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=["model.vision_tower", "model.query_transformer", "lm_head"],
+    )
+    return AutoModelForImageTextToText.from_pretrained(
+        checkpoint, quantization_config=quantization_config, dtype=compute_dtype, **kwargs
+    )

@@ -1,0 +1,154 @@
+"""Matryoshka sampling: with how many visual tokens m each training step shows its images."""
+
+from numbers import Integral
+
+import numpy as np
+import torch
+from accelerate.data_loader import DataLoaderDispatcher
+from torch.utils.data import IterableDataset, get_worker_info
+from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
+from transformers.utils import logging
+
+from ..modeling.configuration_mqt_llava import resolve_visual_token_counts
+
+
+logger = logging.get_logger(__name__)
+
+DISTRIBUTIONS = ("even", "uniform", "log-uniform", "fixed")
+
+
+class VisualTokenSampler(TrainerCallback):
+    r"""
+    Draws m, the number of visual tokens per image, for every training step.
+
+    A draw depends on the seed and the step alone. So it is the same on every rank, and after a resume. A collator does
+    not know the step: it counts its batches, and this object, among the `callbacks` of a `Trainer`, tells it from which
+    step of which epoch to count. That is exact with gradient accumulation (one m for all batches of a step), with
+    workers, persistent or not, and with a resume in mid-epoch. m is logged as `num_visual_tokens`.
+
+    In a bare loop each batch is one step. Call [`set_step`] to resume, and, with workers, before every epoch.
+
+    Args:
+        distribution (`str`, `int` or `list[int]`, *optional*, defaults to `"even"`):
+            - `"even"`: 2, 4, ..., M, each as likely (the paper's, arXiv 2405.19315, section 3);
+            - `"uniform"`: 1, 2, ..., M, each as likely;
+            - `"log-uniform"`: 1 to M, m as likely as log(1 + 1 / m), so that every doubling of m is about as likely;
+            - `"fixed"`: always M; or an integer: always this one;
+            - a list: its entries, each as likely. Entries may repeat.
+        num_query_tokens (`int`, *optional*, defaults to 256):
+            M of the model.
+        seed (`int`, *optional*, defaults to 0):
+            Draws of another seed are others.
+
+    Raises:
+        `ValueError`: for an unknown distribution, an empty list, and numbers that are not integers from 1 to M.
+
+    Example:
+
+    ```python
+    >>> from mqt_llava.training.sampling import VisualTokenSampler
+
+    >>> sampler = VisualTokenSampler("even", num_query_tokens=64)
+    >>> [sampler.draw(step) for step in range(5)]
+    [56, 34, 64, 34, 30]
+
+    ```"""
+
+    def __init__(self, distribution="even", num_query_tokens=256, seed=0):
+        self.seed = seed
+        self.weights = None
+        if isinstance(distribution, str):
+            if distribution not in DISTRIBUTIONS:
+                raise ValueError(
+                    f"`distribution` must be one of {', '.join(DISTRIBUTIONS)}, an integer or a list of integers; got "
+                    f"{distribution!r}."
+                )
+            numbers = np.arange(1, num_query_tokens + 1)
+            if distribution == "log-uniform":
+                self.weights = np.log1p(1 / numbers) / np.log1p(num_query_tokens)
+            elif distribution == "even":
+                numbers = numbers[1::2] if num_query_tokens > 1 else numbers
+            elif distribution == "fixed":
+                numbers = numbers[-1:]
+        else:
+            numbers = [distribution] if isinstance(distribution, (Integral, float)) else list(distribution)
+            if not numbers:
+                raise ValueError("`distribution` is an empty list: there is no m to draw.")
+            resolve_visual_token_counts(numbers, len(numbers), num_query_tokens)
+        self.choices = [int(number) for number in numbers]
+        # The epoch's serial number, its first step and the batches per step: in shared memory, since workers collate
+        self.shared = torch.tensor([0, 0, 1]).share_memory_()
+        self.epoch = self.count = 0  # of the process that collates
+
+    @property
+    def largest(self) -> int:
+        """The largest m that can be drawn."""
+        return max(self.choices)
+
+    def draw(self, step: int) -> int:
+        """m of a step (the number of optimizer steps before it)."""
+        return int(np.random.default_rng([self.seed, step]).choice(self.choices, p=self.weights))
+
+    def set_step(self, step: int, gradient_accumulation_steps: int = 1):
+        """Let the next batch be the first of `step`."""
+        epoch = int(self.shared[0]) + 1
+        self.shared.copy_(torch.tensor([epoch, step, gradient_accumulation_steps]))
+
+    def next(self) -> int:
+        """m of the next batch that this process collates. Called by the collator, once for each batch."""
+        epoch, first_step, batches_per_step = self.shared.tolist()
+        if epoch != self.epoch:
+            self.epoch, self.count = epoch, 0
+        batch, worker = self.count, get_worker_info()
+        if worker is not None:  # batches go round the workers
+            batch = worker.id + self.count * _num_active_workers(worker)
+        self.count += 1
+        return self.draw(first_step + batch // batches_per_step)
+
+    # ------------------------------------------------------------------------------------ events of a `Trainer`
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        self.is_first_epoch = True
+        if isinstance(train_dataloader, DataLoaderDispatcher):
+            raise ValueError(
+                "With a streamed dataset accelerate cuts batches up by rows, and images would be parted from their "
+                'prompts: pass `accelerator_config={"dispatch_batches": False}` to `TrainingArguments`.'
+            )
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        step = state.global_step
+        if self.is_first_epoch and not args.ignore_data_skip and _is_stream(train_dataloader.dataset):
+            # A resumed stream is collated from the beginning of its epoch, and the batches of earlier steps are dropped
+            batches_per_step = args.gradient_accumulation_steps
+            has_end = has_length(train_dataloader)
+            step -= step % (-(-len(train_dataloader) // batches_per_step) if has_end else state.max_steps)
+        self.is_first_epoch = False
+        self.set_step(step, args.gradient_accumulation_steps)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        _, first_step, batches_per_step = self.shared.tolist()
+        expected = (state.global_step - first_step + 1) * batches_per_step + 1  # accelerate looks one batch ahead
+        if self.epoch == int(self.shared[0]) and self.count > expected:
+            logger.warning_once(
+                "Evaluation took its numbers of visual tokens from the sampler, and upset the draw of the training step "
+                "after it. Give evaluation samples their own, see `mqt_llava.training.data.with_num_visual_tokens`."
+            )
+            self.count = expected
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs and "num_visual_tokens" not in logs:
+            logs["num_visual_tokens"] = self.draw(state.global_step - 1)
+            state.log_history[-1]["num_visual_tokens"] = logs["num_visual_tokens"]
+
+
+def _is_stream(dataset) -> bool:
+    return isinstance(dataset, IterableDataset)
+
+
+def _num_active_workers(worker) -> int:
+    """How many workers have anything to do: those of a stream from `datasets` share its shards."""
+    if not _is_stream(worker.dataset):
+        return worker.num_workers
+    dataset = getattr(worker.dataset, "dataset", worker.dataset)  # accelerate wraps it
+    return min(worker.num_workers, getattr(dataset, "num_shards", worker.num_workers))

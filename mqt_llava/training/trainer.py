@@ -1,0 +1,75 @@
+"""A `Trainer` with what MQT-LLaVA wants: budgets drawn and logged, samples named where a loss is not finite."""
+
+import copy
+
+import torch
+from transformers import Trainer
+
+from .collator import MQTLlavaDataCollator
+from .sampling import VisualTokenSampler
+
+
+class MQTLlavaTrainer(Trainer):
+    """
+    A [`~transformers.Trainer`] for batches of a [`MQTLlavaDataCollator`], of which it
+
+    - makes the sampler one of its callbacks, and writes `num_visual_tokens` to all logs;
+    - evaluates with all M visual tokens where samples have no budget of their own, so that evaluation takes no draws;
+    - stops at a loss that is not finite with a `FloatingPointError` that names the samples;
+    - turns the key-value cache on again when training is done. `Trainer` turns it off in the model's config.
+    """
+
+    def __init__(self, model, args, data_collator: MQTLlavaDataCollator, **kwargs):
+        args.remove_unused_columns = False  # the collator makes the model's inputs
+        super().__init__(model, args, data_collator=data_collator, **kwargs)
+        self.sampler = data_collator.num_visual_tokens
+        if not isinstance(self.sampler, VisualTokenSampler):
+            self.sampler = None
+        elif self.sampler not in self.callback_handler.callbacks:
+            self.add_callback(self.sampler)
+
+    def get_train_dataloader(self):
+        return self._with_collator(super().get_train_dataloader, return_sample_ids=True)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        fixed = None if self.sampler is not None else self.data_collator.num_visual_tokens
+        get_dataloader = super().get_eval_dataloader
+        return self._with_collator(lambda: get_dataloader(eval_dataset), num_visual_tokens=fixed)
+
+    def _with_collator(self, get_dataloader, **settings):
+        """The data loader that is made while the collator has other settings."""
+        own, self.data_collator = self.data_collator, copy.copy(self.data_collator)
+        try:
+            vars(self.data_collator).update(settings)
+            return get_dataloader()
+        finally:
+            self.data_collator = own
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        sample_ids = inputs.pop("sample_ids", [])
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is {loss.item()} in step {self.state.global_step}, for the samples {', '.join(sample_ids)}. "
+                "Look at these, lower the learning rate, or train in bfloat16 or float32 instead of float16."
+            )
+        return loss
+
+    def log(self, logs, *args, **kwargs):
+        if self.sampler is not None and "loss" in logs:
+            logs["num_visual_tokens"] = self.sampler.draw(self.state.global_step - 1)
+        super().log(logs, *args, **kwargs)
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            enable_cache(self.model)
+            for callback in self.callback_handler.callbacks:
+                if getattr(callback, "training_bar", None) is not None:
+                    callback.training_bar.close()  # so that an error begins a line of its own
+
+
+def enable_cache(model):
+    """Undo what `Trainer` does to a model's config: it turns the key-value cache off, and `generate` would go without."""
+    model.config.use_cache = model.config.text_config.use_cache = model.generation_config.use_cache = True
