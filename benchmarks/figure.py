@@ -1,0 +1,39 @@
+"""The figure of the generation benchmark."""
+
+from pathlib import Path
+
+
+def draw(rows: list[dict], parts: tuple[str, ...], setting: str, path: Path):
+    """Time to first token by number of visual tokens, what it is made of, and where LLaVA's time by FLOPs would be."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    least_text = min(row["text"] for row in rows)
+    rows = [row for row in rows if "glue" in row and row["way"] == rows[0]["way"] and row["text"] == least_text]
+    batch_sizes = sorted({row["batch"] for row in rows})
+    figure, panels = plt.subplots(1, len(batch_sizes), figsize=(max(5 * len(batch_sizes), 8.5), 4.6), squeeze=False)
+    for axes, batch_size in zip(panels[0], batch_sizes):
+        shown = [row for row in rows if row["batch"] == batch_size]
+        labels = [f"{row['m']}" + ("\nLLaVA" if row is shown[0] else "") for row in shown]
+        bottom = [0.0] * len(shown)
+        for i, part in enumerate((*parts, "glue")):
+            heights = [max(row["glue"] * row["first token"], 0) if part == "glue" else row[part] for row in shown]
+            axes.bar(labels, heights, bottom=bottom, label=part, color=f"C{i}", width=0.7)
+            bottom = [low + height for low, height in zip(bottom, heights)]
+        by_flops = [shown[0]["first token"] / row["FLOP ratio"] for row in shown]
+        axes.plot(labels, by_flops, "k_", markersize=22, markeredgewidth=2, label="LLaVA's time, by FLOPs")
+        for label, row in zip(labels, shown):
+            top = max(row["first token"], shown[0]["first token"] / row["FLOP ratio"])
+            axes.annotate(f"{row['speed-up']:.1f}x", (label, top), (0, 4), textcoords="offset points", ha="center")
+        axes.set(title=f"batch of {batch_size}", xlabel="visual tokens per image", ylabel="time to first token, s")
+        axes.margins(y=0.1)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=len(labels), loc="lower center", bbox_to_anchor=(0.5, 0.03), fontsize=9)
+    figure.suptitle("Time to first token: MQT-LLaVA against LLaVA-1.5 with the same parts", fontsize=12)
+    figure.text(0.01, 0.01, setting, fontsize=5.5, color="gray")
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,236 @@
+"""`mqt-llava cost`: what an answer costs for each number of visual tokens, without loading any weights."""
+
+# torch and transformers are imported where they are used: help and errors in the arguments need neither
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import UsageError
+from .models import (
+    Dtype,
+    check_budget,
+    load_config,
+    loading,
+    name_checkpoint,
+    parse_budget,
+    resolve_device,
+    silence_libraries,
+)
+
+
+PREFIXES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+
+
+def parse_amount(text: str) -> float:
+    """`2.5T`, `16GB`, `800 GFLOP` or `2e12` as a number."""
+    match = re.fullmatch(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+) ?([kMGTP]?)(FLOPs?|B)?", text.strip())
+    if match is None:
+        raise UsageError(f"an amount is a number with or without k, M, G, T, such as 2.5T or 16GB; got {text!r}")
+    return float(match[1]) * PREFIXES[match[2]]
+
+
+def cost(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR_OR_REPO", help="Checkpoint: a folder or a Hub repository. Default: the shipped one."
+        ),
+    ] = None,
+    num_visual_tokens: Annotated[
+        str | None, typer.Option(metavar="M,M,...", help="Visual tokens per image, one row for each.")
+    ] = None,
+    text_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens of a prompt that stand for no image.")
+    ] = 40,
+    images: Annotated[int, typer.Option(metavar="N", min=1, help="Images in a prompt.")] = 1,
+    new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of an answer.")] = 1,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts answered at once.")] = 1,
+    device: Annotated[str, typer.Option(help="Whose speed is measured: auto, cpu, cuda, cuda:1, mps ...")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")] = Dtype.auto,
+    flops: Annotated[
+        float | None,
+        typer.Option(
+            metavar="AMOUNT", parser=parse_amount, help="Budget of FLOPs for all that is asked, such as 2.5T."
+        ),
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(metavar="BYTES", parser=parse_amount, help="Budget of memory, such as 16GB.")
+    ] = None,
+    latency: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=0, help="Budget of time up to the last token.")
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw accuracy against compute, where the checkpoint has accuracy.json."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+):
+    """Show what an answer costs for each number of visual tokens m: compute, memory and time.
+
+    Compute and memory follow from the checkpoint's config. Times are the least that the device's matmul rate and memory
+    bandwidth allow, both measured now. With a budget, the largest m that keeps within it is named.
+
+    \b
+    mqt-llava cost --new-tokens 100
+    mqt-llava cost --model DIR --num-visual-tokens 1,16,256 --batch-size 8 --device cuda
+    mqt-llava cost --model DIR --flops 2.5T --memory 16GB
+    """
+    chosen = None if num_visual_tokens is None else [parse_budget(text) for text in num_visual_tokens.split(",")]
+    silence_libraries()
+    checkpoint = name_checkpoint(model)
+    config = load_config(checkpoint)
+    accuracy = load_accuracy(checkpoint)
+    if plot is not None and accuracy is None:
+        raise UsageError(f"no accuracy to draw: the model {checkpoint} carries no readable accuracy.json")
+    largest = config.num_query_tokens
+    chosen = chosen or list(accuracy or [2**i for i in range(largest.bit_length()) if 2**i < largest] + [largest])
+    chosen = [check_budget(m, largest) for m in chosen]
+
+    from ..cost import CostModel, measure_device
+
+    device = resolve_device(device)
+    dtype = dtype.value if dtype is not Dtype.auto else "float32" if device.type == "cpu" else "bfloat16"
+    speed = measure_device(device, dtype)
+    with loading(checkpoint):
+        costs = CostModel(config)
+    request = {
+        "num_text_tokens": text_tokens,
+        "num_images": images,
+        "batch_size": batch_size,
+        "num_new_tokens": new_tokens,
+        "dtype": dtype,
+    }
+    budgets = {"flops": flops, "memory_bytes": memory, "latency_s": latency}
+    budgets = {name: budget for name, budget in budgets.items() if budget is not None}
+    fitting = None
+    if budgets:
+        try:
+            fitting = costs.num_visual_tokens_for(**budgets, speed=speed, **request)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        chosen = sorted({*chosen, fitting})
+    rows = [describe(costs(m, **request), speed, (accuracy or {}).get(m)) for m in chosen]
+
+    if as_json:
+        result = {"model": checkpoint, "device": str(device), **request, **vars(speed), **budgets}
+        print(json.dumps(result | {"largest_num_visual_tokens": fitting, "costs": rows}))
+    else:
+        print_table(rows, full_flops=costs(largest, **request).flops, fitting=fitting)
+        print(
+            f"Prompts: {batch_size} of {text_tokens} text tokens and {images} image{'s' * (images > 1)}. Answers of "
+            f"{new_tokens} token{'s' * (new_tokens > 1)}. {dtype} on {device}.\nTimes are floors at "
+            f"{speed.flops_per_second / 1e12:.3g} TFLOP/s and {speed.bytes_per_second / 1e9:.3g} GB/s, measured now."
+        )
+        if fitting is not None:
+            print(f"Largest number of visual tokens within the budget: {fitting}")
+    if plot is not None:
+        draw(rows, plot, Path(checkpoint).name)
+
+
+def load_accuracy(checkpoint: str) -> dict[int, dict[str, float]] | None:
+    """The checkpoint's own table: for each m it was evaluated with, percentages right by kind of question."""
+    from transformers.utils import cached_file
+
+    try:
+        table = json.loads(Path(cached_file(checkpoint, "accuracy.json")).read_text())
+        # other rows, such as `64, blank picture`, are controls
+        return {int(m): row for m, row in table.items() if m.isdecimal()} or None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def describe(cost, speed, accuracy: dict[str, float] | None) -> dict:
+    """One row of the table."""
+    return {
+        "num_visual_tokens": cost.num_visual_tokens,
+        "num_prompt_tokens": cost.num_prompt_tokens,
+        "flops": cost.flops,
+        "prefill_flops": cost.prefill_flops,
+        "decode_flops_per_step": cost.decode_flops,
+        "weight_bytes": cost.weight_bytes,
+        "kv_cache_bytes": cost.kv_cache_bytes,
+        "activation_bytes": cost.activation_bytes,
+        "memory_bytes": cost.memory_bytes,
+        "time_to_first_token": cost.time_to_first_token(speed),
+        "time_per_step": cost.time_per_token(speed),
+        "latency": cost.latency(speed),
+        "accuracy": accuracy,
+    }
+
+
+def with_prefix(number: float, unit: str) -> str:
+    """Three digits and a prefix: `1.74 TFLOP`."""
+    prefix = max((p for p, size in PREFIXES.items() if number >= size), key=PREFIXES.get, default="")
+    return f"{number / PREFIXES[prefix]:.3g} {prefix}{unit}"
+
+
+def print_table(rows: list[dict], full_flops: int, fitting: int | None):
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, collapse_padding=True, pad_edge=False)  # fits 80 columns
+    headers = ["m", "compute", "of M", "vision", "memory", "cache", "first\ntoken", "per\ntoken"]
+    with_accuracy = any(row["accuracy"] for row in rows)
+    for header in headers + ["accuracy"] * with_accuracy:
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [
+            str(row["num_visual_tokens"]),
+            with_prefix(row["flops"], "FLOP"),
+            f"{row['flops'] / full_flops:.0%}",
+            f"{row['prefill_flops']['vision_tower'] / row['flops']:.0%}",
+            with_prefix(row["memory_bytes"], "B"),
+            with_prefix(row["kv_cache_bytes"], "B"),
+            *(
+                f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+                for seconds in (row["time_to_first_token"], row["time_per_step"])
+            ),
+        ]
+        if with_accuracy:
+            values = row["accuracy"] or {}
+            cells.append(f"{values.get('all', sum(values.values()) / len(values)):.1f}" if values else "")
+        table.add_row(*cells, style="bold" if row["num_visual_tokens"] == fitting else None)
+    Console(file=sys.stdout).print(table)
+
+
+def draw(rows: list[dict], path: Path, name: str):
+    """Accuracy against the compute of an answer, m written at the points."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UsageError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = sorted((row for row in rows if row["accuracy"]), key=lambda row: row["flops"])
+    if not rows:
+        raise UsageError("no accuracy to draw: accuracy.json has none of these numbers of visual tokens")
+    exponent = max(e for e in range(0, 16, 3) if rows[-1]["flops"] >= 10**e)
+    unit = next(p for p, size in PREFIXES.items() if size == 10**exponent)
+    compute = [row["flops"] / 10**exponent for row in rows]
+    names = list(rows[0]["accuracy"])
+    groups = [group for group in ("coarse", "all", "fine-grained") if group in names]
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for kind in groups or names:
+        values = [row["accuracy"].get(kind) for row in rows]
+        axes.plot(compute, values, marker="o", linewidth=2.5 if kind == "all" else 1.5, label=kind)
+    lowest = [min(row["accuracy"][kind] for kind in groups or names) for row in rows]
+    for x, y, row in zip(compute, lowest, rows):
+        label = f"m = {row['num_visual_tokens']}" if row is rows[0] else str(row["num_visual_tokens"])
+        axes.annotate(label, (x, y), xytext=(7, -11), textcoords="offset points", fontsize=9)
+    axes.set(xlabel=f"compute of an answer, {unit}FLOP", ylabel="accuracy, %")
+    axes.margins(x=0.08, y=0.1)
+    axes.set_ylim(top=101 if max(axes.get_ylim()) > 100 else None)
+    axes.set_title(f"{name}: accuracy against compute, by visual tokens m", fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9, loc="lower right")
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot draw to {path}: {error}") from None
+    print(f"drawn to {path}", file=sys.stderr)

@@ -1,0 +1,265 @@
+"""What an answer costs, before it is paid for: FLOPs, memory and time of an MQT-LLaVA model for any number of visual tokens.
+
+Nothing is a formula for one architecture. The model is built on the meta device, where tensors have shapes and no data,
+runs there as it would run anywhere, and torch's FLOP counter counts. That takes about a second at 7B sizes, and no weights.
+
+    costs = CostModel(AutoConfig.from_pretrained("my-mqt-llava"))
+    costs(64, num_text_tokens=40).flops                      # FLOPs up to the first token
+    costs(64, num_new_tokens=100).latency(measure_device())  # seconds up to the last one
+    num_visual_tokens_for(config, memory_bytes=16e9)         # the largest m that fits
+"""
+
+import bisect
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .modeling.configuration_mqt_llava import MQTLlavaConfig, resolve_visual_token_counts
+from .modeling.modeling_mqt_llava import MQTLlavaForConditionalGeneration
+from .speed import DeviceSpeed, measure_device, resolve_dtype
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one batch of prompts costs with m visual tokens per image.
+
+    Args:
+        num_visual_tokens (`int`): m.
+        num_prompt_tokens (`int`): length of each prompt, text and visual tokens.
+        prefill_flops (`dict[str, int]`): FLOPs up to the first token of each part of the model, for the whole batch.
+        decode_flops (`int`): FLOPs of one further token for each row of the batch, at the mean length.
+        num_decode_steps (`int`): how many further tokens there are.
+        weight_bytes (`dict[str, int]`): the weights of each part. An `lm_head` tied to the embeddings has none.
+        prefill_read_bytes (`dict[str, int]`): the weights that each part reads up to the first token.
+        decode_read_bytes (`int`): the weights and cache that one further token reads.
+        kv_cache_bytes (`int`): the cache when the last token is there. Sliding windows are not taken off.
+        activation_bytes (`int`): an estimate of the largest tensors alive at once; see [`CostModel`].
+    """
+
+    num_visual_tokens: int
+    num_prompt_tokens: int
+    prefill_flops: dict[str, int]
+    decode_flops: int
+    num_decode_steps: int
+    weight_bytes: dict[str, int]
+    prefill_read_bytes: dict[str, int]
+    decode_read_bytes: int
+    kv_cache_bytes: int
+    activation_bytes: int
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations up to the last token; a multiplication and an addition are two."""
+        return sum(self.prefill_flops.values()) + self.decode_flops * self.num_decode_steps
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(self.weight_bytes.values()) + self.kv_cache_bytes + self.activation_bytes
+
+    def time_to_first_token(self, speed: DeviceSpeed) -> float:
+        """Seconds up to the first token on prepared inputs: a floor, which launches and small matrices keep from."""
+        return sum(speed.seconds(flops, self.prefill_read_bytes[part]) for part, flops in self.prefill_flops.items())
+
+    def time_per_token(self, speed: DeviceSpeed) -> float:
+        """Seconds for one further token of each row, again a floor."""
+        return speed.seconds(self.decode_flops, self.decode_read_bytes)
+
+    def latency(self, speed: DeviceSpeed) -> float:
+        """Seconds up to the last token."""
+        return self.time_to_first_token(speed) + self.num_decode_steps * self.time_per_token(speed)
+
+
+class CostModel:
+    """Costs of the model that a config describes, without its weights.
+
+    Every text and vision config works whose model is a standard transformer: attention over the whole prompt, so that
+    the language model's FLOPs are `b * length + c * length ** 2`, which two short runs determine. Attention is counted in
+    full, as torch's counter does, though kernels may skip the half that a causal mask hides.
+
+    Activations are estimated as two tensors of the hidden size (residual and input) and three of the MLP's width (gate,
+    up, product) per token, in the vision tower or in the language model, whichever needs more, since attention that is
+    not `eager` keeps no scores.
+
+    Args:
+        config (`MQTLlavaConfig`): of the model.
+    """
+
+    def __init__(self, config: MQTLlavaConfig):
+        self.config = config
+        with torch.device("meta"):
+            # Eager attention is made of plain products, the only ones that the counter knows on every device. A copy of
+            # the config, since the model writes the choice into it.
+            model = MQTLlavaForConditionalGeneration._from_config(
+                copy.deepcopy(config), attn_implementation="eager", dtype=torch.float32
+            ).eval()
+        parts = model.model
+        self.query_transformer = parts.query_transformer
+        self.num_parameters = {
+            "vision_tower": count_parameters(parts.vision_tower),
+            "query_transformer": count_parameters(parts.query_transformer),
+            "embeddings": count_parameters(model.get_input_embeddings()),
+            "language_model": count_parameters(parts.language_model) - count_parameters(model.get_input_embeddings()),
+            "lm_head": 0 if config.tie_word_embeddings else count_parameters(model.lm_head),
+        }
+        self.head_parameters = count_parameters(model.lm_head)
+
+        vision, text = config.vision_config, config.text_config
+        pixels = torch.empty(
+            1, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size, device="meta"
+        )
+        seen = []
+        hook = parts.query_transformer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.get_image_features(pixels, 1)
+        hook.remove()
+        self.num_patches = seen[0][1]
+        self.vision_flops = counter.get_total_flops() - self.count_query_transformer(1, 1)
+
+        flops = []
+        for length in (1, 2):
+            embeddings = torch.empty(1, length, text.hidden_size, device="meta")
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                outputs = parts.language_model(inputs_embeds=embeddings, use_cache=True)
+            flops.append(counter.get_total_flops())
+        self.flops_per_pair = (flops[1] - 2 * flops[0]) // 2
+        self.flops_per_token = flops[0] - self.flops_per_pair
+        cache = [tensor for layer in outputs.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        self.cache_elements_per_token = sum(tensor.numel() for tensor in cache) // length
+        self.vision_width = activation_width(parts.vision_tower, vision.hidden_size)
+        self.text_width = activation_width(parts.language_model, text.hidden_size)
+
+    def count_query_transformer(self, num_visual_tokens: int, num_images: int) -> int:
+        """FLOPs of the query transformer: it is small enough to be run for every question."""
+        width = self.config.vision_config.hidden_size
+        features = torch.empty(num_images, self.num_patches, width, device="meta")
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.query_transformer(features, num_visual_tokens)
+        return counter.get_total_flops()
+
+    def count_text(self, length: int) -> int:
+        """FLOPs of the language model, without head, on one prompt of so many tokens, visual ones included."""
+        return self.flops_per_token * length + self.flops_per_pair * length**2
+
+    def __call__(
+        self,
+        num_visual_tokens: int | None = None,
+        num_text_tokens: int = 40,
+        num_images: int = 1,
+        batch_size: int = 1,
+        num_new_tokens: int = 1,
+        dtype: torch.dtype | str = torch.bfloat16,
+    ) -> Cost:
+        """
+        Args:
+            num_visual_tokens (`int`, *optional*): m, for every image. Defaults to M.
+            num_text_tokens (`int`): tokens of each prompt that stand for no image. 40 is a short question in a chat.
+            num_images (`int`): images in each prompt.
+            batch_size (`int`): prompts.
+            num_new_tokens (`int`): tokens of each answer. The first one comes with the prefill.
+            dtype (`torch.dtype` or its name): of weights, cache and activations.
+
+        Raises:
+            `ValueError`: for m that is no integer from 1 to M, and for sizes that are too small.
+        """
+        m = resolve_visual_token_counts(num_visual_tokens, 1, self.config.num_query_tokens)[0]
+        sizes = {"num_text_tokens": (num_text_tokens, 0), "num_images": (num_images, 0)}
+        sizes |= {"batch_size": (batch_size, 1), "num_new_tokens": (num_new_tokens, 1)}
+        for name, (size, least) in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < least:
+                raise ValueError(f"`{name}` must be an integer, at least {least}; got {size!r}.")
+        length, images, steps = num_text_tokens + num_images * m, num_images * batch_size, num_new_tokens - 1
+        if length == 0:
+            raise ValueError("The prompt is empty: `num_text_tokens` and `num_images` are both 0.")
+        itemsize = resolve_dtype(dtype).itemsize
+        weights = {part: number * itemsize for part, number in self.num_parameters.items()}
+
+        head_flops = 2 * batch_size * self.head_parameters
+        prefill_flops = {
+            "vision_tower": images * self.vision_flops,
+            "query_transformer": self.count_query_transformer(m, images) if images else 0,
+            "language_model": batch_size * self.count_text(length),
+            "lm_head": head_flops,
+        }
+        read = {part: weights[part] for part in ("vision_tower", "query_transformer", "language_model")}
+        read["lm_head"] = self.head_parameters * itemsize
+        if not images:
+            read["vision_tower"] = read["query_transformer"] = 0
+
+        cache_bytes = self.cache_elements_per_token * itemsize * batch_size
+        attended = length + 1 + max(steps - 1, 0) // 2  # the new token sees itself too
+        return Cost(
+            num_visual_tokens=m,
+            num_prompt_tokens=length,
+            prefill_flops=prefill_flops,
+            decode_flops=batch_size * (self.flops_per_token + self.flops_per_pair * attended) + head_flops,
+            num_decode_steps=steps,
+            weight_bytes=weights,
+            prefill_read_bytes=read,
+            decode_read_bytes=read["language_model"] + read["lm_head"] + cache_bytes * attended,
+            kv_cache_bytes=cache_bytes * (length + steps),
+            activation_bytes=itemsize
+            * max(images * (self.num_patches + 1) * self.vision_width, batch_size * length * self.text_width),
+        )
+
+    def num_visual_tokens_for(
+        self,
+        *,
+        flops: float | None = None,
+        memory_bytes: float | None = None,
+        latency_s: float | None = None,
+        speed: DeviceSpeed | None = None,
+        **request,
+    ) -> int:
+        """See [`num_visual_tokens_for`]."""
+        budgets = {"flops": flops, "memory_bytes": memory_bytes, "latency_s": latency_s}
+        budgets = {name: budget for name, budget in budgets.items() if budget is not None}
+        if not budgets:
+            raise ValueError("Give at least one budget: `flops`, `memory_bytes` or `latency_s`.")
+        if latency_s is not None and speed is None:
+            speed = measure_device(dtype=request.get("dtype", torch.bfloat16))
+        measures = {
+            "flops": lambda cost: cost.flops,
+            "memory_bytes": lambda cost: cost.memory_bytes,
+            "latency_s": lambda cost: cost.latency(speed),
+        }
+        choices = range(1, self.config.num_query_tokens + 1)
+        fitting = []
+        for name, budget in budgets.items():
+            fits = bisect.bisect_right(choices, budget, key=lambda m: measures[name](self(m, **request)))
+            if not fits:
+                least = measures[name](self(1, **request))
+                raise ValueError(
+                    f"No number of visual tokens fits `{name}` = {budget:.4g}: m = 1 costs {least:.4g} already."
+                )
+            fitting.append(fits)
+        return min(fitting)
+
+
+def num_visual_tokens_for(config: MQTLlavaConfig, **budgets_and_request) -> int:
+    """The largest m, from 1 to M, whose cost is within every budget that is given.
+
+    Args:
+        config (`MQTLlavaConfig`): of the model.
+        flops (`float`, *optional*): FLOPs up to the last token, for the whole batch.
+        memory_bytes (`float`, *optional*): weights, cache and activations.
+        latency_s (`float`, *optional*): seconds up to the last token on prepared inputs.
+        speed (`DeviceSpeed`, *optional*): for `latency_s`. Defaults to that of the CPU, measured now.
+        num_text_tokens, num_images, batch_size, num_new_tokens, dtype: as for [`CostModel`].
+
+    Raises:
+        `ValueError`: when no budget is given, and when not even m = 1 fits, with what that costs.
+    """
+    return CostModel(config).num_visual_tokens_for(**budgets_and_request)
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def activation_width(transformer: nn.Module, hidden_size: int) -> int:
+    """Numbers per token alive at once: two of the hidden size and three of the widest linear layer's."""
+    widest = max(module.out_features for module in transformer.modules() if isinstance(module, nn.Linear))
+    return 2 * hidden_size + 3 * widest

@@ -1,0 +1,60 @@
+"""How fast a device is: its matmul rate and its memory bandwidth, measured."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class DeviceSpeed:
+    """How fast a device multiplies matrices and reads memory; see [`measure_device`]."""
+
+    flops_per_second: float
+    bytes_per_second: float
+
+    def seconds(self, flops: float, num_bytes: float) -> float:
+        """The least time for so many FLOPs on so many bytes: computing and reading overlap, the slower one counts."""
+        return max(flops / self.flops_per_second, num_bytes / self.bytes_per_second)
+
+
+def measure_device(device="cpu", dtype: torch.dtype | str = torch.bfloat16, repeats: int = 5) -> DeviceSpeed:
+    """The matmul rate and the memory bandwidth that a device reaches: the best of several short runs, in a second or so.
+
+    The rate is that of a product of square matrices. The bandwidth is the better of a matrix times a vector, which is
+    what decoding does, and a copy, which reads and writes.
+
+    Args:
+        device: as torch takes it.
+        dtype (`torch.dtype` or its name): of the matrices. Weights of this type are what the bandwidth is for.
+    """
+    device, dtype = torch.device(device), resolve_dtype(dtype)
+    side = 2048 if device.type == "cpu" else 8192
+    square = torch.ones(side, side, device=device, dtype=dtype)
+    flops_per_second = 2 * side**3 / best_time(lambda: square @ square, device, repeats)
+    # beyond every cache: 128 MB in float32 on a CPU, 2 GB on a GPU
+    long = torch.ones(16 * side if device.type == "cpu" else 4 * side, side, device=device, dtype=dtype)
+    vector, copy = torch.ones(1, side, device=device, dtype=dtype), torch.empty_like(long)
+    read = long.nbytes / best_time(lambda: nn.functional.linear(vector, long), device, repeats)
+    copied = 2 * long.nbytes / best_time(lambda: copy.copy_(long), device, repeats)
+    return DeviceSpeed(flops_per_second, max(read, copied))
+
+
+def best_time(function, device: torch.device, repeats: int) -> float:
+    """Seconds of the fastest of several calls, after one that is not counted."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        function()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ValueError(f"`dtype` must be a floating point type such as bfloat16 or float32; got {dtype!r}.")
+    return resolved
