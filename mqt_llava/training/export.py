@@ -37,6 +37,7 @@ def main():
             for part in settings.values():
                 if isinstance(part, dict):
                     part.pop("auto_map", None)
+                    part.pop("_name_or_path", None)  # a folder of the training
             (partial / name).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
         for path in partial.iterdir():
             path.chmod(0o644)

@@ -5,12 +5,14 @@ import typing
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from mqt_llava import MQTLlavaProcessor
 from mqt_llava.modeling.processing_mqt_llava import CHAT_TEMPLATE, SYSTEM_PROMPT
-from tests.small_model import NUM_QUERY_TOKENS, make_images, make_tokenizer
+from tests.small_model import NUM_QUERY_TOKENS, make_images, make_processor, make_tokenizer
 
 
 def pixels(processor, image):
@@ -178,3 +180,50 @@ def test_serving_slices_features_per_image(processor, model):
         inputs["pixel_values"], return_dict=True, visual_token_counts=inputs["visual_token_counts"]
     )
     assert [tuple(tokens.shape) for tokens in outputs.pooler_output] == [(2, 32), (4, 32)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(width=st.integers(1, 90), height=st.integers(1, 90), seed=st.integers(0, 9))
+def test_pixels_are_those_of_the_image_processor(width, height, seed):
+    """The faster way to pad and resize gives the same pixels, bit for bit."""
+    processor = make_processor()
+    levels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(levels)
+    expected = processor.image_processor([image], return_tensors="pt")["pixel_values"]
+    found = processor(images=[image, image], text="<image><image>", return_tensors="pt")["pixel_values"]
+    assert torch.equal(found[:1], expected) and torch.equal(found[1:], expected)
+
+
+def test_a_wide_strip_is_never_made_square():
+    image = Image.new("RGB", (60_000, 2), (10, 200, 30))
+    inputs = make_processor()(images=image, text="<image>", return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 30, 30)
+
+
+@pytest.mark.parametrize(
+    "options", [{"do_resize": False}, {"do_pad": False}, {"resample": 0}, {"image_mean": [0.1] * 3}]
+)
+def test_other_geometry_is_left_to_the_image_processor(options):
+    processor = make_processor()
+    image = make_images(2)[1].resize((30, 30)) if "do_resize" in options else make_images(1)[0]
+    expected = processor.image_processor([image], return_tensors="pt", **options)["pixel_values"]
+    if expected.shape[-2:] == (30, 30):
+        found = processor(images=image, text="<image>", return_tensors="pt", **options)["pixel_values"]
+        assert torch.equal(found, expected)
+    else:
+        with pytest.raises(ValueError, match="30 x 30"):
+            processor(images=image, text="<image>", **options)
+
+
+def test_draft_decodes_a_large_jpeg_at_a_smaller_size(tmp_path):
+    gradient = np.linspace(0, 255, 960 * 640).reshape(640, 960).astype(np.uint8)
+    Image.fromarray(gradient).convert("RGB").save(tmp_path / "large.jpg", quality=95)
+    processor, pixels = make_processor(), {}
+    for draft in (False, True):
+        with Image.open(tmp_path / "large.jpg") as image:
+            pixels[draft] = processor(images=image, text="<image>", draft=draft, return_tensors="pt")["pixel_values"]
+            assert image.size == ((120, 80) if draft else (960, 640))
+    assert not torch.equal(pixels[False], pixels[True])
+    assert (pixels[False] - pixels[True]).abs().mean() < 0.05
+    exact = processor(images=make_images(1), text="<image>", draft=True, return_tensors="pt")["pixel_values"]
+    assert torch.equal(exact, processor(images=make_images(1), text="<image>", return_tensors="pt")["pixel_values"])
