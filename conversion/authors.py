@@ -65,6 +65,8 @@ class VisionTower:
         self.folder = fetch(name, *WEIGHT_PATTERNS, near=near)
         config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         self.config = getattr(config, "vision_config", config)
+        if not hasattr(self.config, "image_size"):
+            raise ValueError(f"{name} is no vision tower: its model type is {config.model_type!r}")
         path = self.folder / "preprocessor_config.json"
         self.preprocessing = read_json(path) if path.exists() else {}
 
@@ -158,7 +160,7 @@ def load_tokenizer(folder: Path):
         legacy = settings.get("legacy")
         return load_llama_tokenizer(folder, legacy=True if legacy is None else legacy), kept
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    tokenizer.add_special_tokens({"image_token": "<image>"})
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer, kept
@@ -167,6 +169,7 @@ def load_tokenizer(folder: Path):
 def make_config(text: PreTrainedConfig, tower, tokenizer, **settings) -> MQTLlavaConfig:
     """Our config, with a place for `<image>` in the vocabulary."""
     text = copy.deepcopy(text)
+    text.name_or_path = tower.config.name_or_path = ""  # a folder on this machine
     image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     text.vocab_size = max(text.vocab_size, image_token_id + 1)
     return MQTLlavaConfig(

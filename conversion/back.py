@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 from ..modeling.configuration_mqt_llava import MQTLlavaConfig
 from .authors import NUM_HEADS, TEXT_MODEL_TYPES, split_off_vision
 from .files import LazyTensor, read_json
-from .names import AUTHORS_VISION_TOWER, to_authors
+from .names import AUTHORS_VISION_TOWER, EMBEDDINGS, rename, to_authors
+from .plan import check
 from .writing import cast, main_dtype, write_json, write_shards
 
 
@@ -52,15 +53,27 @@ class BackPlan:
 def plan(source: Path, tensors: dict[str, LazyTensor], dtype=None) -> BackPlan:
     config = MQTLlavaConfig.from_pretrained(source)
     check_fits(config)
+    check(config, tensors)
     theirs = cast(to_authors(tensors, vocab_size(config)), dtype)
     language, vision = split_off_vision(theirs)
     return BackPlan(source, config, language, vision)
 
 
 def vocab_size(config: MQTLlavaConfig) -> int:
-    """Rows of the authors' embeddings: all but that of `<image>`, where it stands behind the language model's own."""
+    """Rows of the authors' embeddings: all but that of `<image>`, where it was added behind the language model's own."""
     rows = config.text_config.vocab_size
-    return rows - 1 if config.image_token_id == rows - 1 else rows
+    is_theirs = original(config).get("vocab_size") == rows or config.image_token_id != rows - 1
+    return rows if is_theirs else rows - 1
+
+
+def without_image_row(tensors: dict[str, LazyTensor], config: MQTLlavaConfig) -> dict[str, LazyTensor]:
+    """Our tensors without what the authors' layout has no place for."""
+    rows = vocab_size(config)
+    embeddings = {rename(name) for name in EMBEDDINGS}
+    return {
+        name: tensor.map(lambda values: values[:rows]) if name in embeddings else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def original(config: MQTLlavaConfig) -> dict:
@@ -133,6 +146,13 @@ def write_configs(source: Path, config: MQTLlavaConfig, dtype: str, folder: Path
         },
     )
     write_tokenizer(source, folder)
+
+
+def file_names(source: Path) -> list[str]:
+    """What is written beside the weights."""
+    tokenizer = "tokenizer.model" if (source / "tokenizer.model").exists() else "tokenizer.json"
+    special = ["special_tokens_map.json"] if tokenizer == "tokenizer.model" else []
+    return ["config.json", tokenizer, "tokenizer_config.json", "vision_tower", *special]
 
 
 def write_tokenizer(source: Path, folder: Path):

@@ -11,10 +11,9 @@ from transformers.dynamic_module_utils import custom_object_save
 from . import back, full, lora, parts, stage1
 from .authors import WEIGHT_PATTERNS, make_generation_config
 from .files import fetch, read_json, read_tensors
-from .names import to_authors
 from .plan import Plan
-from .verify import Check, require, verify_adapter, verify_plan, verify_tensors
-from .writing import cast, check_free, check_space, main_dtype, new_folder, plan_shards, write_shards
+from .verify import Check, require, verify_adapter, verify_back, verify_plan, verify_tensors
+from .writing import cast, check_free, check_space, main_dtype, new_folder, weight_file_names, write_shards
 
 
 LAYOUTS = ("full", "stage-1", "lora", "parts", "back")
@@ -157,9 +156,6 @@ def _report(plan: Plan, max_shard_size) -> Report:
     sources = plan.source_tensors or {}
     kept = len(plan.tensors.keys() & (sources.keys() or {"lm_head.weight"}))
     packed = sum(name.rsplit("_", 1)[0].endswith("attn.in_proj") for name in sources)
-    files = [*plan_shards(plan.tensors, max_shard_size).filename_to_tensors, *FOLDER_FILES, *plan.extra_files]
-    if len(files) > 1 + len(FOLDER_FILES) + len(plan.extra_files):
-        files.append("model.safetensors.index.json")
     return Report(
         layout=plan.layout,
         vision_source=plan.vision_source,
@@ -169,7 +165,7 @@ def _report(plan: Plan, max_shard_size) -> Report:
         split=packed,
         dtypes=_dtypes(plan.tensors),
         nbytes=sum(tensor.nbytes for tensor in plan.tensors.values()),
-        files=sorted(files),
+        files=sorted([*weight_file_names(plan.tensors, max_shard_size), *FOLDER_FILES, *plan.extra_files]),
         base_models=plan.base_models,
     )
 
@@ -221,7 +217,7 @@ def _convert_back(source, destination, dtype, max_shard_size, verify, overwrite,
         split=packed,
         dtypes=_dtypes(tensors),
         nbytes=nbytes,
-        files=[*sorted(plan_shards(plan.language, max_shard_size).filename_to_tensors), "vision_tower"],
+        files=sorted([*weight_file_names(plan.language, max_shard_size), *back.file_names(source)]),
     )
     if not dry_run:
         with new_folder(destination, overwrite) as folder:
@@ -229,7 +225,8 @@ def _convert_back(source, destination, dtype, max_shard_size, verify, overwrite,
             if verify:
                 again = full.plan(folder, str(folder / "vision_tower"))
                 again.check()
-                report.checks = [verify_tensors(tensors, to_authors(again.tensors, back.vocab_size(plan.config)))]
+                expected, found = (back.without_image_row(part, plan.config) for part in (ours, again.tensors))
+                report.checks = [verify_tensors(expected, found, dtype), *verify_back(again, source, dtype)]
                 require(report.checks)
             report.files = sorted(path.name for path in folder.iterdir())
     report.seconds = time.perf_counter() - start

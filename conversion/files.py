@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import pickle
 import re
 import zipfile
 from collections.abc import Callable
@@ -71,6 +72,11 @@ class WeightFile:
                     self.handle = torch.load(
                         self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path)
                     )
+            except pickle.UnpicklingError as error:  # torch's advice is to load it all the same
+                raise ValueError(
+                    f"cannot read {self.path}: it is damaged, or holds more than tensors. That could run a program, so "
+                    "it is not loaded"
+                ) from error
             except Exception as error:  # a damaged file can lead its reader to any exception
                 reason = " ".join(str(error).split())[:300]
                 raise ValueError(f"cannot read {self.path}: {reason or type(error).__name__}") from error

@@ -45,6 +45,7 @@ def plan_of_tensors(
         choice (`str`, *optional*): what `--vision-tower` says.
     """
     check_supported(settings)
+    vocab_size = text_config(settings).vocab_size
     tensors, inside = split_off_vision(tensors)
     tower, vision_tensors, vision_source = vision_tower(settings, folder, inside, choice)
     tokenizer, extra_files = load_tokenizer(tokenizer_folder or folder)
@@ -53,7 +54,7 @@ def plan_of_tensors(
     return Plan(
         layout=layout,
         config=config,
-        tensors=from_authors(tensors, config.text_config.vocab_size - text_config(settings).vocab_size),
+        tensors=from_authors(tensors, config.text_config.vocab_size - vocab_size),
         processor=make_processor(config, tower, tokenizer, settings.get("image_aspect_ratio", "pad") == "pad"),
         source_tensors=tensors,
         source_config=settings,

@@ -34,6 +34,10 @@ def plan(
         empty = AutoModel.from_config(text)
     expected, embeddings = list(empty.state_dict()), empty.get_input_embeddings().weight
     embeddings_name = next(name for name, parameter in empty.named_parameters() if parameter is embeddings)
+    if getattr(text, "tie_word_embeddings", False) and embeddings_name != "embed_tokens.weight":
+        raise ValueError(
+            f"{language_model} ties its head to {embeddings_name}; models that do are to have embed_tokens"
+        )
     tokenizer, extra_files = load_tokenizer(folder)
     width = tower.config.hidden_size
     config = make_config(

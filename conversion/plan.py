@@ -40,26 +40,34 @@ class Plan:
 
     def empty_model(self) -> MQTLlavaForConditionalGeneration:
         """The model without its weights, on the meta device."""
-        with torch.device("meta"):
-            return MQTLlavaForConditionalGeneration(self.config)
+        return empty_model(self.config)
 
     def check(self):
-        """The tensors are those of the model, in name and shape.
+        check(self.config, self.tensors)
 
-        Raises:
-            `ValueError`: naming what is missing, unknown or of another shape.
-        """
-        expected = {name: tuple(tensor.shape) for name, tensor in self.empty_model().state_dict().items()}
-        if self.config.tie_word_embeddings:
-            expected.pop("lm_head.weight")
-            self.tensors.pop("lm_head.weight", None)
-        for problem, names in (
-            ("lacks", sorted(expected.keys() - self.tensors.keys())),
-            ("has unknown", sorted(self.tensors.keys() - expected.keys())),
-        ):
-            if names:
-                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-                raise ValueError(f"the checkpoint {problem} tensors: {', '.join(names[:5])}{more}")
-        for name, shape in expected.items():
-            if self.tensors[name].shape != shape:
-                raise ValueError(f"{name} has the shape {self.tensors[name].shape}; the config makes it {shape}")
+
+def empty_model(config: MQTLlavaConfig) -> MQTLlavaForConditionalGeneration:
+    with torch.device("meta"):
+        return MQTLlavaForConditionalGeneration(config)
+
+
+def check(config: MQTLlavaConfig, tensors: dict[str, LazyTensor]):
+    """The tensors are those of the model, in name and shape. An `lm_head` that is tied is taken out.
+
+    Raises:
+        `ValueError`: naming what is missing, unknown or of another shape.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight")
+        tensors.pop("lm_head.weight", None)
+    for problem, names in (
+        ("lacks", sorted(expected.keys() - tensors.keys())),
+        ("has unknown", sorted(tensors.keys() - expected.keys())),
+    ):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(f"the checkpoint {problem} tensors: {', '.join(names[:5])}{more}")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise ValueError(f"{name} has the shape {tensors[name].shape}; the config makes it {shape}")

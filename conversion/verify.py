@@ -239,6 +239,19 @@ def verify_adapter(base: Path, source: Path, folder: Path) -> list[Check]:
     return verify_outputs(model, processor, Source(tensors), model.config.text_config.to_dict())
 
 
+@torch.no_grad()
+def verify_back(plan: Plan, source: Path, dtype: torch.dtype | None) -> list[Check]:
+    """Compare the authors' layout with our folder that it was made of.
+
+    Args:
+        plan (`Plan`): for what was written, as a source.
+        dtype (`torch.dtype`, *optional*): to which the weights were cast.
+    """
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or torch.float32, trust_remote_code=False)
+    return verify_outputs(model.float(), processor, Source(plan.source_tensors), plan.source_config)
+
+
 def verify_outputs(model, processor, source: Source, settings: dict) -> list[Check]:
     """Visual tokens and logits of a model in float32 against those of the authors' tensors.
 

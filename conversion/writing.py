@@ -72,6 +72,12 @@ def plan_shards(tensors: dict[str, LazyTensor], max_shard_size: int | str):
     )
 
 
+def weight_file_names(tensors: dict[str, LazyTensor], max_shard_size: int | str) -> list[str]:
+    """The files that [`write_shards`] makes."""
+    split = plan_shards(tensors, max_shard_size)
+    return [*split.filename_to_tensors, *(["model.safetensors.index.json"] if split.is_sharded else [])]
+
+
 def write_shards(folder: Path, tensors: dict[str, LazyTensor], max_shard_size: int | str, progress=None):
     """Write `tensors` as safetensors. No more than one shard is in memory at a time.
 

