@@ -1,6 +1,6 @@
 """Memory and speed of `mqt-llava convert` on a checkpoint with the tensors of MQT-LLaVA 7B, with fewer layers.
 
-    python -m benchmarks.conversion [--layers 8] [--folder /tmp/conversion] [--repeats 3]
+    python -m benchmarks.conversion [--layers 8] [--folder /tmp/conversion] [--repeats 3] [--formats ...] [--dtypes ...]
 
 The checkpoint is random, in bfloat16, once in safetensors shards and once as one `.bin` file. Every conversion runs in a process of
 its own, whose peak resident memory the system tells; the files are copied by `shutil.copytree` beside it, in turn.
@@ -91,6 +91,8 @@ def main():
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/conversion"))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--formats", nargs="+", choices=["safetensors", "bin"], default=["safetensors", "bin"])
+    parser.add_argument("--dtypes", nargs="+", default=["stored", "float16"])
     arguments = parser.parse_args()
     shutil.rmtree(arguments.folder, ignore_errors=True)
     os.environ["HF_HUB_OFFLINE"] = "1"  # the vision tower is in the checkpoint
@@ -99,10 +101,10 @@ def main():
         "| source | written as | weights (GB) | largest shard (GB) | peak memory (GB) | beyond the shard (GB) | convert (s) | copy (s) | ratio |"
     )
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for as_bin in (False, True):
-        source = arguments.folder / ("bin" if as_bin else "safetensors")
-        write_source(source, arguments.layers, as_bin)
-        for dtype in (None, "float16"):
+    for name in arguments.formats:
+        source = arguments.folder / name
+        write_source(source, arguments.layers, as_bin=name == "bin")
+        for dtype in arguments.dtypes:
             target = arguments.folder / "target"
             conversions, copies = [], []
             for _ in range(arguments.repeats):
@@ -112,13 +114,13 @@ def main():
                 copies.append(timed([sys.executable, "-c", copy])[0])
                 shutil.rmtree(target)
                 os.sync()
-                name = "None" if dtype is None else f"__import__('torch').{dtype}"
-                conversions.append(timed([sys.executable, "-c", CONVERT, str(source), str(target), name]))
+                torch_dtype = "None" if dtype == "stored" else f"__import__('torch').{dtype}"
+                conversions.append(timed([sys.executable, "-c", CONVERT, str(source), str(target), torch_dtype]))
             shards = [file.stat().st_size / 1e9 for file in target.glob("*.safetensors")]
             seconds, copied = statistics.median(s for s, _ in conversions), statistics.median(copies)
             peak = max(memory for _, memory in conversions)
             print(
-                f"| {source.name} | {dtype or 'stored'} | {sum(shards):.2f} | {max(shards):.2f} | {peak:.2f} "
+                f"| {source.name} | {dtype} | {sum(shards):.2f} | {max(shards):.2f} | {peak:.2f} "
                 f"| {peak - max(shards):.2f} | {seconds:.1f} | {copied:.1f} | {seconds / copied:.2f} |",
                 flush=True,
             )
