@@ -38,9 +38,12 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
 def test_commands_run(monkeypatch):
     monkeypatch.chdir(ROOT)
     commands = [
-        line.split("&&")[-1] for block in blocks("bash") for line in block.splitlines() if "mqt-llava ask" in line
+        line.split("&&")[-1]
+        for block in blocks("bash")
+        for line in block.splitlines()
+        if re.search("mqt-llava (ask|cost)", line)
     ]
-    assert len(commands) == 2
+    assert len(commands) == 3
     for command in commands:
         result = CliRunner().invoke(app, shlex.split(command)[1:])
         assert result.exit_code == 0 and result.stdout.strip(), result.output
