@@ -3,7 +3,7 @@
     python -m benchmarks.conversion [--layers 8] [--folder /tmp/conversion] [--repeats 3] [--formats ...] [--dtypes ...]
 
 The checkpoint is random, in bfloat16, once in safetensors shards and once as one `.bin` file. Every conversion runs in a process of
-its own, whose peak resident memory the system tells; the files are copied by `shutil.copytree` beside it, in turn.
+its own, which tells its peak resident memory (VmHWM of Linux); the files are copied by `shutil.copytree` beside it, in turn.
 """
 
 import argparse
@@ -23,9 +23,13 @@ from tests.reference import official_layout
 
 
 HIDDEN, HEADS, INTERMEDIATE, VOCAB = 4096, 32, 11008, 32000
-CONVERT = (
-    "import sys; from mqt_llava.conversion import convert; convert(sys.argv[1], sys.argv[2], dtype=eval(sys.argv[3]))"
-)
+CONVERT = """
+import sys, torch
+from pathlib import Path
+from mqt_llava.conversion import convert
+convert(sys.argv[1], sys.argv[2], dtype=None if sys.argv[3] == "stored" else getattr(torch, sys.argv[3]))
+print(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
+"""
 
 
 def random_tensors(names):
@@ -75,15 +79,12 @@ def write_source(folder: Path, layers: int, as_bin: bool):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def timed(command) -> tuple[float, float]:
-    """Seconds and peak resident memory in GB of a command."""
+def timed(*command) -> tuple[float, float]:
+    """Seconds that a Python program takes until its files are on the disk, and the memory in GB that it prints in kB."""
     start = time.perf_counter()
-    process = subprocess.Popen(command)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{command} ended with {status}")
+    output = subprocess.run([sys.executable, "-c", *command], check=True, capture_output=True, text=True).stdout
     os.sync()
-    return time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e9
+    return time.perf_counter() - start, float(output.split()[-1]) * 1024 / 1e9 if output else 0.0
 
 
 def main():
@@ -111,11 +112,10 @@ def main():
                 shutil.rmtree(target, ignore_errors=True)
                 os.sync()
                 copy = f"import shutil; shutil.copytree({str(source)!r}, {str(target)!r})"
-                copies.append(timed([sys.executable, "-c", copy])[0])
+                copies.append(timed(copy)[0])
                 shutil.rmtree(target)
                 os.sync()
-                torch_dtype = "None" if dtype == "stored" else f"__import__('torch').{dtype}"
-                conversions.append(timed([sys.executable, "-c", CONVERT, str(source), str(target), torch_dtype]))
+                conversions.append(timed(CONVERT, str(source), str(target), dtype))
             shards = [file.stat().st_size / 1e9 for file in target.glob("*.safetensors")]
             seconds, copied = statistics.median(s for s, _ in conversions), statistics.median(copies)
             peak = max(memory for _, memory in conversions)
