@@ -46,6 +46,13 @@ def convert(
         str | None,
         typer.Option(help="For the model card, as in apache-2.0. Default with --push-to-hub: that of the base model."),
     ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REPO", help="For the model card: what it was trained on. May be repeated."),
+    ] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(metavar="CODE", help="For the model card. May be repeated. Default: en.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ):
     """Convert a checkpoint and say what was done.
@@ -77,7 +84,7 @@ def convert(
 
     def finish(folder, report):
         origin = f"Converted from `{Path(source).name}` ({report.layout}) with `mqt-llava convert`."
-        write_card(folder, push_to_hub or str(destination), license, report.base_models, origin=origin)
+        write_card(folder, push_to_hub or str(destination), license, report.base_models, dataset, language, origin)
 
     try:
         with progress_bar() as progress:

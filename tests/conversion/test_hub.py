@@ -54,6 +54,14 @@ def test_card_without_license_or_bases(converted, tmp_path):
     assert data.license is None and data.base_model is None
 
 
+def test_what_the_command_line_says(authors, tmp_path):
+    options = ["--license", "mit", "--dataset", "a/one", "--dataset", "b/two", "--language", "de", "--json"]
+    result = CliRunner().invoke(cli.app, ["convert", str(authors), str(tmp_path / "out"), *options])
+    assert result.exit_code == 0, result.output
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert (data.license, data.datasets, data.language) == ("mit", ["a/one", "b/two"], ["de"])
+
+
 def test_accuracy_and_compute(tmp_path):
     make_model().save_pretrained(tmp_path)
     accuracy = {m: {"all": 50.0 + int(m), "count": 30.25} for m in ("1", "4", "16")}
