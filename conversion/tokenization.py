@@ -1,5 +1,6 @@
 """Llama tokenizers as the authors' code runs them."""
 
+import importlib.util
 import json
 
 from tokenizers import Tokenizer, normalizers
@@ -20,6 +21,12 @@ def load_llama_tokenizer(folder, legacy: bool, image_token: str = "<image>") -> 
         legacy (`bool`): What `legacy` meant when the checkpoint was trained: a missing key is `True`.
         image_token (`str`): The placeholder of an image.
     """
+    # without these transformers takes `tokenizer.model` for another format, and asks for tiktoken
+    missing = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
+    if missing:
+        raise ImportError(
+            f"{' and '.join(missing)} is missing, to read tokenizer.model: pip install 'mqt-llava[convert]'"
+        )
     slow_names = LlamaTokenizer.from_pretrained(folder, legacy=legacy)
     specification = json.loads(slow_names.backend_tokenizer.to_str())
     merges = specification["model"]["merges"]
@@ -37,3 +44,10 @@ def load_llama_tokenizer(folder, legacy: bool, image_token: str = "<image>") -> 
         padding_side=slow_names.padding_side,
         **{name: getattr(slow_names, name) for name in names if getattr(slow_names, name) is not None},
     )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that would hold it
+        return False

@@ -107,7 +107,7 @@ def convert(
     except VerificationError as error:
         print_checks(error.checks, file=sys.stderr)
         raise UsageError(str(error)) from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise UsageError(str(error)) from error
     if as_json:
         print(json.dumps(asdict(report)))

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from typer.testing import CliRunner
 
 from mqt_llava import cli
+from mqt_llava.conversion import tokenization
 from mqt_llava.conversion import names
 from tests.conversion.checkpoints import read_weights
 
@@ -152,3 +153,13 @@ def test_progress_and_ctrl_c_on_a_terminal(authors, tmp_path):
     assert re.search(r"(\d+\.\d)/\1 MB", seen), seen
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.read_text() for path in out.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("module", ["sentencepiece", "google.protobuf"])
+def test_missing_packages_are_named(authors, tmp_path, monkeypatch, module):
+    monkeypatch.setattr(tokenization, "_is_installed", lambda name: name != module)
+    result = run(authors, tmp_path / "out")
+    assert result.exit_code == 2 and not (tmp_path / "out").exists()
+    assert result.stderr == (
+        f"Error: {module} is missing, to read tokenizer.model: pip install 'mqt-llava[convert]'\n"
+    )
