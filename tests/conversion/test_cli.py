@@ -14,8 +14,7 @@ from transformers.utils import logging
 from typer.testing import CliRunner
 
 from mqt_llava import cli
-from mqt_llava.conversion import tokenization
-from mqt_llava.conversion import names
+from mqt_llava.conversion import names, tokenization
 from tests.conversion.checkpoints import read_weights
 
 
