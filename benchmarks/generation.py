@@ -9,6 +9,7 @@ all of it in interleaved rounds and takes medians. `cpu` has CLIP ViT-L/14 at 33
 
 import argparse
 import io
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from transformers.utils import is_flash_attn_2_available
 from benchmarks.figure import draw
 from benchmarks.measure import interleave, machine, markdown, peak_memory, seconds, write_csv
 from benchmarks.models import build, configs, llava_flops, measurements, variants
+from mqt_llava import MQTLlavaProcessor
 from mqt_llava.cost import CostModel, measure_device, resolve_dtype
+from tests.small_model import make_tokenizer
 
 
 CLIP_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -94,8 +97,9 @@ def benchmark(preset: dict) -> tuple[list[dict], str]:
                 timed.setdefault((variant.tower if name == "vision" else variant, name), function)
             remembered |= {(variant, name): function for name, function in memories.items()}
     side = configs(preset)[0].vision_config.image_size
-    for batch_size in preset["batch_sizes"]:
-        timed[batch_size, "preprocess"] = preprocessing(side, batch_size, device)
+    for model in models:
+        for batch_size in preset["batch_sizes"]:
+            timed[(model, batch_size), "preprocess"] = preprocessing(model, side, batch_size, device)
 
     speed = measure_device(device, dtype)
     results, first_calls = interleave(timed, preset["repeats"])
@@ -147,15 +151,18 @@ def describe(variant, costs: CostModel, full_flops: int) -> dict:
     }
 
 
-def preprocessing(side: int, batch_size: int, device: torch.device):
-    """A function that measures how long JPEGs of 3000 x 2000 pixels take to become pixel values."""
+def preprocessing(model: str, side: int, batch_size: int, device: torch.device):
+    """A function that measures how long JPEGs of 3000 x 2000 pixels take to become pixel values: the same ones."""
     file = io.BytesIO()
     Image.effect_noise((300, 200), 80).resize((3000, 2000)).convert("RGB").save(file, "JPEG", quality=90)
     size = {"height": side, "width": side}
-    processor = LlavaImageProcessorPil(do_pad=True, size=size, do_center_crop=False, crop_size=size)
+    process = LlavaImageProcessorPil(do_pad=True, size=size, do_center_crop=False, crop_size=size)
+    if model == "MQT":
+        processor = MQTLlavaProcessor(process, make_tokenizer(), image_side=side)
+        process = partial(processor, text=["<image>"] * batch_size)
 
     def preprocess():
-        processor([Image.open(file).convert("RGB") for _ in range(batch_size)], return_tensors="pt")
+        process(images=[Image.open(file).convert("RGB") for _ in range(batch_size)], return_tensors="pt")
 
     return lambda: seconds(preprocess, device)
 

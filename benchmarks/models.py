@@ -40,7 +40,7 @@ class Variant:
     @property
     def shared(self) -> tuple:
         """Whose measurements are in the row: this variant's, its vision tower's and its preprocessing's."""
-        return self, self.tower, self.batch_size
+        return self, self.tower, (self.model, self.batch_size)
 
     @property
     def request(self) -> dict:

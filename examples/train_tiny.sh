@@ -8,8 +8,17 @@
 set -euo pipefail
 runs=${1:?"usage: train_tiny.sh FOLDER"}
 on_cpu=(--use_cpu --bf16 --max_grad_norm 1 --lr_scheduler_type cosine --save_total_limit 2 --report_to none)
-images=(--image_folder "$runs/data/images")
 python=${PYTHON:-python}
+
+# A run of `mqt-llava train`, gone on with where there is a checkpoint: its folder, then its options. The paper's values that
+# are meant for GPUs and 7B parameters are undone.
+train() {
+    local resume=()
+    if compgen -G "$runs/$1/checkpoint-*" > /dev/null; then resume=(--resume); fi
+    $python -m mqt_llava.training.train --output_dir "$runs/$1" --image_folder "$runs/data/images" "${resume[@]}" "${on_cpu[@]}" \
+        --per_device_train_batch_size 64 --gradient_accumulation_steps 1 --gradient_checkpointing false \
+        --train_sampling_strategy random --dataloader_num_workers 0 --logging_steps 10 "${@:2}"
+}
 
 # 100,000 pictures with a caption and up to eight questions each, and 100,000 scenes told in words
 [ -e "$runs/data/text.json" ] || $python -m mqt_llava.training.make_data --output_dir "$runs/data"
@@ -26,27 +35,25 @@ $python -m mqt_llava.training.pretrain_text --data_path "$runs/data/text.json" -
     --adam_beta2 0.98 --remove_unused_columns False --logging_steps 10 --save_steps 200
 
 # Stage 1: the query transformer alone, captions, m = M (3 minutes)
-$python -m mqt_llava.training.train --stage 1 --vision_tower "$runs/vision" --language_model "$runs/text" \
-    --data_path "$runs/data/captions.json" --output_dir "$runs/stage1" "${images[@]}" "${on_cpu[@]}" \
-    --max_steps 300 --per_device_train_batch_size 64 --learning_rate 1e-3 --warmup_steps 20 --logging_steps 10 --save_steps 200
+[ -e "$runs/start/processor_config.json" ] || $python -m mqt_llava.training.assemble --output_dir "$runs/start" \
+    --vision_tower "$runs/vision" --language_model "$runs/text"
+train stage1 --stage 1 --model "$runs/start" --data_path "$runs/data/captions.json" \
+    --max_steps 300 --learning_rate 1e-3 --warmup_steps 20 --save_steps 200
 
 # Stage 2 of the paper: m drawn from {2, 4, ..., 64} at every step (23 minutes). The shipped run was planned for 3,400
 # steps and broken off after 1,200, with the learning rate still at 7.5e-4; hence the constant rate here.
-$python -m mqt_llava.training.train --stage 2 --model "$runs/stage1" --data_path "$runs/data/conversations.json" \
-    --output_dir "$runs/stage2-even" "${images[@]}" "${on_cpu[@]}" --lr_scheduler_type constant_with_warmup \
-    --max_steps 1200 --per_device_train_batch_size 64 --learning_rate 1e-3 --warmup_steps 100 --logging_steps 10 --save_steps 300
+train stage2-even --stage 2 --model "$runs/stage1" --data_path "$runs/data/conversations.json" \
+    --lr_scheduler_type constant_with_warmup --max_steps 1200 --learning_rate 1e-3 --warmup_steps 100 --save_steps 300
 
-budgets=(1 1 2 2 4 4 8 8 16 16 24 32 32 48 64 64 64)
+budgets=1,1,2,2,4,4,8,8,16,16,24,32,32,48,64,64,64
 # Stage 2 once more, with small budgets drawn as often as large ones: the paper's draw hardly ever meets them, and never
 # m = 1 (40 minutes)
-$python -m mqt_llava.training.train --stage 2 --model "$runs/stage2-even" --data_path "$runs/data/conversations.json" \
-    --output_dir "$runs/stage2-small" "${images[@]}" "${on_cpu[@]}" --seed 43 --budgets "${budgets[@]}" \
-    --max_steps 1900 --per_device_train_batch_size 64 --learning_rate 1e-3 --warmup_steps 50 --logging_steps 10 --save_steps 300
+train stage2-small --stage 2 --model "$runs/stage2-even" --data_path "$runs/data/conversations.json" --seed 43 \
+    --num_visual_tokens "$budgets" --max_steps 1900 --learning_rate 1e-3 --warmup_steps 50 --save_steps 300
 
 # And with fewer questions in any order: "List everything." has come last so far, after answers that help (13 minutes)
-$python -m mqt_llava.training.train --stage 2 --model "$runs/stage2-small" --data_path "$runs/data/short.json" \
-    --output_dir "$runs/stage2" "${images[@]}" "${on_cpu[@]}" --seed 44 --budgets "${budgets[@]}" \
-    --max_steps 1300 --per_device_train_batch_size 64 --learning_rate 7e-4 --warmup_steps 30 --logging_steps 10 --save_steps 400
+train stage2 --stage 2 --model "$runs/stage2-small" --data_path "$runs/data/short.json" --seed 44 \
+    --num_visual_tokens "$budgets" --max_steps 1300 --learning_rate 7e-4 --warmup_steps 30 --save_steps 400
 
 $python -m mqt_llava.training.export --model "$runs/stage2" --output_dir "$runs/mqt-llava-tiny"
 $python -m mqt_llava.training.evaluate --model "$runs/mqt-llava-tiny" --output_dir "$runs/accuracy"

@@ -12,6 +12,7 @@ from .convert import convert
 from .cost import cost
 from .errors import UsageError, print_error
 from .finetune import finetune
+from .train import train
 
 
 class OneLineErrors(TyperGroup):
@@ -33,6 +34,7 @@ app.command()(ask)
 app.command()(finetune)
 app.command()(convert)
 app.command()(cost)
+app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
 
 
 def main():

@@ -97,7 +97,7 @@ def finetune(
         from ..training.data import load_conversations, with_num_visual_tokens
         from ..training.lora import load_quantized, make_lora_config
         from ..training.output import prepare_output_dir
-        from ..training.sampling import VisualTokenSampler
+        from ..training.sampling import VisualTokenSampler, evaluation_budgets, parse_draw
         from ..training.trainer import MQTLlavaTrainer
     except ImportError as error:
         raise UsageError(f"{error.name} is missing: pip install 'mqt-llava[train]'") from None
@@ -110,8 +110,7 @@ def finetune(
         train_dataset = load_conversations(data, image_folder)
         eval_dataset = None
         if eval_data is not None:
-            budgets = parse_draw(eval_budgets) or sorted({1, max(num_query_tokens // 4, 1), num_query_tokens})
-            budgets = VisualTokenSampler(budgets, num_query_tokens).choices
+            budgets = evaluation_budgets(eval_budgets, num_query_tokens)
             rows = load_conversations(eval_data, image_folder)
             eval_dataset = {f"m{m}": with_num_visual_tokens(rows, m) for m in budgets}
 
@@ -173,9 +172,3 @@ def finetune(
     if trainer.is_world_process_zero():
         save_adapter(network, output_dir, push_to_hub)
         print(f"The adapter is in {output_dir}")
-
-
-def parse_draw(text: str) -> str | list[int]:
-    """`"1,4,16"` as numbers; other words as they are."""
-    parts = text.split(",")
-    return [int(part) for part in parts] if all(part.strip().isdecimal() for part in parts) else text

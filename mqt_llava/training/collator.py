@@ -4,6 +4,7 @@ import re
 from itertools import accumulate
 
 import torch
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -42,6 +43,9 @@ class MQTLlavaDataCollator:
             repeats the last good sample.
         return_sample_ids (`bool`, *optional*, defaults to `False`):
             Add `sample_ids`, a list of strings. The model does not take it: it is for a trainer that does.
+        always_image (`bool`, *optional*, defaults to `False`):
+            Give a batch without images a blank one, of one visual token behind the end of its first row: all processes of
+            a run must use all parts of the model in every step. [`MQTLlavaTrainer`] turns it on.
 
     Returns, when called with a list of samples:
         `dict`: `input_ids`, `attention_mask` and `labels` of shape `(batch_size, sequence_length)`, padded on the right;
@@ -61,6 +65,7 @@ class MQTLlavaDataCollator:
         truncate=False,
         on_error="raise",
         return_sample_ids=False,
+        always_image=False,
     ):
         if on_error not in ("raise", "skip"):
             raise ValueError(f'`on_error` must be "raise" or "skip"; got {on_error!r}.')
@@ -79,6 +84,7 @@ class MQTLlavaDataCollator:
         self.truncate = truncate
         self.on_error = on_error
         self.return_sample_ids = return_sample_ids
+        self.always_image = always_image
         self.num_skipped = 0  # by this process
         self.last_good = None
 
@@ -172,6 +178,9 @@ class MQTLlavaDataCollator:
     def collate(self, rows) -> dict:
         """A batch of prepared samples: the placeholder of each image m times, padding, pixels."""
         image_token_id = self.processor.image_token_id
+        if self.always_image and not any(row["images"] for row in rows):
+            longer = {"input_ids": [*rows[0]["input_ids"], image_token_id], "labels": [*rows[0]["labels"], -100]}
+            rows = [rows[0] | longer | {"images": [Image.new("RGB", (8, 8))], "num_visual_tokens": 1}, *rows[1:]]
         input_ids, labels = [], []
         for row in rows:
             ids = torch.tensor(row["input_ids"])

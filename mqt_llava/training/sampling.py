@@ -90,6 +90,11 @@ class VisualTokenSampler(TrainerCallback):
         """m of a step (the number of optimizer steps before it)."""
         return int(np.random.default_rng([self.seed, step]).choice(self.choices, p=self.weights))
 
+    def draw_below(self, step: int, num_visual_tokens: int) -> int:
+        """A second m for a step, below another: drawn from the smaller choices, or from 1 up to it where there are none."""
+        smaller = [m for m in self.choices if m < num_visual_tokens] or range(1, num_visual_tokens)
+        return int(np.random.default_rng([self.seed, step, 1]).choice(smaller))
+
     def set_step(self, step: int, gradient_accumulation_steps: int = 1):
         """Let the next batch be the first of `step`."""
         epoch = int(self.shared[0]) + 1
@@ -140,6 +145,18 @@ class VisualTokenSampler(TrainerCallback):
         if logs and "loss" in logs and "num_visual_tokens" not in logs:
             logs["num_visual_tokens"] = self.draw(state.global_step - 1)
             state.log_history[-1]["num_visual_tokens"] = logs["num_visual_tokens"]
+
+
+def parse_draw(text: str) -> str | list[int]:
+    """A distribution as a command line has it: `"1,4,16"` as numbers; other words as they are."""
+    parts = text.split(",")
+    return [int(part) for part in parts] if all(part.strip().isdecimal() for part in parts) else text
+
+
+def evaluation_budgets(text: str | None, num_query_tokens: int) -> list[int]:
+    """Numbers of visual tokens to evaluate at, `"1,4,16"` as a list. Default: 1, a quarter of M, and M."""
+    budgets = parse_draw(text) if text else sorted({1, max(num_query_tokens // 4, 1), num_query_tokens})
+    return VisualTokenSampler(budgets, num_query_tokens).choices
 
 
 def _is_stream(dataset) -> bool:

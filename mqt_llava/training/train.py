@@ -3,113 +3,96 @@
 Stage 1 aligns: only the query transformer trains, on captions, with all M visual tokens. Stage 2 tunes: the query
 transformer and the language model train on conversations, with m drawn from {2, 4, ..., M} at every step.
 
-    python -m mqt_llava.training.train --stage 1 --vision_tower runs/vision --language_model runs/text \
-        --data_path runs/data/captions.json --image_folder runs/data/images --output_dir runs/stage1
-    python -m mqt_llava.training.train --stage 2 --model runs/stage1 \
-        --data_path runs/data/conversations.json --image_folder runs/data/images --output_dir runs/stage2
+    mqt-llava train --stage 1 --model start --data_path captions.json --image_folder images --output_dir stage1
+    mqt-llava train --stage 2 --model stage1 --data_path conversations.json --image_folder images --output_dir stage2
+
+On several GPUs: `accelerate launch --config_file FILE -m mqt_llava.cli train ...`, with a FILE of `configs/accelerate`.
 """
 
-from dataclasses import dataclass, field
-
-import torch
-from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, HfArgumentParser, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainingArguments
 
 from .. import MQTLlavaConfig, MQTLlavaForConditionalGeneration, MQTLlavaProcessor
+from .arguments import StageArguments, parse_arguments
 from .collator import MQTLlavaDataCollator
-from .data import load_conversations
-from .sampling import VisualTokenSampler
+from .data import load_conversations, with_num_visual_tokens
+from .distillation import DistillationTrainer
+from .lengths import with_lengths
+from .output import prepare_output_dir
+from .sampling import VisualTokenSampler, evaluation_budgets, parse_draw
 from .trainer import MQTLlavaTrainer
 
 
-@dataclass
-class StageArguments:
-    """What is trained on what. Optimisation is set by `TrainingArguments`."""
-
-    stage: int = field(metadata={"help": "1 or 2", "choices": [1, 2]})
-    data_path: str = field(metadata={"help": "LLaVA conversation JSON"})
-    image_folder: str = field(metadata={"help": "where the images of the JSON are"})
-    model: str | None = field(default=None, metadata={"help": "an MQT-LLaVA checkpoint to go on from"})
-    vision_tower: str | None = field(default=None, metadata={"help": "without --model: a vision tower"})
-    language_model: str | None = field(
-        default=None, metadata={"help": "without --model: a language model, its processor"}
-    )
-    budgets: list[int] | None = field(
-        default=None,
-        metadata={"help": "stage 2: what m is drawn from, evenly; {2, 4, ..., M} as in the paper if not given"},
-    )
-    query_transformer_num_attention_heads: int = field(default=8, metadata={"help": "without --model"})
-
-
-@torch.no_grad()
-def start_local(query_transformer):
-    """Let half of the heads of a fresh query transformer look at the patches around each query's own place.
-
-    With small random projections every query attends evenly to all patches, so all visual tokens begin as the same
-    average and take long to part. Where queries and keys share a projection, nearby positions match best. The other
-    half stays even, so that the first tokens, which stand in a corner, begin with the whole picture in view.
+def train(arguments: StageArguments, training: TrainingArguments, callbacks=None):
     """
-    width = query_transformer.q_proj.in_features
-    for projection in (query_transformer.v_proj, query_transformer.out_proj, query_transformer.text_proj):
-        nn.init.normal_(projection.weight, std=width**-0.5)
-    nn.init.normal_(query_transformer.k_proj.weight, std=2 * width**-0.5)
-    nn.init.normal_(query_transformer.q_proj.weight, std=0.1 * width**-0.5)
-    query_transformer.q_proj.weight[: width // 2] = query_transformer.k_proj.weight[: width // 2]
+    Train a stage, and save model and processor in `training.output_dir`.
 
+    Args:
+        arguments, training: as [`parse_arguments`] reads them.
+        callbacks (`list[TrainerCallback]`, *optional*): for the trainer.
 
-def assemble(vision_tower, language_model, processor, num_attention_heads):
-    """An MQT-LLaVA of a pretrained vision tower, a pretrained language model and a fresh query transformer."""
-    vision_tower = AutoModel.from_pretrained(vision_tower)
-    language_model = AutoModelForCausalLM.from_pretrained(language_model)
-    config = MQTLlavaConfig(
-        vision_config=vision_tower.config,
-        text_config=language_model.config,
-        image_token_id=processor.image_token_id,
-        num_query_tokens=processor.num_query_tokens,
-        query_transformer_num_attention_heads=num_attention_heads,
-        vision_feature_layer=-1,
-    )
-    model = MQTLlavaForConditionalGeneration(config)
-    start_local(model.model.query_transformer)
-    model.model.vision_tower.load_state_dict(vision_tower.state_dict())
-    model.model.language_model.load_state_dict(language_model.model.state_dict())
-    model.lm_head.load_state_dict(language_model.lm_head.state_dict())
-    tokenizer = processor.tokenizer
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(model.generation_config, name, getattr(tokenizer, name))
-    return model
+    Returns:
+        [`MQTLlavaTrainer`]: with the trained model and the log.
 
+    Raises:
+        `ValueError`: before any work for budgets, files and folders that cannot be used; later for a sample that cannot.
+    """
+    config = MQTLlavaConfig.from_pretrained(arguments.model)
+    draw = parse_draw(",".join(arguments.num_visual_tokens or ["fixed" if arguments.stage == 1 else "even"]))
+    sampler = VisualTokenSampler(draw, config.num_query_tokens, training.seed)
+    budgets = evaluation_budgets(",".join(arguments.eval_budgets or []), config.num_query_tokens)
+    trainer_class, losses = MQTLlavaTrainer, {}
+    if arguments.distill_weight:
+        trainer_class = DistillationTrainer
+        losses = {"weight": arguments.distill_weight, "temperature": arguments.distill_temperature}
 
-def main():
-    arguments, training = HfArgumentParser((StageArguments, TrainingArguments)).parse_args_into_dataclasses()
-    set_seed(training.seed)
-    training.remove_unused_columns = False  # the collator makes the model's inputs
-    if arguments.model:
-        model = MQTLlavaForConditionalGeneration.from_pretrained(arguments.model)
+    with training.main_process_first():  # the others find in the cache what the first one has read
+        checkpoint = training.resume_from_checkpoint
+        checkpoint = checkpoint or prepare_output_dir(training.output_dir, arguments.resume, arguments.overwrite)
         processor = MQTLlavaProcessor.from_pretrained(arguments.model)
-    else:
-        processor = MQTLlavaProcessor.from_pretrained(arguments.language_model)
-        heads = arguments.query_transformer_num_attention_heads
-        model = assemble(arguments.vision_tower, arguments.language_model, processor, heads)
+        train_dataset = load_conversations(arguments.data_path, arguments.image_folder)
+        eval_dataset = None
+        if arguments.eval_data_path:
+            eval_dataset = load_conversations(arguments.eval_data_path, arguments.image_folder)
+        if training.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            train_dataset = with_lengths(train_dataset, processor, sampler.largest)
+            eval_dataset = eval_dataset and with_lengths(eval_dataset, processor, sampler.largest)
+        if eval_dataset is not None:
+            eval_dataset = {f"m{m}": with_num_visual_tokens(eval_dataset, m) for m in budgets}
 
+    model = MQTLlavaForConditionalGeneration.from_pretrained(
+        arguments.model, dtype=arguments.dtype, attn_implementation=arguments.attn_implementation
+    )
     model.requires_grad_(False)
     model.model.query_transformer.requires_grad_(True)
     if arguments.stage == 2:
         model.model.language_model.requires_grad_(True)
         model.lm_head.requires_grad_(True)
 
-    distribution = "fixed" if arguments.stage == 1 else arguments.budgets or "even"
-    sampler = VisualTokenSampler(distribution, model.config.num_query_tokens, training.seed)
-    trainer = MQTLlavaTrainer(
+    trainer = trainer_class(
         model,
         training,
-        data_collator=MQTLlavaDataCollator(processor, sampler),
-        train_dataset=load_conversations(arguments.data_path, arguments.image_folder),
+        data_collator=MQTLlavaDataCollator(
+            processor,
+            sampler,
+            max_length=arguments.max_length or getattr(config.text_config, "max_position_embeddings", None),
+            truncate=arguments.truncate,
+            on_error="skip" if arguments.skip_broken else "raise",
+        ),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processor,  # saved with every checkpoint
+        callbacks=callbacks,
+        **losses,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))
-    model.save_pretrained(training.output_dir)
-    processor.save_pretrained(training.output_dir)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # what `from_pretrained` reads
+    trainer.save_model()
+    return trainer
+
+
+def main(command_line=None):
+    train(*parse_arguments(command_line))
 
 
 if __name__ == "__main__":

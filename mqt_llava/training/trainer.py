@@ -3,9 +3,12 @@
 import copy
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .collator import MQTLlavaDataCollator
+from .lengths import SeededLengthGroupedSampler
 from .sampling import VisualTokenSampler
 
 
@@ -14,13 +17,23 @@ class MQTLlavaTrainer(Trainer):
     A [`~transformers.Trainer`] for batches of a [`MQTLlavaDataCollator`], of which it
 
     - makes the sampler one of its callbacks, and writes `num_visual_tokens` to all logs;
+    - gives batches without images a blank one, so that several processes can train together, whatever their batches;
     - evaluates with all M visual tokens where samples have no budget of their own, so that evaluation takes no draws;
+    - groups samples by length in an order that a resume goes on with;
     - stops at a loss that is not finite with a `FloatingPointError` that names the samples;
     - turns the key-value cache on again when training is done. `Trainer` turns it off in the model's config.
     """
 
     def __init__(self, model, args, data_collator: MQTLlavaDataCollator, **kwargs):
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process cannot train on {args.n_gpu} GPUs: batches would be cut up by rows, and images parted from "
+                "their prompts. Start one for each with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
+            )
         args.remove_unused_columns = False  # the collator makes the model's inputs
+        # FSDP shards these layers one by one, and refuses names of layers that are not there, such as CLIP's for text
+        layers = {type(module).__name__ for module in model.modules()}
+        model._no_split_modules = [name for name in model._no_split_modules or () if name in layers]
         super().__init__(model, args, data_collator=data_collator, **kwargs)
         self.sampler = data_collator.num_visual_tokens
         if not isinstance(self.sampler, VisualTokenSampler):
@@ -29,12 +42,19 @@ class MQTLlavaTrainer(Trainer):
             self.add_callback(self.sampler)
 
     def get_train_dataloader(self):
-        return self._with_collator(super().get_train_dataloader, return_sample_ids=True)
+        return self._with_collator(super().get_train_dataloader, return_sample_ids=True, always_image=True)
 
     def get_eval_dataloader(self, eval_dataset=None):
         fixed = None if self.sampler is not None else self.data_collator.num_visual_tokens
         get_dataloader = super().get_eval_dataloader
-        return self._with_collator(lambda: get_dataloader(eval_dataset), num_visual_tokens=fixed)
+        return self._with_collator(lambda: get_dataloader(eval_dataset), num_visual_tokens=fixed, always_image=True)
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SeededLengthGroupedSampler(sampler, seed, lambda: int(self.state.epoch or 0))
 
     def _with_collator(self, get_dataloader, **settings):
         """The data loader that is made while the collator has other settings."""
@@ -54,6 +74,12 @@ class MQTLlavaTrainer(Trainer):
                 "Look at these, lower the learning rate, or train in bfloat16 or float32 instead of float16."
             )
         return loss
+
+    def _save(self, output_dir=None, state_dict=None):
+        if isinstance(self.model, FSDPModule):
+            # Its class is one of torch's making; the code to save with it is that of the class before
+            type(self.model).__module__ = type(self.model).__bases__[-1].__module__
+        super()._save(output_dir, state_dict)
 
     def log(self, logs, *args, **kwargs):
         if self.sampler is not None and "loss" in logs:

@@ -15,7 +15,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from mqt_llava import MQTLlavaProcessor
 from mqt_llava.conversion.tokenization import load_llama_tokenizer
-from mqt_llava.training import export, make_data, pretrain_text, pretrain_vision, scenes, train
+from mqt_llava.training import assemble, export, make_data, pretrain_text, pretrain_vision, scenes, train
 from mqt_llava.training.collator import MQTLlavaDataCollator
 from mqt_llava.training.data import load_conversations, open_image
 from tests.reference import official_layout
@@ -136,10 +136,11 @@ def test_every_stage_runs_resumes_and_ships(tmp_path):
     )
     text_data = ("--data_path", data / "text.json", "--output_dir", text, "--remove_unused_columns", False)
     run(pretrain_text, *text_data, "--max_steps", 2, *small, *TRAINING)
-    images = ("--image_folder", data / "images")
-    parts = ("--vision_tower", vision, "--language_model", text)
-    stage1 = ("--stage", 1, "--data_path", data / "captions.json", "--output_dir", tmp_path / "stage1", *images)
-    run(train, *stage1, *parts, "--max_steps", 2, *TRAINING)
+    start = tmp_path / "start"
+    run(assemble, "--vision_tower", vision, "--language_model", text, "--output_dir", start)
+    images = ("--image_folder", data / "images", "--bf16", False, "--gradient_accumulation_steps", 1)
+    stage1 = ("--stage", 1, "--model", start, "--data_path", data / "captions.json", *images)
+    run(train, *stage1, "--output_dir", tmp_path / "stage1", "--max_steps", 2, *TRAINING)
     stage2 = ("--stage", 2, "--model", tmp_path / "stage1", "--data_path", data / "conversations.json", *images)
     run(train, *stage2, "--output_dir", tmp_path / "unbroken", "--max_steps", 4, *TRAINING)
 
@@ -147,7 +148,7 @@ def test_every_stage_runs_resumes_and_ships(tmp_path):
     constant = ("--lr_scheduler_type", "constant", *TRAINING)
     run(train, *stage2, "--output_dir", tmp_path / "whole", "--max_steps", 4, *constant)
     run(train, *stage2, "--output_dir", tmp_path / "broken", "--max_steps", 2, *constant)
-    run(train, *stage2, "--output_dir", tmp_path / "broken", "--max_steps", 4, *constant)
+    run(train, *stage2, "--output_dir", tmp_path / "broken", "--max_steps", 4, "--resume", *constant)
     whole, broken = (
         AutoModelForImageTextToText.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "broken")
     )
@@ -175,5 +176,5 @@ def test_bad_budgets_are_refused_before_training(budgets, checkpoint, tmp_path):
         run(
             train,
             *("--stage", 2, "--model", checkpoint, "--data_path", "none", "--image_folder", "none"),
-            *("--output_dir", tmp_path, "--budgets", *budgets),
+            *("--output_dir", tmp_path, "--use_cpu", "--num_visual_tokens", *budgets),
         )

@@ -1,0 +1,106 @@
+"""Two budgets in every step, of which the smaller one learns from the larger one."""
+
+from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..modeling.modeling_mqt_llava import rebudget_inputs
+from .sampling import VisualTokenSampler
+from .trainer import MQTLlavaTrainer
+
+
+class DistillationTrainer(MQTLlavaTrainer):
+    r"""
+    A [`MQTLlavaTrainer`] whose loss has, beside the cross-entropy at the m that was drawn, a part for a second budget m'
+    drawn below it ([`VisualTokenSampler.draw_below`]):
+
+        loss = cross_entropy(m) + weight * (cross_entropy(m') + temperature**2 * KL(answers at m || answers at m'))
+
+    The divergence is a mean over labels and trains the answers at m' alone, as in Hinton et al. (arXiv 1503.02531). Both
+    budgets share one pass through vision tower and query transformer: the first m' of m visual tokens are those of the
+    smaller budget. A step with m = 1 has the plain loss, and so has evaluation. Logs have the smaller budget of the step
+    and the divergence of its last batch as `num_visual_tokens_below` and `divergence`.
+
+    Args:
+        weight (`float`, *optional*, defaults to 1): of the smaller budget. 0 is the plain loss.
+        temperature (`float`, *optional*, defaults to 1): divides the logits of both in the divergence.
+
+    Raises:
+        `ValueError`: when `weight` is negative or `temperature` is not positive.
+    """
+
+    def __init__(self, *args, weight: float = 1.0, temperature: float = 1.0, **kwargs):
+        if not weight >= 0 or not temperature > 0:
+            raise ValueError(
+                f"Distillation needs a weight of 0 or more and a temperature above 0; got {weight} and {temperature}."
+            )
+        super().__init__(*args, **kwargs)
+        self.weight, self.temperature, self.distillation_log = weight, temperature, {}
+        self.draws = self.sampler or VisualTokenSampler(
+            self.data_collator.largest, self.model.config.num_query_tokens, self.args.seed
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        step = self.state.global_step
+        m = self.draws.draw(step)
+        if model.training and self.weight and m > 1:
+            below = self.draws.draw_below(step, m)
+            small_inputs = self.at_budget(below, inputs, outputs.image_hidden_states)
+            small_loss, small_outputs = super().compute_loss(model, small_inputs, True, num_items_in_batch)
+            divergence, num_labels = divergence_at_labels(
+                outputs.logits.detach(),
+                inputs["labels"],
+                small_outputs.logits,
+                small_inputs["labels"],
+                self.temperature,
+            )
+            self.distillation_log = {
+                "num_visual_tokens_below": below,
+                "divergence": (divergence.detach() / num_labels).item(),
+            }
+            # Labels are counted as `Trainer` does for the cross-entropy
+            divergence = divergence / (num_labels if num_items_in_batch is None else num_items_in_batch)
+            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                divergence = divergence * self.accelerator.num_processes
+            loss = loss + self.weight * (small_loss + self.temperature**2 * divergence)
+        return (loss, outputs) if return_outputs else loss
+
+    def at_budget(self, num_visual_tokens: int, inputs, visual_tokens) -> dict:
+        """A batch with m' visual tokens or fewer per image, the first of those that it had with m."""
+        counts = inputs["visual_token_counts"].tolist()
+        below = [min(count, num_visual_tokens) for count in counts]
+        prompt = rebudget_inputs(
+            inputs["input_ids"],
+            counts,
+            below,
+            self.model.config.image_token_id,
+            attention_mask=inputs["attention_mask"],
+            labels=inputs["labels"],
+        )
+        tokens = [tokens[:count] for tokens, count in zip(visual_tokens.split(counts), below)]
+        return {**prompt, "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tokens)}}
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            logs |= self.distillation_log
+        super().log(logs, *args, **kwargs)
+
+
+def divergence_at_labels(teacher_logits, teacher_labels, logits, labels, temperature=1.0):
+    """
+    The Kullback-Leibler divergence of two budgets' answers. Their labels are the same, at places of their own.
+
+    Args:
+        teacher_logits, logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
+            At either budget, each with its sequence length.
+        teacher_labels, labels (`torch.Tensor` of shape `(batch_size, sequence_length)`):
+            -100 where there is none.
+
+    Returns:
+        `tuple[torch.Tensor, int]`: the sum over labels of KL(teacher || student), of shape `()`, and their number.
+    """
+    teacher, student = (
+        (logits[:, :-1][labels[:, 1:] != -100].float() / temperature).log_softmax(-1)
+        for logits, labels in ((teacher_logits, teacher_labels), (logits, labels))
+    )
+    return F.kl_div(student, teacher, reduction="sum", log_target=True), len(student)

@@ -1,0 +1,270 @@
+"""`mqt-llava train`: the paper's values, YAML files, both stages, grouping by length, mistakes, and a run that is killed."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from mqt_llava.cli import main
+from mqt_llava.training.arguments import accumulation_steps, parse_arguments
+from mqt_llava.training.collator import MQTLlavaDataCollator
+from mqt_llava.training.data import load_conversations
+from mqt_llava.training.lengths import SeededLengthGroupedSampler, with_lengths
+from tests.mqt_llava.stage_data import write_conversations
+from tests.mqt_llava.stage_run import run
+from tests.small_model import NUM_QUERY_TOKENS, make_model, make_processor
+
+
+M = NUM_QUERY_TOKENS
+ROOT = Path(__file__).parents[2]
+NEEDED = ["--model", "start", "--data_path", "data.json", "--use_cpu"]
+SMALL = (
+    "--use_cpu --bf16 false --per_device_train_batch_size 2 --global_batch_size 4 --logging_steps 1 --disable_tqdm true "
+    "--dataloader_num_workers 0 --learning_rate 1e-3"
+).split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_conversations(tmp_path_factory.mktemp("data"))
+
+
+# What it is told ------------------------------------------------------------------------------------------------------------
+
+PAPER = {  # arXiv 2405.19315, section 3
+    1: {"learning_rate": 1e-3, "num_train_epochs": 1, "draw": ["fixed"], "global_batch_size": 256},
+    2: {"learning_rate": 2e-5, "num_train_epochs": 2, "draw": ["even"], "global_batch_size": 128},
+}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_defaults_are_the_papers(stage, monkeypatch):
+    arguments, training = parse_arguments(["--stage", str(stage), *NEEDED])
+    paper = PAPER[stage]
+    assert arguments.stage == stage and arguments.num_visual_tokens == paper["draw"]
+    assert training.learning_rate == paper["learning_rate"] and training.num_train_epochs == paper["num_train_epochs"]
+    assert training.lr_scheduler_type == "cosine" and training.warmup_steps == 0.03 and training.weight_decay == 0
+    assert training.bf16 and training.gradient_checkpointing
+    batch, size = training.per_device_train_batch_size, arguments.global_batch_size
+    assert size == paper["global_batch_size"] == batch * training.gradient_accumulation_steps
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert accumulation_steps(size, batch) * batch * 8 == size
+
+
+def test_the_command_line_goes_before_the_file_and_that_before_the_paper(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "stage: 2\nlearning_rate: 1e-4\nwarmup_steps: 7\nnum_visual_tokens: [1, 4]\ndata_path: data.json\nbf16: false\n"
+        "lr_scheduler_kwargs: {num_cycles: 0.4}\nmax_length:\nuse_cpu: true\nmodel: file\n"
+    )
+    arguments, training = parse_arguments(["--config", str(config), "--warmup-steps=9", "--model", "line"])
+    assert arguments.model == "line" and training.warmup_steps == 9
+    assert training.learning_rate == 1e-4 and arguments.num_visual_tokens == ["1", "4"] and not training.bf16
+    assert arguments.data_path == ["data.json"] and training.lr_scheduler_kwargs == {"num_cycles": 0.4}
+    assert arguments.stage == 2 and arguments.max_length == 2048 and training.num_train_epochs == 2
+    assert parse_arguments(["--config", str(config), "--stage", "1"])[0].stage == 1
+    more = ["--gradient_accumulation_steps", "3", "--eval_data_path", "eval.json"]
+    training = parse_arguments(["--config", str(config), *more])[1]
+    assert training.gradient_accumulation_steps == 3 and training.eval_strategy == "epoch"
+
+
+MISTAKES = {
+    "unknown key": (
+        "lerning_rate: 1",
+        [],
+        r"config\.yaml: there is no argument lerning_rate; the closest one is learning_rate",
+    ),
+    "unknown option": ("", ["--eval-budget", "1"], "no argument --eval-budget; the closest one is eval_budgets"),
+    "unknown option before missing ones": ("", ["--stag", "1"], "the closest one is stage"),
+    "number": ("max_steps: 2.5", [], "max_steps.*invalid int value: '2.5'"),
+    "choice": ("train_sampling_strategy: lengthwise", [], "invalid choice: 'lengthwise'"),
+    "stage": ("stage: 3", [], "--stage: invalid choice: 3"),
+    "no YAML": ("a: [", [], r"config\.yaml is no YAML"),
+    "a list": ("- 1", [], "must hold keys and values; got list"),
+    "batch": ("global_batch_size: 100", [], "multiple of .*16 x 1; got 100"),
+    "small batch": ("global_batch_size: 8", [], "16 x 1; got 8"),
+    "stray words": ("", ["--seed", "1", "2"], "belong to no argument: 2"),
+    "budget": ("num_visual_tokens: [1, 17]", [], "from 1 to 16"),
+    "evaluation budget": ("eval_budgets: 0", [], "from 1 to 16"),
+    "draw": ("num_visual_tokens: evn", [], "must be one of even"),
+    "no data": ("data_path: nowhere.json", [], "no data file nowhere.json"),
+    "no model": ("model: nowhere", [], "cannot load the model nowhere"),
+    "distillation": ("distill_weight: -1", [], "Distillation needs a weight"),
+}
+
+
+def command(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["mqt-llava", "train", *map(str, arguments)])
+    with pytest.raises(SystemExit) as status:
+        main()
+    return status.value.code or 0
+
+
+@pytest.mark.parametrize(("config", "options", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_one_line_before_any_work(
+    config, options, message, checkpoint, data, tmp_path, monkeypatch, capfd
+):
+    (tmp_path / "config.yaml").write_text(config)
+    given = {"stage": 2, "model": checkpoint, "data_path": data}
+    needed = [word for key, value in given.items() if key not in config for word in (f"--{key}", value)]
+    output = ["--output_dir", tmp_path / "out", "--use_cpu", "--config", tmp_path / "config.yaml"]
+    assert command(monkeypatch, *needed, *output, *options) == 2
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("Error: "))
+    assert re.search(message, line)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_what_is_missing_is_named(monkeypatch, capfd):
+    assert command(monkeypatch) == 2
+    assert "required: --stage, --model, --data_path" in capfd.readouterr().err
+    assert command(monkeypatch, "--help") == 0
+    help_text = capfd.readouterr().out
+    assert "--distill_weight" in help_text and "--gradient_accumulation_steps" in help_text
+
+
+# What it does ---------------------------------------------------------------------------------------------------------------
+
+
+def changed_parts(folder, start):
+    after, before = (AutoModelForImageTextToText.from_pretrained(f).state_dict() for f in (folder, start))
+    return {name.split(".")[1] for name in after if not torch.equal(after[name], before[name])}
+
+
+def test_both_stages_one_after_the_other(checkpoint, data, tmp_path, monkeypatch, capfd):
+    one, two = tmp_path / "one", tmp_path / "two"
+    evaluation = ["--eval_data_path", data, "--eval_budgets", "1,4,16", "--report_to", "tensorboard"]
+    stage1 = ["--stage", 1, "--model", checkpoint, "--data_path", data, "--output_dir", one, *SMALL]
+    assert command(monkeypatch, *stage1, *evaluation) == 0
+    output = capfd.readouterr().out
+    assert all(f"eval_m{m}_loss" in output for m in (1, 4, 16)) and "'num_visual_tokens': 16" in output
+    assert len(list(one.glob("runs/*/events.out.tfevents.*"))) == 1
+    assert changed_parts(one, checkpoint) == {"query_transformer"}
+    assert command(monkeypatch, *stage1) == 2
+    assert "is not empty" in capfd.readouterr().err
+
+    stage2 = ["--stage", 2, "--model", one, "--data_path", data, "--output_dir", two, *SMALL, "--max_steps", 2]
+    assert command(monkeypatch, *stage2, "--distill_weight", 0.5) == 0
+    assert "divergence" in capfd.readouterr().out
+    assert changed_parts(two, one) == {"query_transformer", "language_model", "weight"}  # the last is lm_head.weight
+    model = AutoModelForImageTextToText.from_pretrained(two)
+    assert model.config.text_config.use_cache and model.generation_config.use_cache
+    for folder in (two, two / "checkpoint-2"):
+        assert AutoProcessor.from_pretrained(folder).num_query_tokens == M
+    assert command(monkeypatch, *stage2[:-1], 3, "--resume") == 0
+    assert (two / "checkpoint-3").exists()
+
+
+def test_checkpointing_and_accumulation_change_no_loss(checkpoint, data, tmp_path):
+    common = ["--stage", 2, "--model", checkpoint, "--data_path", data, *SMALL, "--max_steps", 3]
+    common += ["--train_sampling_strategy", "random", "--save_strategy", "no"]
+    plain = run(*common, "--output_dir", tmp_path / "1", "--gradient_checkpointing", "false")
+    checkpointing = run(*common, "--output_dir", tmp_path / "2")
+    whole = run(*common, "--output_dir", tmp_path / "3", "--per_device_train_batch_size", 4)
+    assert checkpointing.losses == pytest.approx(plain.losses, abs=1e-5) == whole.losses
+    assert len(plain.batches) == 2 * len(whole.batches)
+    bfloat16 = run(*common, "--output_dir", tmp_path / "4", "--bf16", "true")
+    assert bfloat16.losses != plain.losses and bfloat16.losses == pytest.approx(plain.losses, abs=0.05)
+
+
+def test_a_batch_of_text_gets_a_blank_image():
+    """It changes neither loss nor gradients; those of the query transformer are zero, not missing."""
+    rows = [
+        {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": answer}], "images": []}
+        for answer in ("A cat.", "It is a dog.")
+    ]
+    results = []
+    for always_image in (False, True):
+        model = make_model().train()
+        batch = MQTLlavaDataCollator(make_processor(), always_image=always_image)(rows)
+        loss = model(**batch).loss
+        loss.backward()
+        results.append((loss, {name: p.grad for name, p in model.named_parameters()}))
+    assert batch["visual_token_counts"].tolist() == [1] and batch["labels"].max() > 0
+    (plain, gradients), (loss, with_blank) = results
+    torch.testing.assert_close(loss, plain)
+    for name, gradient in gradients.items():
+        if gradient is not None:
+            torch.testing.assert_close(with_blank[name], gradient)
+        elif "query_transformer" in name:
+            assert with_blank[name] is not None and not with_blank[name].any()
+
+
+# Batches of samples about as long ---------------------------------------------------------------------------------------------
+
+
+def test_lengths_count_visual_tokens_without_opening_images(data, tmp_path):
+    processor = make_processor()
+    (tmp_path / "rows.json").write_text(data.read_text())  # where no picture is
+    rows = with_lengths(load_conversations(tmp_path / "rows.json"), processor, M)
+    collator = MQTLlavaDataCollator(processor, M)
+    exact = [collator([row])["input_ids"].shape[1] for row in load_conversations(data)]
+    overhead = [length - counted for length, counted in zip(exact, rows["length"])]
+    assert max(overhead) - min(overhead) <= 2  # the chat template
+    text = [length for length, images in zip(rows["length"], rows["images"]) if not images]
+    assert len(text) == 6 and max(text) < max(rows["length"]) - M / 2
+
+
+def test_the_order_depends_on_seed_and_epoch():
+    class Order:
+        generator = None
+
+        def __len__(self):
+            return 20
+
+        def __iter__(self):
+            return iter(torch.randperm(20, generator=self.generator).tolist())
+
+    def order(seed, epoch):
+        return list(SeededLengthGroupedSampler(Order(), seed, lambda: epoch))
+
+    assert order(1, 2) == order(1, 2) != order(1, 3)
+    assert order(2, 2) != order(1, 2)
+
+
+# A run that is killed ---------------------------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from transformers import TrainerCallback
+from mqt_llava.training.arguments import accumulation_steps, parse_arguments
+from mqt_llava.training.train import train
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+train(*parse_arguments(sys.argv[1:]), callbacks=[Kill()])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--stage", 2],
+        ["--stage", 2, "--train_sampling_strategy", "random", "--dataloader_num_workers", 2],
+        ["--stage", 2, "--distill_weight", 1, "--dataloader_num_workers", 2, "--bf16", "true"],
+    ],
+    ids=["lengths", "random, workers", "distillation, workers, bfloat16"],
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_been(options, checkpoint, data, tmp_path):
+    """Three steps an epoch with accumulation; killed in the third one, resumed from the middle of the second."""
+    arguments = ["--model", checkpoint, "--data_path", data, *SMALL, "--max_steps", 10, "--save_steps", 5, *options]
+    whole = run(*arguments, "--output_dir", tmp_path / "whole")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-c", KILLED, *map(str, arguments), "--output_dir", tmp_path / "broken"]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    rest = run(*arguments, "--output_dir", tmp_path / "broken", "--resume")
+    assert rest.losses == whole.losses and len(whole.losses) == 10
+    whole, broken = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "broken")
+    )
+    assert all(torch.equal(broken[name], weight) for name, weight in whole.items())
