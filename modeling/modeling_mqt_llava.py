@@ -245,6 +245,8 @@ def images_beyond_cache(
     Raises:
         `ValueError`: when the placeholders do not fit the images.
     """
+    if not num_cached:
+        return [True] * num_images, count_placeholders_per_image(is_placeholder, num_images, visual_token_counts)
     counts = placeholder_runs(is_placeholder)
     if visual_token_counts is not None:
         counts = torch.as_tensor(visual_token_counts).tolist()
@@ -386,7 +388,7 @@ def first_visual_tokens(features: BaseModelOutputWithPooling, counts: list[int])
     if len(counts) != len(lengths) or any(count > length for count, length in zip(counts, lengths)):
         raise ValueError(
             f"`mm_encoder_outputs` holds {lengths} visual tokens for the images, `num_visual_tokens` asks for {counts}. "
-            "Make the features with as many as will be asked for."
+            "Make the features of all images in the prompt, with as many as will be asked for."
         )
     return BaseModelOutputWithPooling(pooler_output=[tokens[:n] for tokens, n in zip(features.pooler_output, counts)])
 
@@ -707,19 +709,16 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         num_images = 0 if pixel_values is None else pixel_values.shape[0]
         if features is not None:
             num_images = len(features.pooler_output)
-        if not num_cached:
-            new_counts = resolve_visual_token_counts(num_visual_tokens, num_images, self.config.num_query_tokens)
-            if num_images == 0:
-                return {**unchanged, "visual_token_counts": None}
+        is_placeholder = None if input_ids is None else self.model.get_placeholder_mask(input_ids, None)
+        if num_cached and input_ids is not None:
+            num_images = len(placeholder_runs(is_placeholder) if visual_token_counts is None else visual_token_counts)
+        new_counts = resolve_visual_token_counts(num_visual_tokens, num_images, self.config.num_query_tokens)
+        if num_images == 0:
+            return {**unchanged, "visual_token_counts": None}
         if input_ids is None:
             raise ValueError(
                 "`num_visual_tokens` needs `input_ids`: a prompt given as `inputs_embeds` has its budget."
             )
-        is_placeholder = self.model.get_placeholder_mask(input_ids, None)
-        if num_cached:
-            runs = placeholder_runs(is_placeholder)
-            num_images = len(runs if visual_token_counts is None else visual_token_counts)
-            new_counts = resolve_visual_token_counts(num_visual_tokens, num_images, self.config.num_query_tokens)
         old_counts = count_placeholders_per_image(is_placeholder, num_images, visual_token_counts)
         if features is not None:
             unchanged["mm_encoder_outputs"] = {
@@ -810,19 +809,25 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         and leave out the images that a cache passed as `past_key_values` holds already."""
         pixel_values = model_kwargs.pop("pixel_values", None)
         visual_token_counts = model_kwargs.pop("visual_token_counts", None)
-        if pixel_values is not None:
+        features = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        num_cached = cache_length(model_kwargs.get("past_key_values"))
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and mask.shape[1] > inputs_tensor.shape[1]:
+            num_cached = 0  # the prompt is what follows the cached tokens
+        if pixel_values is not None or (features is not None and num_cached):
             input_ids = inputs_tensor if not inputs_tensor.is_floating_point() else None
             is_placeholder = self.model.get_placeholder_mask(input_ids, inputs_tensor)
-            num_cached = cache_length(model_kwargs.get("past_key_values"))
-            mask = model_kwargs.get("attention_mask")
-            if mask is not None and mask.shape[1] > inputs_tensor.shape[1]:
-                num_cached = 0  # the prompt is what follows the cached tokens
-            is_new, counts = images_beyond_cache(
-                is_placeholder, pixel_values.shape[0], visual_token_counts, num_cached
-            )
-            if counts:
-                is_new = torch.tensor(is_new, device=pixel_values.device)
-                model_kwargs["pixel_values"] = pixel_values if is_new.all() else pixel_values[is_new]
+            num_images = len(features.pooler_output if pixel_values is None else pixel_values)
+            if pixel_values is None and visual_token_counts is None:
+                visual_token_counts = [len(tokens) for tokens in features.pooler_output]
+            is_new, counts = images_beyond_cache(is_placeholder, num_images, visual_token_counts, num_cached)
+            if pixel_values is None:
+                new = [tokens for tokens, is_needed in zip(features.pooler_output, is_new) if is_needed]
+                images = {"image": BaseModelOutputWithPooling(pooler_output=new)} if new else {}
+                model_kwargs["mm_encoder_outputs"] = {**model_kwargs["mm_encoder_outputs"], "image": None, **images}
+            elif counts:
+                is_new = slice(None) if all(is_new) else torch.tensor(is_new, device=pixel_values.device)
+                model_kwargs["pixel_values"] = pixel_values[is_new]
                 model_kwargs["visual_token_counts"] = torch.tensor(counts, device=inputs_tensor.device)
         return super()._maybe_prepare_encoder_kwargs_for_generation(inputs_tensor, model_kwargs, *args, **kwargs)
 

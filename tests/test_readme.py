@@ -5,18 +5,13 @@ import shlex
 import shutil
 from pathlib import Path
 
-import pytest
 from typer.testing import CliRunner
 
-import mqt_llava
 from mqt_llava.cli import app
 
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-pytestmark = pytest.mark.skipif(
-    not Path(mqt_llava.TINY_CHECKPOINT).exists(), reason="the shipped checkpoint is not in this checkout"
-)
 
 
 def blocks(language):

@@ -205,6 +205,25 @@ def test_second_turn_with_a_new_image(model, processor, m, images, rebudget):
     assert encoded == 2
 
 
+@pytest.mark.parametrize("rebudget", [False, True], ids=["prepared", "num_visual_tokens"])
+@pytest.mark.parametrize("with_new_image", [False, True])
+def test_second_turn_with_image_features(model, processor, rebudget, with_new_image):
+    """Features of all images, made once, serve every turn: those that the cache holds are left out."""
+    m, prepared_m = 5, NUM_QUERY_TOKENS if rebudget else 5
+    first = prepare([0, 2], m=prepared_m)
+    again = {"pixel_values": first["pixel_values"], "visual_token_counts": first["visual_token_counts"]}
+    second_turn = tokens(processor, "USER: <image> and now?" if with_new_image else "USER: now?", 2, prepared_m)
+    if with_new_image:
+        pixels = torch.cat([first["pixel_values"], -first["pixel_values"][[0, 2]]])[[0, 1, 4, 2, 3, 5]]
+        again = {"pixel_values": pixels, "visual_token_counts": torch.full((6,), prepared_m)}
+    with torch.no_grad():
+        features = model.get_image_features(again["pixel_values"], NUM_QUERY_TOKENS if rebudget else m)
+    passed = {"mm_encoder_outputs": {"image": features}, "visual_token_counts": again["visual_token_counts"]}
+    prompt, continued, encoded, settings = chat(model, first, second_turn, passed, m, rebudget)
+    assert_same_turn(continued, model.generate(**prompt, **again, **settings))
+    assert encoded == 0
+
+
 def test_first_image_in_the_second_turn(model, processor, image):
     first = processor(text="hello there", return_tensors="pt")
     with_image = processor(images=image, text="<image>", num_visual_tokens=5, return_tensors="pt")

@@ -17,7 +17,6 @@ from mqt_llava.training.scenes import EMOJI_FONT
 
 CHECKPOINT = Path(mqt_llava.TINY_CHECKPOINT)
 ACCURACY = Path(__file__).parents[2] / "docs" / "accuracy" / "accuracy.json"
-pytestmark = pytest.mark.skipif(not CHECKPOINT.is_dir(), reason="the shipped checkpoint is not in this checkout")
 needs_font = pytest.mark.skipif(not os.path.exists(EMOJI_FONT), reason="needs fonts-noto-color-emoji")
 
 

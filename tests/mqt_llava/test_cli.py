@@ -236,7 +236,6 @@ def test_code_in_the_checkpoint_is_not_run(ask, files, tmp_path):
     assert ask(files[0], QUESTION, model=folder).stdout == ask(files[0], QUESTION).stdout
 
 
-@pytest.mark.skipif(not Path(models.TINY_CHECKPOINT).is_dir(), reason="the checkpoint is not there yet")
 def test_shipped_checkpoint_answers(ask, files):
     result = ask(files[0], QUESTION, "--num-visual-tokens", 1, "--max-new-tokens", 3, model=None)
     assert result.exit_code == 0, result.output

@@ -197,7 +197,7 @@ def test_images_in_the_forms_of_datasets(image, folder):
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_labels_of_raw_rows_equal_the_reference(legacy, tmp_path):
-    """From the turns as they stand in LLaVA's JSON; `tests/mqt_llava/test_training.py` begins after the first step."""
+    """From the turns as they stand in LLaVA's JSON; `tests/modeling/test_parity.py` begins after the first step."""
     official_layout.write_tokenizer(str(tmp_path), str(REFERENCE / "tokenizer.model"), 2048, legacy)
     side = {"height": 336, "width": 336}
     image_processor = LlavaImageProcessorPil(do_pad=True, size=side, do_center_crop=False, crop_size=side)
