@@ -34,11 +34,14 @@ class LazyTensor:
     Args:
         shape (`tuple[int, ...]`), dtype (`torch.dtype`): known from the file's header.
         load (`Callable[[], torch.Tensor]`): reads it, and computes what it is made of.
+        stored (`tuple[Path, int]`, *optional*): the file and the offset at which a safetensors file has its bytes. They
+            can be copied without being read.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], torch.Tensor]
+    stored: tuple[Path, int] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -89,7 +92,7 @@ class WeightFile:
     def tensors(self) -> dict[str, LazyTensor]:
         """Everything in the file, in its order."""
         handle = self.open()
-        tensors = {}
+        tensors, offsets = {}, {} if isinstance(handle, dict) else self.offsets()
         for name in handle.keys():  # noqa: SIM118  a safetensors file is no dict
             if isinstance(handle, dict):
                 shape, dtype = tuple(handle[name].shape), handle[name].dtype
@@ -98,9 +101,19 @@ class WeightFile:
                 if part.get_dtype() not in SAFETENSORS_DTYPES:
                     raise ValueError(f"{self.path}: {name} has the unsupported dtype {part.get_dtype()}")
                 shape, dtype = tuple(part.get_shape()), SAFETENSORS_DTYPES[part.get_dtype()]
-            tensors[name] = LazyTensor(shape, dtype, lambda name=name: self.load(name))
+            stored = (self.path, offsets[name]) if name in offsets else None
+            tensors[name] = LazyTensor(shape, dtype, lambda name=name: self.load(name), stored)
         self.handle = None
         return tensors
+
+    def offsets(self) -> dict[str, int]:
+        """Where the tensors of a safetensors file begin. Its library has checked the header and keeps them to itself."""
+        with open(self.path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        return {
+            name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"
+        }
 
     def load(self, name: str) -> torch.Tensor:
         handle = self.open()

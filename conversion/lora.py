@@ -141,5 +141,4 @@ def write_adapter(source: Path, destination: Path, base_model: str):
         inference_mode=True,
     )
     config.save_pretrained(destination)
-    loaded = {name: tensor.load().contiguous() for name, tensor in tensors.items()}
-    write_safetensors(destination / "adapter_model.safetensors", loaded)
+    write_safetensors(destination / "adapter_model.safetensors", tensors)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from .files import LazyTensor
+from .files import SAFETENSORS_DTYPES, LazyTensor
+
+
+CHUNK_BYTES = 16 * 2**20
 
 
 @contextlib.contextmanager
@@ -79,33 +80,70 @@ def weight_file_names(tensors: dict[str, LazyTensor], max_shard_size: int | str)
 
 
 def write_shards(folder: Path, tensors: dict[str, LazyTensor], max_shard_size: int | str, progress=None):
-    """Write `tensors` as safetensors. No more than one shard is in memory at a time.
+    """Write `tensors` as safetensors. No more than one tensor is in memory at a time.
 
     Args:
-        progress (`Callable[[int], None]`, *optional*): is told the bytes of each tensor that was read.
+        progress (`Callable[[int], None]`, *optional*): is told the bytes of each tensor that was written.
     """
     split = plan_shards(tensors, max_shard_size)
     for filename, names in split.filename_to_tensors.items():
-        shard = {}
-        for name in names:
-            tensor = tensors[name].load()
-            if tuple(tensor.shape) != tensors[name].shape or tensor.dtype != tensors[name].dtype:
-                raise ValueError(f"{name} was announced as {tensors[name]}; its file holds {tuple(tensor.shape)}")
-            shard[name] = tensor.contiguous()
-            if progress is not None:
-                progress(tensor.nbytes)
-        write_safetensors(folder / filename, shard)
+        write_safetensors(folder / filename, {name: tensors[name] for name in names}, progress)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]):
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # what a full disk leads to
-        raise OSError(f"cannot write {path.name}: {error}") from error
+def write_safetensors(path: Path, tensors: dict[str, LazyTensor], progress=None):
+    """Write one safetensors file, tensor by tensor.
+
+    `safetensors.torch.save_file` wants all tensors in memory, and passes the bytes through it that only change their file:
+    those the kernel copies here.
+    """
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    # wide types first, as that library orders them: each tensor begins at a multiple of its item's size
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with open(path, "wb", buffering=0) as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name, tensor in tensors.items():
+            if tensor.stored is not None:
+                copy_bytes(*tensor.stored, tensor.nbytes, file)
+            else:
+                values = tensor.load()
+                if (tuple(values.shape), values.dtype) != (tensor.shape, tensor.dtype):
+                    raise ValueError(f"{name} was announced as {tensor.shape}; its file holds {tuple(values.shape)}")
+                write_all(file, values.contiguous().flatten().view(torch.uint8).numpy())
+            if progress is not None:
+                progress(tensor.nbytes)
     path.chmod(0o644)
+
+
+def copy_bytes(source: Path, offset: int, count: int, file):
+    """Append a part of a file to another, in the kernel where it can do so."""
+    with open(source, "rb", buffering=0) as stored:
+        if hasattr(os, "copy_file_range"):
+            with contextlib.suppress(OSError):  # between file systems, or on one that cannot; a full disk shows below
+                while count and (copied := os.copy_file_range(stored.fileno(), file.fileno(), count, offset)):
+                    offset, count = offset + copied, count - copied
+        stored.seek(offset)
+        while count:
+            chunk = stored.read(min(count, CHUNK_BYTES))
+            if not chunk:
+                raise ValueError(f"{source} ends before its tensors do")
+            write_all(file, chunk)
+            count -= len(chunk)
+
+
+def write_all(file, content):
+    """Write all bytes: an unbuffered file may take a part at a time."""
+    view = memoryview(content)
+    while view:
+        view = view[file.write(view) :]
 
 
 def write_json(path: Path, content: dict):
@@ -117,7 +155,9 @@ def cast(tensors: dict[str, LazyTensor], dtype: torch.dtype | None) -> dict[str,
     if dtype is None:
         return tensors
     return {
-        name: tensor.map(lambda values: values.to(dtype), dtype=dtype) if tensor.dtype.is_floating_point else tensor
+        name: tensor.map(lambda values: values.to(dtype), dtype=dtype)
+        if tensor.dtype.is_floating_point and tensor.dtype != dtype
+        else tensor
         for name, tensor in tensors.items()
     }
 

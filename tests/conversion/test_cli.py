@@ -106,10 +106,12 @@ def test_failed_verification(authors, tmp_path, monkeypatch):
 
 
 def test_disk_that_fails(authors, tmp_path, monkeypatch):
-    def save_file(*args, **kwargs):
+    def write_all(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(import_module("mqt_llava.conversion.writing"), "save_file", save_file)
+    writing = import_module("mqt_llava.conversion.writing")
+    monkeypatch.setattr(writing, "write_all", write_all)
+    monkeypatch.setattr(os, "copy_file_range", write_all, raising=False)
     assert_refused(run(authors, tmp_path / "out"), "No space left on device")
     assert list(tmp_path.iterdir()) == []
 

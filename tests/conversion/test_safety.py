@@ -341,10 +341,11 @@ def test_full_disk(authors, tmp_path, monkeypatch):
 
 
 def test_failing_write(authors, taken, monkeypatch):
-    def save_file(*args, **kwargs):
+    def write_all(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing, "save_file", save_file)
+    monkeypatch.setattr(writing, "write_all", write_all)
+    monkeypatch.setattr(os, "copy_file_range", write_all, raising=False)
     with pytest.raises(OSError, match="No space"):
         convert(str(authors), taken, overwrite=True)
     assert_untouched(taken)
