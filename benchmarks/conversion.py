@@ -4,6 +4,8 @@
 
 The checkpoint is random, in bfloat16, once in safetensors shards and once as one `.bin` file. Every conversion runs in a process of
 its own, which tells its peak resident memory (VmHWM of Linux); the files are copied by `shutil.copytree` beside it, in turn.
+`process` is the whole of it, with the start of Python and the imports, until the files are on the disk; `convert` is the
+function alone.
 """
 
 import argparse
@@ -27,7 +29,8 @@ CONVERT = """
 import sys, torch
 from pathlib import Path
 from mqt_llava.conversion import convert
-convert(sys.argv[1], sys.argv[2], dtype=None if sys.argv[3] == "stored" else getattr(torch, sys.argv[3]))
+report = convert(sys.argv[1], sys.argv[2], dtype=None if sys.argv[3] == "stored" else getattr(torch, sys.argv[3]))
+print(report.seconds)
 print(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
 """
 
@@ -79,12 +82,12 @@ def write_source(folder: Path, layers: int, as_bin: bool):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def timed(*command) -> tuple[float, float]:
-    """Seconds that a Python program takes until its files are on the disk, and the memory in GB that it prints in kB."""
+def timed(*command) -> list[float]:
+    """Seconds that a Python program takes until its files are on the disk, and the numbers that it prints."""
     start = time.perf_counter()
     output = subprocess.run([sys.executable, "-c", *command], check=True, capture_output=True, text=True).stdout
     os.sync()
-    return time.perf_counter() - start, float(output.split()[-1]) * 1024 / 1e9 if output else 0.0
+    return [time.perf_counter() - start, *map(float, output.split())]
 
 
 def main():
@@ -98,10 +101,9 @@ def main():
     shutil.rmtree(arguments.folder, ignore_errors=True)
     os.environ["HF_HUB_OFFLINE"] = "1"  # the vision tower is in the checkpoint
 
-    print(
-        "| source | written as | weights (GB) | largest shard (GB) | peak memory (GB) | beyond the shard (GB) | convert (s) | copy (s) | ratio |"
-    )
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    columns = ["source", "written as", "weights (GB)", "largest shard (GB)", "peak memory (GB)", "process (s)"]
+    columns += ["convert (s)", "copy (s)", "process / copy", "convert / copy"]
+    print("| " + " | ".join(columns) + " |\n| --- | --- |" + " ---: |" * (len(columns) - 2))
     for name in arguments.formats:
         source = arguments.folder / name
         write_source(source, arguments.layers, as_bin=name == "bin")
@@ -117,13 +119,15 @@ def main():
                 os.sync()
                 conversions.append(timed(CONVERT, str(source), str(target), dtype))
             shards = [file.stat().st_size / 1e9 for file in target.glob("*.safetensors")]
-            seconds, copied = statistics.median(s for s, _ in conversions), statistics.median(copies)
-            peak = max(memory for _, memory in conversions)
-            print(
-                f"| {source.name} | {dtype} | {sum(shards):.2f} | {max(shards):.2f} | {peak:.2f} "
-                f"| {peak - max(shards):.2f} | {seconds:.1f} | {copied:.1f} | {seconds / copied:.2f} |",
-                flush=True,
-            )
+            process, convert, memory = zip(*conversions)
+            row = [
+                sum(shards),
+                max(shards),
+                max(memory) * 1024 / 1e9,
+                *map(statistics.median, (process, convert, copies)),
+            ]
+            row += [statistics.median(one / copy for one, copy in zip(ours, copies)) for ours in (process, convert)]
+            print(f"| {name} | {dtype} | " + " | ".join(f"{value:.2f}" for value in row) + " |", flush=True)
         shutil.rmtree(source)
     shutil.rmtree(arguments.folder)
 

@@ -65,14 +65,15 @@ class WeightFile:
         self.bytes_read = 0
 
     def open(self):
-        if self.handle is None:
+        handle = self.handle
+        if handle is None:
             self.bytes_read = 0
             try:
                 if self.path.suffix == ".safetensors":
-                    self.handle = safe_open(self.path, "pt")
+                    handle = safe_open(self.path, "pt")
                 else:
                     # only zip archives, which torch writes since 1.6, can be mapped into memory
-                    self.handle = torch.load(
+                    handle = torch.load(
                         self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path)
                     )
             except pickle.UnpicklingError as error:  # torch's advice is to load it all the same
@@ -83,11 +84,12 @@ class WeightFile:
             except Exception as error:  # a damaged file can lead its reader to any exception
                 reason = " ".join(str(error).split())[:300]
                 raise ValueError(f"cannot read {self.path}: {reason or type(error).__name__}") from error
-            if isinstance(self.handle, dict):
-                wrong = [name for name, value in self.handle.items() if not isinstance(value, torch.Tensor)]
+            if isinstance(handle, dict):
+                wrong = [name for name, value in handle.items() if not isinstance(value, torch.Tensor)]
                 if wrong:
                     raise ValueError(f"{self.path} holds more than tensors: {', '.join(map(str, wrong[:5]))}")
-        return self.handle
+            self.handle = handle
+        return handle  # another thread may have dropped the attribute
 
     def tensors(self) -> dict[str, LazyTensor]:
         """Everything in the file, in its order."""

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from .files import SAFETENSORS_DTYPES, LazyTensor
 
 
 CHUNK_BYTES = 16 * 2**20
+WRITERS = min(4, os.cpu_count() or 1)  # tensors that are written, and in memory, at a time
 
 
 @contextlib.contextmanager
@@ -80,7 +82,7 @@ def weight_file_names(tensors: dict[str, LazyTensor], max_shard_size: int | str)
 
 
 def write_shards(folder: Path, tensors: dict[str, LazyTensor], max_shard_size: int | str, progress=None):
-    """Write `tensors` as safetensors. No more than one tensor is in memory at a time.
+    """Write `tensors` as safetensors. No more than `WRITERS` of them are in memory at a time.
 
     Args:
         progress (`Callable[[int], None]`, *optional*): is told the bytes of each tensor that was written.
@@ -94,7 +96,7 @@ def write_shards(folder: Path, tensors: dict[str, LazyTensor], max_shard_size: i
 
 
 def write_safetensors(path: Path, tensors: dict[str, LazyTensor], progress=None):
-    """Write one safetensors file, tensor by tensor.
+    """Write one safetensors file, a few tensors at a time.
 
     `safetensors.torch.save_file` wants all tensors in memory, and passes the bytes through it that only change their file:
     those the kernel copies here.
@@ -108,9 +110,12 @@ def write_safetensors(path: Path, tensors: dict[str, LazyTensor], progress=None)
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    with open(path, "wb", buffering=0) as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for name, tensor in tensors.items():
+    begin_of_data = 8 + len(head)
+
+    def write(name):
+        tensor = tensors[name]
+        with open(path, "r+b", buffering=0) as file:
+            file.seek(begin_of_data + header[name]["data_offsets"][0])
             if tensor.stored is not None:
                 copy_bytes(*tensor.stored, tensor.nbytes, file)
             else:
@@ -118,13 +123,23 @@ def write_safetensors(path: Path, tensors: dict[str, LazyTensor], progress=None)
                 if (tuple(values.shape), values.dtype) != (tensor.shape, tensor.dtype):
                     raise ValueError(f"{name} was announced as {tensor.shape}; its file holds {tuple(values.shape)}")
                 write_all(file, values.contiguous().flatten().view(torch.uint8).numpy())
-            if progress is not None:
-                progress(tensor.nbytes)
+        return tensor.nbytes
+
+    path.write_bytes(len(head).to_bytes(8, "little") + head)
+    with ThreadPoolExecutor(WRITERS) as pool:
+        try:
+            for written in as_completed([pool.submit(write, name) for name in tensors]):
+                nbytes = written.result()
+                if progress is not None:
+                    progress(nbytes)
+        except BaseException:  # the first error, or Ctrl-C, ends it
+            pool.shutdown(cancel_futures=True)
+            raise
     path.chmod(0o644)
 
 
 def copy_bytes(source: Path, offset: int, count: int, file):
-    """Append a part of a file to another, in the kernel where it can do so."""
+    """Copy a part of a file into another, in the kernel where it can do so."""
     with open(source, "rb", buffering=0) as stored:
         if hasattr(os, "copy_file_range"):
             with contextlib.suppress(OSError):  # between file systems, or on one that cannot; a full disk shows below

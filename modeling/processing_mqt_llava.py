@@ -20,9 +20,18 @@ SYSTEM_PROMPT = (
     "polite answers to the user's questions."
 )
 
+MAX_PIXELS = 2**28  # of an image on its way to the vision tower, 0.8 GB: more than PIL opens
+STRIP_PIXELS = 2**24
+
 # Vicuna v1, as LLaVA 1.5 prompts it: images first in a turn, no space between an answer's `</s>` and the next turn. It
-# writes the BOS itself, since vLLM's chat adds no special tokens.
+# writes the BOS itself, since vLLM's chat adds no special tokens. Where content comes in parts, an `<image>` in a text would
+# stand for no image: servers tokenize what the template writes and never ask the processor whether the numbers fit.
 CHAT_TEMPLATE = (
+    "{% for message in messages if message['content'] is not string %}"
+    "{% for part in message['content'] if part['type'] == 'text' and '<image>' in part['text'] %}"
+    "{{ raise_exception('A text must not contain <image>, which stands for an image: send images as parts') }}"
+    "{% endfor %}"
+    "{% endfor %}"
     "{{ bos_token }}"
     "{% if messages[0]['role'] == 'system' %}"
     "{% set system = messages[0]['content'] if messages[0]['content'] is string else messages[0]['content'][0]['text'] %}"
@@ -195,6 +204,7 @@ class MQTLlavaProcessor(ProcessorMixin):
         # Resolved by `__call__`; tools that come here on another way may leave the default
         counts = resolve_visual_token_counts(num_visual_tokens, len(images), self.num_query_tokens)
         side = self._square_side(images, kwargs)
+        self._check_shapes(images, kwargs, side is None)
 
         def prepare(image):
             if draft and self.image_side is not None:
@@ -212,10 +222,7 @@ class MQTLlavaProcessor(ProcessorMixin):
         processed = self.image_processor(images, **kwargs)
         shape = tuple(np.shape(processed["pixel_values"][0])[-2:])
         if self.image_side is not None and shape != (self.image_side, self.image_side):
-            raise ValueError(
-                f"The vision tower takes images of {self.image_side} x {self.image_side} pixels, these arguments make "
-                f"them {shape[0]} x {shape[1]}: {kwargs}."
-            )
+            raise ValueError(self._wrong_shape(f"these arguments make them {shape[0]} x {shape[1]}: {kwargs}"))
         processed["visual_token_counts"] = counts
         return processed, [self.replace_image_token(processed, index) for index in range(len(images))]
 
@@ -231,6 +238,35 @@ class MQTLlavaProcessor(ProcessorMixin):
         crops = getattr(settings, "do_center_crop", False) and dict(settings.crop_size) != dict(size)
         is_bicubic = getattr(settings, "resample", None) == Image.Resampling.BICUBIC
         return side if pads and is_bicubic and not crops else None
+
+    def _check_shapes(self, images, kwargs, by_image_processor: bool):
+        """Refuse, before any work, what cannot end as the vision tower's square or needs much memory on the way there: a
+        server's clients choose images and arguments."""
+        for name in ("size", "crop_size", "pad_size"):
+            given = kwargs.get(name)
+            if self.image_side is not None and given is not None:
+                if given not in (self.image_side, {"height": self.image_side, "width": self.image_side}):
+                    raise ValueError(self._wrong_shape(f"`{name}` is {given}"))
+        chosen = {
+            name: kwargs[name] if kwargs.get(name) is not None else getattr(self.image_processor, name, False)
+            for name in ("do_pad", "do_resize", "do_center_crop")
+        }
+        for image in (image for image in images if isinstance(image, Image.Image)):
+            side = max(image.size)
+            if by_image_processor and not (chosen["do_resize"] or chosen["do_center_crop"]):
+                if self.image_side is not None and image.size != (self.image_side, self.image_side):
+                    raise ValueError(
+                        self._wrong_shape(f"without resizing, {image.width} x {image.height} stay as they are")
+                    )
+            # The image processor makes the whole square
+            num_pixels = side * (side if by_image_processor and chosen["do_pad"] else self.image_side or 1)
+            if num_pixels > MAX_PIXELS:
+                raise ValueError(
+                    f"An image of {image.width} x {image.height} pixels is too long to be padded to a square."
+                )
+
+    def _wrong_shape(self, what: str) -> str:
+        return f"The vision tower takes images of {self.image_side} x {self.image_side} pixels; {what}."
 
     @property
     def _background(self) -> tuple[int, ...]:
@@ -288,16 +324,22 @@ def _count_images(images):
 def _pad_and_resize(image: Image.Image, side: int, background: tuple[int, ...]) -> Image.Image:
     """Pad an RGB image to a square with the background colour and resize that: the reference's pixels, bit for bit.
 
-    PIL resizes rows first and columns then. A wide picture's padding is made of whole rows, so those that hold the
-    picture can be resized before the others are there, and the large square is never made.
+    PIL resizes rows first and columns then. So rows can be resized a strip at a time, those of padding not at all, and
+    the large square is never made.
     """
     width, height = image.size
     longest = max(width, height)
-    if width > height:
-        image = image.resize((side, height), Image.Resampling.BICUBIC)
-    square = Image.new("RGB", (image.width if width > height else longest, longest), background)
-    square.paste(image, (0 if width > height else (longest - width) // 2, (longest - height) // 2))
-    return square.resize((side, side), Image.Resampling.BICUBIC)
+    left, top = (longest - width) // 2, (longest - height) // 2
+    strip_height = max(1, STRIP_PIXELS // longest)
+    rows = Image.new("RGB", (side, longest), background)
+    for first in range(0, height, strip_height):
+        strip = image.crop((0, first, width, min(first + strip_height, height)))
+        if width < longest:
+            padded = Image.new("RGB", (longest, strip.height), background)
+            padded.paste(strip, (left, 0))
+            strip = padded
+        rows.paste(strip.resize((side, strip.height), Image.Resampling.BICUBIC), (0, top + first))
+    return rows.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def _decode_smaller(image, side: int):

@@ -137,6 +137,15 @@ def test_chat_template(processor):
         processor.apply_chat_template([{"role": "tool", "content": "x"}])
 
 
+def test_chat_template_takes_placeholders_from_image_parts_alone(processor):
+    """A server never compares the numbers: `<image>` in a client's text would be read as an image that is not there."""
+    parts = [{"type": "image"}, {"type": "text", "text": "<image>\nWhat?"}]
+    for role in ("system", "user", "assistant"):
+        with pytest.raises(Exception, match="must not contain <image>"):
+            processor.apply_chat_template([{"role": role, "content": parts}, {"role": "user", "content": "Why?"}])
+    assert "<image>\nWhat?" in processor.apply_chat_template([{"role": "user", "content": "<image>\nWhat?"}])
+
+
 def test_chat_template_with_images_and_budget(processor):
     picture = make_images(1)[0]
     messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
@@ -194,10 +203,57 @@ def test_pixels_are_those_of_the_image_processor(width, height, seed):
     assert torch.equal(found[:1], expected) and torch.equal(found[1:], expected)
 
 
-def test_a_wide_strip_is_never_made_square():
-    image = Image.new("RGB", (60_000, 2), (10, 200, 30))
-    inputs = make_processor()(images=image, text="<image>", return_tensors="pt")
-    assert inputs["pixel_values"].shape == (1, 3, 30, 30)
+@pytest.mark.parametrize("size", [(60_000, 2), (2, 60_000)])
+def test_a_strip_is_never_made_square(size):
+    """Which would take 10.8 GB."""
+    code = f"""
+import resource
+from PIL import Image
+from tests.small_model import make_processor
+processor = make_processor()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+inputs = processor(images=Image.new("RGB", {size}, (10, 200, 30)), text="<image>", return_tensors="pt")
+assert inputs["pixel_values"].shape == (1, 3, 30, 30)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    root = Path(__file__).parents[2]
+    printed = subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True).stdout
+    assert int(printed) < 200  # MB
+
+
+@pytest.mark.parametrize("strip_pixels", [1, 60, 200])
+def test_strips_make_no_difference(monkeypatch, strip_pixels):
+    whole = [pixels(make_processor(), image) for image in make_images(5)]
+    monkeypatch.setattr(processing_mqt_llava, "STRIP_PIXELS", strip_pixels)
+    strips = [pixels(make_processor(), image) for image in make_images(5)]
+    assert all(map(torch.equal, whole, strips))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"size": {"height": 20_000, "width": 20_000}},
+        {"size": 20_000},
+        {"size": {"shortest_edge": 30}},
+        {"size": "large"},
+        {"crop_size": {"height": 15, "width": 15}},
+        {"images_kwargs": {"crop_size": 15}},
+        {"do_resize": False},
+    ],
+)
+def test_other_shapes_are_refused_before_any_work(processor, options, monkeypatch):
+    """A request to a server may carry them: 20,000 x 20,000 pixels would take all of its memory."""
+    monkeypatch.setattr(processor.image_processor, "preprocess", None)
+    with pytest.raises(ValueError, match="30 x 30"):
+        processor(images=make_images(1)[0], text="<image>", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"image_mean": [0.1] * 3}])
+def test_endless_images_are_refused(processor, options):
+    """Far beyond JPEG's limit of 65,535 pixels to a side; where the image processor makes the whole square, sooner."""
+    for size in ((10_000_000, 1), (1, 10_000_000)):
+        with pytest.raises(ValueError, match="too long to be padded to a square"):
+            processor(images=Image.new("RGB", size), text="<image>", **options)
 
 
 @pytest.mark.parametrize(
