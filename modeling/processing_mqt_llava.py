@@ -160,6 +160,8 @@ class MQTLlavaProcessor(ProcessorMixin):
             kwargs["images_kwargs"] = {name: nested[name] for name in nested if name != "num_visual_tokens"}
             kwargs.setdefault("num_visual_tokens", nested["num_visual_tokens"])
         num_images = _count_images(images)
+        if kwargs.get("return_text_replacement_offsets"):
+            self._check_serving_kwargs(kwargs)
         kwargs["num_visual_tokens"] = resolve_visual_token_counts(
             kwargs.get("num_visual_tokens"), num_images, self.num_query_tokens
         )
@@ -180,6 +182,17 @@ class MQTLlavaProcessor(ProcessorMixin):
                 f"{type(self).__name__} got unknown keyword arguments: {', '.join(unknown)}. For images it takes "
                 f"{', '.join(sorted(structured['images_kwargs'].__annotations__))}."
             )
+
+    def _check_serving_kwargs(self, kwargs):
+        """vLLM, which asks for offsets, caches each image under the arguments of its request: with a list of budgets, the same
+        images in another order would get those of the first. And it slices tensors."""
+        if kwargs.get("num_visual_tokens") is not None and not isinstance(kwargs["num_visual_tokens"], int):
+            raise ValueError(
+                "`num_visual_tokens` must be one integer for all images of a request; got "
+                f"{kwargs['num_visual_tokens']!r}."
+            )
+        if kwargs.get("return_tensors") not in (None, "pt"):
+            raise ValueError(f'`return_tensors` must be "pt" for serving; got {kwargs["return_tensors"]!r}.')
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         """As many images as `<image>`: in every text if there is one list of images for each, else in all together."""

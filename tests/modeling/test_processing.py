@@ -187,6 +187,19 @@ def test_serving_finds_the_placeholders(processor):
     assert list(processed["visual_token_counts"]) == [2, 4]
 
 
+def test_serving_takes_one_budget_for_all_images(processor):
+    """Each image is cached under the request's arguments: lists would give other images' budgets in another order."""
+    options = {"images": make_images(2), "text": "<image><image>", "return_text_replacement_offsets": True}
+    assert processor(**options, num_visual_tokens=3)["visual_token_counts"] == [3, 3]
+    for budget in ([3, 3], [3, 4], "3", 3.0):
+        with pytest.raises(ValueError, match="one integer for all images"):
+            processor(**options, num_visual_tokens=budget)
+        with pytest.raises(ValueError, match="one integer for all images"):
+            processor(**options, images_kwargs={"num_visual_tokens": budget})
+    with pytest.raises(ValueError, match="return_tensors"):
+        processor(**options, return_tensors="np")
+
+
 def test_serving_slices_features_per_image(processor, model):
     inputs = processor(images=make_images(2), text="<image><image>", num_visual_tokens=[2, 4], return_tensors="pt")
     outputs = model.model.get_image_features(
