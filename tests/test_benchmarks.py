@@ -5,16 +5,21 @@ import sys
 from pathlib import Path
 
 
-def test_generation_measures_every_row(tmp_path):
-    options = "--preset tiny --batch_sizes 1 2 --budgets 16 1 --output_dir".split()
+def run_benchmark(name, *options):
     result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.generation", *options, tmp_path],
+        [sys.executable, "-m", f"benchmarks.{name}", *options],
         cwd=Path(__file__).parents[1],
         env=os.environ | {"OMP_NUM_THREADS": "1"},  # pytest-xdist runs one process for each core
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_generation_measures_every_row(tmp_path):
+    options = "--preset tiny --batch_sizes 1 2 --budgets 16 1 --output_dir".split()
+    result = run_benchmark("generation", *options, tmp_path)
     assert result.stdout.count("| MQT, sdpa | ") == 6
     assert result.stdout.count("| LLaVA-1.5, sdpa | ") == 2
     with (tmp_path / "generation_tiny.csv").open() as file:
@@ -24,6 +29,18 @@ def test_generation_measures_every_row(tmp_path):
     assert all(float(row[name]) > 0 for row in rows for name in measured)
     assert (tmp_path / "generation_tiny.png").exists()
     assert (tmp_path / "generation_tiny.md").read_text() in result.stdout
+
+
+def test_training_measures_every_row(tmp_path):
+    options = "--preset tiny --ways full lora qlora --budgets 16 1 --gradient_checkpointing --output_dir".split()
+    result = run_benchmark("training", *options, tmp_path)
+    with (tmp_path / "training_tiny.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    ways = ("full", "lora", "qlora")
+    assert [(row["trained"], row["m"]) for row in rows] == [(way, m) for way in ways for m in ("576", "16", "1")]
+    assert all(float(row[name]) > 0 for row in rows for name in ("step", "samples/s", "peak"))
+    assert all(float(row["less memory"]) > 1 for row in rows if row["model"] == "MQT")
+    assert (tmp_path / "training_tiny.md").read_text() in result.stdout
 
 
 def test_generation_marks_what_is_not_measured():
