@@ -124,7 +124,7 @@ def convert(
         raise ValueError(f"--base-model is for stage-1 weights and LoRA folders; this is the layout {layout!r}")
 
     if keep_adapter:
-        return _keep_adapter(source_path, destination, base_model, verify, overwrite, dry_run, start)
+        return _keep_adapter(source_path, destination, base_model, verify, overwrite, dry_run, prepare, finish, start)
     if layout == "back":
         return _convert_back(
             source_path, destination, dtype, max_shard_size, verify, overwrite, dry_run, progress, start
@@ -233,7 +233,7 @@ def _convert_back(source, destination, dtype, max_shard_size, verify, overwrite,
     return report
 
 
-def _keep_adapter(source, destination, base_model, verify, overwrite, dry_run, start) -> Report:
+def _keep_adapter(source, destination, base_model, verify, overwrite, dry_run, prepare, finish, start) -> Report:
     base = None if base_model is None else fetch(base_model, *WEIGHT_PATTERNS, "tokenizer.model", "*.jinja")
     if base is None or read_json(base / "config.json").get("model_type") != "mqt_llava":
         raise ValueError(
@@ -253,11 +253,16 @@ def _keep_adapter(source, destination, base_model, verify, overwrite, dry_run, s
         files=["adapter_config.json", "adapter_model.safetensors"],
         base_models=[base_model],
     )
+    if prepare is not None:
+        prepare(report)
     if not dry_run:
         with new_folder(destination, overwrite) as folder:
             lora.write_adapter(source, folder, base_model)
             if verify:
                 report.checks = verify_adapter(base, source, folder)
                 require(report.checks)
+            if finish is not None:
+                finish(folder, report)
+            report.files = sorted(path.name for path in folder.iterdir())
     report.seconds = time.perf_counter() - start
     return report

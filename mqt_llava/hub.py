@@ -45,6 +45,28 @@ or newer.
 {{ accuracy }}
 {% endif %}"""
 
+ADAPTER_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ model_name }}
+
+An adapter for the [MQT-LLaVA](https://arxiv.org/abs/2405.19315) model `{{ base }}`, trained with {{ method }}. It answers
+with any number of visual tokens per image from 1 to {{ num_query_tokens }}.
+{% if origin %}
+{{ origin }}
+{% endif %}
+```python
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("{{ base }}", trust_remote_code=True)
+base = AutoModelForImageTextToText.from_pretrained("{{ base }}", trust_remote_code=True)
+model = PeftModel.from_pretrained(base, "{{ repo_id }}")
+output = model.generate(**inputs, num_visual_tokens={{ example_tokens }})
+```
+"""
+
 
 def write_card(
     folder: Path,
@@ -87,6 +109,59 @@ def write_card(
     path = folder / "README.md"
     path.write_text(str(card).rstrip() + "\n", encoding="utf-8")
     return path
+
+
+def write_adapter_card(
+    folder: Path,
+    repo_id: str,
+    num_query_tokens: int,
+    license: str | None = None,
+    datasets: list[str] | None = None,
+    languages: list[str] | None = None,
+    origin: str = "",
+) -> Path:
+    """Write the model card of the folder of a PEFT adapter, with the metadata that PEFT gives its own cards.
+
+    Args:
+        num_query_tokens (`int`): M of the base model, which adapter_config.json names.
+        repo_id, license, datasets, languages, origin: as in [`write_card`].
+    """
+    adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    base = adapter["base_model_name_or_path"]
+    parts = ("language_model", "query_transformer", "vision_tower")
+    parts = [part for part in parts if part in adapter["target_modules"]]
+    methods = [f"LoRA of rank {adapter['r']} on {' and '.join(parts)}"] if parts else []
+    methods += [f"all weights of {part}" for part in adapter["modules_to_save"] or []]
+    card = ModelCard.from_template(
+        ModelCardData(
+            license=license,
+            base_model=base,
+            library_name="peft",
+            pipeline_tag="image-text-to-text",
+            tags=[f"base_model:adapter:{base}", "lora", "mqt_llava", "transformers"],
+            datasets=datasets or None,
+            language=languages or None,
+        ),
+        template_str=ADAPTER_TEMPLATE,
+        model_name=Path(repo_id).name,
+        repo_id=repo_id,
+        base=base,
+        method=", ".join(methods),
+        num_query_tokens=num_query_tokens,
+        example_tokens=min(16, num_query_tokens),
+        origin=origin,
+    )
+    path = folder / "README.md"
+    path.write_text(str(card).rstrip() + "\n", encoding="utf-8")
+    return path
+
+
+def check_base_is_on_hub(base: str):
+    """Raise a `ValueError` for a folder: the card of an adapter on the Hub names its base, which others must find."""
+    if Path(base).is_dir():
+        raise ValueError(
+            f"An adapter on the Hub needs a base model there, and this one's is the folder {base}: push it first."
+        )
 
 
 def is_repository(name: str) -> bool:

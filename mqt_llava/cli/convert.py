@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .errors import UsageError
-from .models import Dtype, silence_libraries
+from .models import Dtype, load_config, silence_libraries
 
 
 def convert(
@@ -69,13 +69,15 @@ def convert(
 
     from ..conversion import VerificationError
     from ..conversion import convert as run
-    from ..hub import is_repository, license_of, push_folder, write_card
+    from ..hub import check_base_is_on_hub, is_repository, license_of, push_folder, write_adapter_card, write_card
 
     if push_to_hub is not None and not is_repository(push_to_hub):
         raise UsageError(f"--push-to-hub takes the name of a repository, as in someone/model; got {push_to_hub!r}")
 
     def prepare(report):
         nonlocal license
+        if push_to_hub is not None and keep_adapter:
+            check_base_is_on_hub(base_model)
         if push_to_hub is not None and license is None:
             license = license_of([name for name in report.base_models if is_repository(name)])
             if license is None:
@@ -84,7 +86,12 @@ def convert(
 
     def finish(folder, report):
         origin = f"Converted from `{Path(source).name}` ({report.layout}) with `mqt-llava convert`."
-        write_card(folder, push_to_hub or str(destination), license, report.base_models, dataset, language, origin)
+        repo_id = push_to_hub or str(destination)
+        if keep_adapter:
+            num_query_tokens = load_config(base_model).num_query_tokens
+            write_adapter_card(folder, repo_id, num_query_tokens, license, dataset, language, origin)
+        else:
+            write_card(folder, repo_id, license, report.base_models, dataset, language, origin)
 
     try:
         with progress_bar() as progress:

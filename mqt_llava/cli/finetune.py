@@ -92,7 +92,8 @@ def finetune(
         import peft
         from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
 
-        from ..training.adapters import check_base_is_on_hub, save_adapter
+        from ..hub import check_base_is_on_hub
+        from ..training.adapters import save_adapter
         from ..training.collator import MQTLlavaDataCollator
         from ..training.data import load_conversations, with_num_visual_tokens
         from ..training.lora import load_quantized, make_lora_config

@@ -10,34 +10,16 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from transformers.utils import cached_file, logging
 
+from ..hub import check_base_is_on_hub, write_adapter_card
+
 
 logger = logging.get_logger(__name__)
-
-MODEL_CARD = """---
-pipeline_tag: image-text-to-text
----
-
-# {name}
-
-An adapter for the [MQT-LLaVA](https://arxiv.org/abs/2405.19315) model `{base}`, trained with {method}. It answers with any
-number of visual tokens per image from 1 to {num_query_tokens}.
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-processor = AutoProcessor.from_pretrained("{base}", trust_remote_code=True)
-base = AutoModelForImageTextToText.from_pretrained("{base}", trust_remote_code=True)
-model = PeftModel.from_pretrained(base, "{name}")
-output = model.generate(**inputs, num_visual_tokens=16)
-```
-"""
 
 
 def save_adapter(model, output_dir, repo_id=None):
     """
-    Write adapter and model card with [`~peft.PeftModel.save_pretrained`], and upload both where a repository is given.
-    ([`~peft.PeftModel.push_to_hub`] uploads another card, which names no base model.)
+    Write the adapter with [`~peft.PeftModel.save_pretrained`] and a model card, and upload both where a repository is
+    given. ([`~peft.PeftModel.push_to_hub`] uploads another card, which names no base model.)
 
     Args:
         model (`PeftModel`): with the adapter active.
@@ -50,32 +32,14 @@ def save_adapter(model, output_dir, repo_id=None):
     config = model.active_peft_config
     if repo_id is not None:
         check_base_is_on_hub(config.base_model_name_or_path)
-    parts = [part for part in ("language_model", "query_transformer", "vision_tower") if part in config.target_modules]
-    methods = [f"LoRA of rank {config.r} on {' and '.join(parts)}"] if parts else []
-    methods += [f"all weights of {part}" for part in config.modules_to_save or []]
-    card = MODEL_CARD.format(
-        name=repo_id or Path(output_dir).name,
-        base=config.base_model_name_or_path,
-        method=", ".join(methods),
-        num_query_tokens=model.config.num_query_tokens,
-    )
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    (Path(output_dir) / "README.md").write_text(card, encoding="utf-8")  # PEFT adds to it
     model.save_pretrained(output_dir)
+    write_adapter_card(Path(output_dir), repo_id or Path(output_dir).name, model.config.num_query_tokens)
     if repo_id is not None:
         files = [Path(output_dir) / "README.md", *Path(output_dir).glob("adapter_*")]
         api = HfApi()
         repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
         operations = [CommitOperationAdd(file.name, file) for file in files]
         api.create_commit(repo_id, operations, commit_message="Upload adapter")
-
-
-def check_base_is_on_hub(base: str):
-    """Raise a `ValueError` for a folder: the card of an adapter on the Hub names its base, which others must find."""
-    if os.path.isdir(base):
-        raise ValueError(
-            f"An adapter on the Hub needs a base model there, and this one's is the folder {base}: push it first."
-        )
 
 
 def load_adapter(model, adapter, adapter_name="default", **kwargs):

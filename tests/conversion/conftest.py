@@ -1,7 +1,9 @@
 import json
 import shutil
+import warnings
 
 import pytest
+from transformers.utils import logging
 
 from mqt_llava.conversion import convert
 from tests.conversion.checkpoints import (
@@ -12,6 +14,17 @@ from tests.conversion.checkpoints import (
     write_authors,
     write_weights,
 )
+
+
+@pytest.fixture(autouse=True)
+def restore_global_settings():
+    """`mqt-llava convert` silences transformers and Python's warnings for the whole process."""
+    verbosity, active = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        yield
+    logging.set_verbosity(verbosity)
+    if active:
+        logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="session")

@@ -6,27 +6,14 @@ import re
 import signal
 import subprocess
 import sys
-import warnings
 from importlib import import_module
 
 import pytest
-from transformers.utils import logging
 from typer.testing import CliRunner
 
 from mqt_llava import cli
 from mqt_llava.conversion import names, tokenization
 from tests.conversion.checkpoints import read_weights
-
-
-@pytest.fixture(autouse=True)
-def restore_global_settings():
-    """The command silences transformers and Python's warnings for the whole process."""
-    verbosity, active = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    with warnings.catch_warnings():
-        yield
-    logging.set_verbosity(verbosity)
-    if active:
-        logging.enable_progress_bar()
 
 
 def run(*arguments):

@@ -5,10 +5,13 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlamaForCausalLM
+from typer.testing import CliRunner
 
+from mqt_llava import cli
 from mqt_llava.conversion import convert
 from tests.conversion.checkpoints import QUERY_TRANSFORMER, edit_json, read_weights, write_weights
 
@@ -176,3 +179,18 @@ def test_adapter_that_does_not_fit(lora, base, tmp_path):
         convert(str(lora), tmp_path / "out", base_model=str(base))
     assert not (tmp_path / "out").exists()
     assert json.loads((lora / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_kept_adapter_has_a_card(lora, converted, tmp_path):
+    command = ["convert", lora, tmp_path / "kept", "--keep-adapter", "--base-model", converted, "--license", "llama2"]
+    command = list(map(str, command))
+    refused = CliRunner().invoke(cli.app, [*command, "--push-to-hub", "someone/adapter"])
+    assert refused.exit_code == 2 and "needs a base model there" in refused.stderr
+    assert not (tmp_path / "kept").exists()
+
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 0 and "README.md" in done.stdout
+    card = ModelCard.load(tmp_path / "kept" / "README.md")
+    assert card.data.library_name == "peft" and card.data.license == "llama2"
+    assert card.data.base_model == str(converted) and card.data.pipeline_tag == "image-text-to-text"
+    assert "on language_model, all weights of query_transformer" in card.text and "folder" in card.text
