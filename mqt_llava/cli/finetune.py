@@ -148,6 +148,7 @@ def finetune(
                 warmup_steps=0.03,
                 eval_strategy="no" if eval_dataset is None else "epoch",
                 dataloader_num_workers=num_workers,
+                accelerator_config={"non_blocking": True},  # batches are pinned: copied while the GPU computes
                 bf16=bf16,
                 use_cpu=use_cpu,
                 seed=seed,
