@@ -402,6 +402,9 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
         if config.vision_config.model_type in ("clip_vision_model", "siglip_vision_model"):
             # Other towers may return something else than the last layer's output as their last hidden state
             self.vision_tower.encoder.layers = VisionLayers(self.vision_tower.encoder.layers)
+        if getattr(self.vision_tower, "use_head", False):
+            # SigLIP's pooling head is never asked for, and its `nn.MultiheadAttention` breaks where vLLM swaps Linears
+            self.vision_tower.use_head = False
         self.query_transformer = MQTLlavaQueryTransformer(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()

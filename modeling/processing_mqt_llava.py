@@ -28,8 +28,12 @@ STRIP_PIXELS = 2**24
 # stand for no image: servers tokenize what the template writes and never ask the processor whether the numbers fit.
 CHAT_TEMPLATE = (
     "{% for message in messages if message['content'] is not string %}"
-    "{% for part in message['content'] if part['type'] == 'text' and '<image>' in part['text'] %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' and '<image>' in part['text'] %}"
     "{{ raise_exception('A text must not contain <image>, which stands for an image: send images as parts') }}"
+    "{% elif part['type'] == 'image' and message['role'] != 'user' %}"
+    "{{ raise_exception('Images belong to turns of the user; got one of the ' + message['role']) }}"
+    "{% endif %}"
     "{% endfor %}"
     "{% endfor %}"
     "{{ bos_token }}"

@@ -57,6 +57,17 @@ def test_another_layer_for_one_call(model, pixel_values):
     assert calls == [0, 1, 2, 0, 1, 2, 0, 0, 1, 2, 0, 1, 0, 1, 2]
 
 
+@torch.no_grad()
+def test_siglip_pooling_head_never_runs(pixel_values, tmp_path):
+    """vLLM swaps the Linear inside its `nn.MultiheadAttention`. Its weights stay in the checkpoint."""
+    model = make_model(**SIGLIP)
+    model.model.vision_tower.head.register_forward_hook(lambda *args: pytest.fail("the head ran"))
+    model.get_image_features(pixel_values, output_hidden_states=True)
+    model.save_pretrained(tmp_path)
+    loaded = MQTLlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(loaded.model.vision_tower.head.probe, model.model.vision_tower.head.probe)
+
+
 def test_the_layers_that_do_not_run_stay_in_the_checkpoint(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded, report = MQTLlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)

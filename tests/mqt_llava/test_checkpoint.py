@@ -11,6 +11,7 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mqt_llava
+from mqt_llava.modeling.processing_mqt_llava import CHAT_TEMPLATE, SYSTEM_PROMPT
 from mqt_llava.training.evaluate import accuracy_by_type, evaluation_set, is_right
 from mqt_llava.training.scenes import EMOJI_FONT
 
@@ -43,6 +44,11 @@ def test_is_small_and_ordinary(parts):
         assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
     assert parts[0].generation_config.use_cache and parts[0].config.text_config.use_cache
     assert "auto_map" not in json.loads((CHECKPOINT / "config.json").read_text())
+
+
+def test_chat_template_is_that_of_the_code(parts):
+    """But for the system prompt, which this model was not trained with."""
+    assert parts[1].chat_template == CHAT_TEMPLATE.replace(SYSTEM_PROMPT.replace("'", "\\'"), "")
 
 
 @needs_font

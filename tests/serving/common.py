@@ -1,0 +1,131 @@
+"""Starts vLLM, in processes of its own, and asks transformers the same."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import requests
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {
+    **os.environ,
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
+    "VLLM_NO_USAGE_STATS": "1",
+}
+OPTIONS = {"dtype": "float32", "max_model_len": 1024, "limit_mm_per_prompt": {"image": 3}}
+MAX_NEW_TOKENS = 24
+
+
+def answer_with_vllm(model, requests_, passes=(False,), adapter=None, **options):
+    """
+    Answers of vLLM's offline engine.
+
+    Args:
+        model (`Path`): the checkpoint's folder.
+        requests_ (`list[dict]`): `{"prompt": str, "images": [file, ...], "num_visual_tokens": int or None}`.
+        passes (`tuple[bool]`): all requests are asked so often; whether in one batch, or one after the other.
+        adapter (`Path`, *optional*): a LoRA adapter to use for all of them.
+        options: of vLLM's `LLM`.
+
+    Returns:
+        `dict`: "passes", the token ids of each pass's answers, and "rows", the number of visual tokens of each image that the
+        encoder was given, as long as there is one process.
+    """
+    parallel = options.get("tensor_parallel_size", 1)
+    environment = ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(parallel > 1))}
+    if parallel > 1:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(parallel)))
+    with tempfile.TemporaryDirectory() as folder:
+        job, answers, log = (Path(folder) / name for name in ("job.json", "answers.json", "log.txt"))
+        settings = {
+            "model": str(model),
+            "image_token_id": json.loads((Path(model) / "config.json").read_text())["image_token_id"],
+            "adapter": adapter and str(adapter),
+            "requests": requests_,
+            "passes": passes,
+            "max_new_tokens": MAX_NEW_TOKENS,
+            "options": OPTIONS | {"enforce_eager": True} | options,
+        }
+        job.write_text(json.dumps(settings))
+        command = [sys.executable, "-m", "tests.serving.engine", str(job), str(answers)]
+        with log.open("w") as file:
+            code = subprocess.run(command, cwd=ROOT, env=environment, stdout=file, stderr=file, timeout=600).returncode
+        if code:
+            raise RuntimeError(f"vLLM failed:\n{log.read_text()[-6000:]}")
+        return json.loads(answers.read_text())
+
+
+@torch.no_grad()
+def answer_with_transformers(model, requests_, adapter=None):
+    """The token ids of `generate`'s answers, up to and with the end-of-sequence token."""
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=True)
+    network = AutoModelForImageTextToText.from_pretrained(model, dtype="float32", trust_remote_code=True)
+    if adapter:
+        network = PeftModel.from_pretrained(network, adapter)
+    answers = []
+    for request in requests_:
+        inputs = processor(
+            images=[Image.open(path) for path in request["images"]] or None,
+            text=request["prompt"],
+            num_visual_tokens=request["num_visual_tokens"],
+            return_tensors="pt",
+        )
+        output = network.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        answers.append(output[0, inputs["input_ids"].shape[1] :].tolist())
+    return answers
+
+
+@contextlib.contextmanager
+def server(model, *arguments, environment=None, log=None):
+    """vLLM's OpenAI-compatible server on loopback, ready to answer: its address and its process id."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--served-model-name", "mqt-llava", "--host", "127.0.0.1", "--port", str(port), "--trust-remote-code"]
+    command += map(str, arguments)
+    with open(log or os.devnull, "w") as file:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=ENVIRONMENT | (environment or {}),
+            stdout=file,
+            stderr=file,
+            start_new_session=True,  # to end the engine's processes with it
+        )
+        try:
+            deadline = time.monotonic() + 300
+            while not is_up(address):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"The server did not start:\n{log and Path(log).read_text()[-6000:]}")
+                time.sleep(0.5)
+            yield address, process.pid
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def is_up(address) -> bool:
+    try:
+        return requests.get(f"{address}/health", timeout=5).ok
+    except requests.RequestException:
+        return False
