@@ -15,7 +15,17 @@ from PIL import Image
 from .conversation import Conversation
 from .errors import UsageError, print_error
 from .images import is_url, load_image
-from .models import Dtype, check_budget, load_config, load_model, name_checkpoint, parse_budget, silence_libraries
+from .models import (
+    Dtype,
+    ModelOption,
+    check_budget,
+    load_config,
+    load_model,
+    name_base,
+    name_checkpoint,
+    parse_budget,
+    silence_libraries,
+)
 
 
 def ask(
@@ -27,11 +37,10 @@ def ask(
             help="Files, http(s) URLs or - for stdin, then the question.",
         ),
     ],
-    model: Annotated[
+    model: ModelOption = None,
+    adapter: Annotated[
         str | None,
-        typer.Option(
-            metavar="DIR_OR_REPO", help="Checkpoint: a folder or a Hub repository. Default: the shipped one."
-        ),
+        typer.Option(metavar="DIR_OR_REPO", help="LoRA adapter to merge. --model is then its base where not given."),
     ] = None,
     num_visual_tokens: Annotated[
         int | None,
@@ -75,12 +84,13 @@ def ask(
     images = [load_image(source) for source in sources]
 
     silence_libraries()
-    checkpoint = name_checkpoint(model)
+    checkpoint = name_base(adapter) if adapter and model is None else name_checkpoint(model)
     config = load_config(checkpoint)
     budgets = [check_budget(budget, config.num_query_tokens) for budget in budgets]
-    processor, network = load_model(checkpoint, device, dtype.value)
+    processor, network = load_model(checkpoint, device, dtype.value, adapter)
     setting = {
         "model": checkpoint,
+        **({"adapter": adapter} if adapter else {}),
         "device": str(network.device),
         "dtype": str(network.dtype).removeprefix("torch."),
         "images": sources,

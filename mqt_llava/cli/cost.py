@@ -12,6 +12,7 @@ import typer
 from .errors import UsageError
 from .models import (
     Dtype,
+    ModelOption,
     check_budget,
     load_config,
     loading,
@@ -34,12 +35,7 @@ def parse_amount(text: str) -> float:
 
 
 def cost(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR_OR_REPO", help="Checkpoint: a folder or a Hub repository. Default: the shipped one."
-        ),
-    ] = None,
+    model: ModelOption = None,
     num_visual_tokens: Annotated[
         str | None, typer.Option(metavar="M,M,...", help="Visual tokens per image, one row for each.")
     ] = None,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .errors import UsageError
-from .models import load_config, loading, name_checkpoint
+from .models import ModelOption, load_config, loading, name_checkpoint
 
 
 def finetune(
@@ -18,10 +18,7 @@ def finetune(
     image_folder: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where the images are. Default: beside each data file.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="DIR_OR_REPO", help="Base: a folder or a Hub repository. Default: the shipped one."),
-    ] = None,
+    model: ModelOption = None,
     eval_data: Annotated[Path | None, typer.Option(metavar="FILE", help="Evaluate on this after each epoch.")] = None,
     eval_budgets: Annotated[
         str, typer.Option(metavar="M,M,...", help="... at these numbers of visual tokens. Default: 1, a quarter, all.")
@@ -106,14 +103,37 @@ def finetune(
     try:
         if push_to_hub is not None:
             check_base_is_on_hub(checkpoint)
-        last_checkpoint = prepare_output_dir(output_dir, resume, overwrite)
+        training = TrainingArguments(
+            output_dir=output_dir,
+            num_train_epochs=epochs,
+            max_steps=max_steps,
+            per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.03,
+            eval_strategy="no" if eval_data is None else "epoch",
+            dataloader_num_workers=num_workers,
+            accelerator_config={"non_blocking": True},  # batches are pinned: copied while the GPU computes
+            bf16=bf16,
+            use_cpu=use_cpu,
+            seed=seed,
+            save_steps=save_steps,
+            save_total_limit=2,
+            logging_steps=logging_steps,
+            report_to=report_to,
+            **({"gradient_checkpointing": True} if gradient_checkpointing else {}),  # newer releases rename it
+        )
         sampler = VisualTokenSampler(parse_draw(num_visual_tokens), num_query_tokens, seed)
-        train_dataset = load_conversations(data, image_folder)
-        eval_dataset = None
-        if eval_data is not None:
-            budgets = evaluation_budgets(eval_budgets, num_query_tokens)
-            rows = load_conversations(eval_data, image_folder)
-            eval_dataset = {f"m{m}": with_num_visual_tokens(rows, m) for m in budgets}
+        with training.main_process_first():  # the others find in the cache what the first one has read
+            last_checkpoint = prepare_output_dir(output_dir, resume, overwrite)
+            train_dataset = load_conversations(data, image_folder)
+            eval_dataset = None
+            if eval_data is not None:
+                budgets = evaluation_budgets(eval_budgets, num_query_tokens)
+                rows = load_conversations(eval_data, image_folder)
+                eval_dataset = {f"m{m}": with_num_visual_tokens(rows, m) for m in budgets}
 
         set_seed(seed)
         with loading(checkpoint):
@@ -136,28 +156,7 @@ def finetune(
 
         trainer = MQTLlavaTrainer(
             network,
-            TrainingArguments(
-                output_dir=output_dir,
-                num_train_epochs=epochs,
-                max_steps=max_steps,
-                per_device_train_batch_size=batch_size,
-                per_device_eval_batch_size=batch_size,
-                gradient_accumulation_steps=gradient_accumulation_steps,
-                learning_rate=learning_rate,
-                lr_scheduler_type="cosine",
-                warmup_steps=0.03,
-                eval_strategy="no" if eval_dataset is None else "epoch",
-                dataloader_num_workers=num_workers,
-                accelerator_config={"non_blocking": True},  # batches are pinned: copied while the GPU computes
-                bf16=bf16,
-                use_cpu=use_cpu,
-                seed=seed,
-                save_steps=save_steps,
-                save_total_limit=2,
-                logging_steps=logging_steps,
-                report_to=report_to,
-                **({"gradient_checkpointing": True} if gradient_checkpointing else {}),  # newer releases rename it
-            ),
+            training,
             data_collator=MQTLlavaDataCollator(
                 processor,
                 sampler,

@@ -5,9 +5,18 @@ import os
 import sys
 import warnings
 from enum import Enum
+from typing import Annotated
+
+import typer
 
 from .. import TINY_CHECKPOINT
 from .errors import UsageError
+
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(metavar="DIR_OR_REPO", help="Checkpoint: a folder or a Hub repository. Default: the shipped one."),
+]
 
 
 class Dtype(str, Enum):
@@ -50,15 +59,19 @@ def silence_libraries():
 
 
 @contextlib.contextmanager
-def loading(checkpoint: str):
+def loading(checkpoint: str, kind: str = "model"):
     """Whatever goes wrong while a checkpoint loads is said in one line."""
     try:
         yield
     except UsageError:
         raise
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] not in ("accelerate", "peft"):
+            raise
+        raise UsageError(f"{error.name} is missing: pip install 'mqt-llava[train]'") from None
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UsageError(f"cannot load the model {checkpoint}: {reason}") from None
+        raise UsageError(f"cannot load the {kind} {checkpoint}: {reason}") from None
 
 
 def name_checkpoint(model: str | None) -> str:
@@ -83,8 +96,16 @@ def load_config(checkpoint: str):
     return config
 
 
-def load_model(checkpoint: str, device: str, dtype: str):
-    """Processor and model, ready to answer on `device`."""
+def name_base(adapter: str) -> str:
+    """The folder or repository of the model that an adapter was trained on."""
+    with loading(adapter, "adapter"):
+        from peft import PeftConfig
+
+        return PeftConfig.from_pretrained(adapter).base_model_name_or_path
+
+
+def load_model(checkpoint: str, device: str, dtype: str, adapter: str | None = None):
+    """Processor and model, ready to answer on `device`; an adapter is merged into the weights."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     device = resolve_device(device)
@@ -99,6 +120,11 @@ def load_model(checkpoint: str, device: str, dtype: str):
         raise UsageError(
             f"cannot load the model {checkpoint}: no weights for {', '.join(sorted(report['missing_keys']))}"
         )
+    if adapter is not None:
+        with loading(adapter, "adapter"):
+            from ..training.adapters import load_adapter
+
+            model = load_adapter(model, adapter).merge_and_unload()
     return processor, model.to(device).eval()
 
 

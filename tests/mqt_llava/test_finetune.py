@@ -12,9 +12,12 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForImageTextToText, LlamaConfig, TrainingArguments
+from typer.testing import CliRunner
 
 from mqt_llava import MQTLlavaForConditionalGeneration
-from mqt_llava.cli import main
+from mqt_llava.cli import app, main
+from mqt_llava.cli.conversation import Conversation
+from mqt_llava.cli.images import load_image
 from mqt_llava.training.adapters import load_adapter, save_adapter
 from mqt_llava.training.collator import MQTLlavaDataCollator
 from mqt_llava.training.data import load_conversations
@@ -274,6 +277,35 @@ def test_command_tunes_resumes_and_overwrites(checkpoint, data, tmp_path, monkey
     assert (adapter / "checkpoint-6").exists()
     assert not finetune(*options, "--max-steps", 1, "--overwrite", **run)
     assert {path.name for path in adapter.glob("checkpoint-*")} == {"checkpoint-1"}
+
+
+def test_ask_with_an_adapter(checkpoint, adapters, data, tmp_path):
+    picture = str(data.parent / "0.png")
+
+    def ask(*options):
+        return CliRunner().invoke(
+            app, ["ask", picture, "What?", "--json", "--max-new-tokens", "6", *map(str, options)]
+        )
+
+    without = json.loads(ask("--model", checkpoint).stdout)
+    for adapter in (adapters / "one", adapters / "two"):  # the adapter says what its base is
+        result = ask("--adapter", adapter, "--num-visual-tokens", 5)
+        assert result.exit_code == 0, result.output
+        tuned = json.loads(result.stdout)
+        assert tuned["adapter"] == str(adapter) and tuned["model"] == str(checkpoint)
+        model = load_adapter(load_base(checkpoint), adapter).merge_and_unload()
+        conversation = Conversation(make_processor(), model, [load_image(picture)], 5, 6)
+        assert conversation.ask("What?")["answer"] == tuned["answer"] != without["answer"]
+    text_config = make_model().config.text_config
+    text_config.num_hidden_layers = 1
+    make_model(text_config=text_config).save_pretrained(tmp_path / "other")
+    make_processor().save_pretrained(tmp_path / "other")
+    for options, message in (
+        (["--adapter", adapters / "one", "--model", tmp_path / "other"], "does not fit"),
+        (["--adapter", "nowhere"], "cannot load the adapter nowhere"),
+    ):
+        result = ask(*options)
+        assert result.exit_code == 2 and message in result.stderr and result.stdout == ""
 
 
 MISTAKES = {
