@@ -36,7 +36,7 @@ def test_commands_run(monkeypatch):
         line.split("&&")[-1]
         for block in blocks("bash")
         for line in block.splitlines()
-        if re.search("mqt-llava (ask|cost)", line)
+        if re.search("mqt-llava (ask examples|cost)", line)
     ]
     assert len(commands) == 3
     for command in commands:
