@@ -12,6 +12,7 @@ from .convert import convert
 from .cost import cost
 from .errors import UsageError, print_error
 from .finetune import finetune
+from .serve import serve
 from .train import train
 
 
@@ -34,7 +35,9 @@ app.command()(ask)
 app.command()(finetune)
 app.command()(convert)
 app.command()(cost)
-app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train)
+for handed_on in (serve, train):
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command(add_help_option=False, context_settings=settings)(handed_on)
 
 
 def main():

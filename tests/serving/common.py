@@ -30,6 +30,24 @@ OPTIONS = {"dtype": "float32", "max_model_len": 1024, "limit_mm_per_prompt": {"i
 MAX_NEW_TOKENS = 24
 
 
+def make_requests(pictures, budgets):
+    """One picture at every budget, several, adjacent ones, none, and a conversation that goes on."""
+    first, second, third = pictures
+
+    def request(prompt, *images, m=None):
+        return {"prompt": f"USER: {prompt} ASSISTANT:", "images": images, "num_visual_tokens": m}
+
+    few, some = budgets[1], budgets[3]
+    return [
+        *(request("<image>\nList everything.", first, m=m) for m in budgets),
+        *(request("<image>\nWhat colour is the background?", second, m=m) for m in (few, some)),
+        request("<image>\n<image>\nList everything.", first, second, m=some),
+        request("<image><image><image> List everything.", third, first, first, m=few),
+        request("What is there?"),
+        request("<image>\nIs there a dog? ASSISTANT: Yes.</s>USER: List everything.", first, m=some),
+    ]
+
+
 def answer_with_vllm(model, requests_, passes=(False,), adapter=None, **options):
     """
     Answers of vLLM's offline engine.
@@ -89,19 +107,24 @@ def answer_with_transformers(model, requests_, adapter=None):
     return answers
 
 
+def server(model, *arguments, **kwargs):
+    """vLLM's OpenAI-compatible server of a checkpoint, under the name mqt-llava: see [`serving`]."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    return serving(
+        [*command, "--served-model-name", "mqt-llava", "--trust-remote-code", *map(str, arguments)], **kwargs
+    )
+
+
 @contextlib.contextmanager
-def server(model, *arguments, environment=None, log=None):
-    """vLLM's OpenAI-compatible server on loopback, ready to answer: its address and its process id."""
+def serving(command, environment=None, log=os.devnull):
+    """A server on loopback, ready to answer: its address and its process id."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += ["--served-model-name", "mqt-llava", "--host", "127.0.0.1", "--port", str(port), "--trust-remote-code"]
-    command += map(str, arguments)
-    with open(log or os.devnull, "w") as file:
+    with open(log, "w") as file:
         process = subprocess.Popen(
-            command,
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
             cwd=ROOT,
             env=ENVIRONMENT | (environment or {}),
             stdout=file,
@@ -112,7 +135,7 @@ def server(model, *arguments, environment=None, log=None):
             deadline = time.monotonic() + 300
             while not is_up(address):
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError(f"The server did not start:\n{log and Path(log).read_text()[-6000:]}")
+                    raise RuntimeError(f"The server did not start; see {log}")
                 time.sleep(0.5)
             yield address, process.pid
         finally:

@@ -13,7 +13,7 @@ from PIL import Image
 from tests.serving.common import MAX_NEW_TOKENS, answer_with_transformers, server
 
 
-pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("server")]
+pytestmark = pytest.mark.vllm
 BUDGETS = (1, 2, 7, 16, 64, None)
 QUESTION = "List everything."
 
