@@ -95,30 +95,32 @@ def training_step(model, optimizer, batch_size: int, num_visual_tokens: int, pre
     return step
 
 
+def measure(preset: dict, way: str, variants, device: torch.device, dtype: torch.dtype) -> tuple[dict, dict]:
+    """Seconds of every round, and the peak in bytes, of each variant's step."""
+    torch.manual_seed(0)
+    steps = {}
+    for name, model in prepare(preset, way, device, dtype).items():
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+        for m in (m for of, m in variants if of == name):
+            steps[name, m] = training_step(model, optimizer, preset["batch_size"], m, preset, device)
+    times, _ = interleave({key: partial(seconds, step, device) for key, step in steps.items()}, preset["repeats"])
+    return times, {key: peak_memory(step, device) for key, step in steps.items()}
+
+
 def benchmark(preset: dict) -> tuple[list[dict], str]:
     """The rows of the table, in seconds and bytes, and the setting in words."""
     device, dtype = torch.device(preset["device"]), resolve_dtype(preset["dtype"])
-    variants = [("LLaVA-1.5", LLAVA_TOKENS), *(("MQT", m) for m in preset["budgets"])]
     measured = device.type != "cuda" or torch.cuda.is_available()
     setting = "Not measured: there is no GPU here."
     if measured:
         checkpointing = "with" if preset["gradient_checkpointing"] else "without"
         setting = f"{machine(device)}, {preset['dtype']}, {checkpointing} gradient checkpointing, "
         setting += f"medians of {preset['repeats']} rounds"
+    variants = [("LLaVA-1.5", LLAVA_TOKENS), *(("MQT", m) for m in preset["budgets"])]
     rows = []
     for way in preset["ways"]:
-        torch.manual_seed(0)
-        steps = {}
-        if measured:
-            models = prepare(preset, way, device, dtype)
-            for name, model in models.items():
-                trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-                optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-                of_model = [m for of, m in variants if of == name]
-                make = partial(training_step, model, optimizer, preset["batch_size"], preset=preset, device=device)
-                steps |= {(name, m): make(num_visual_tokens=m) for m in of_model}
-        times, _ = interleave({key: partial(seconds, step, device) for key, step in steps.items()}, preset["repeats"])
-        peaks = {key: peak_memory(step, device) for key, step in steps.items()}
+        times, peaks = measure(preset, way, variants, device, dtype) if measured else ({}, {})
         for name, m in variants:
             shape = {"batch": preset["batch_size"], "m": m, "text": preset["text_tokens"]}
             row = {"trained": way, "model": name, **shape, "step": "not measured"}
