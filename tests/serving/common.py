@@ -34,28 +34,33 @@ def make_requests(pictures, budgets):
     """One picture at every budget, several, adjacent ones, none, and a conversation that goes on."""
     first, second, third = pictures
 
-    def request(prompt, *images, m=None):
-        return {"prompt": f"USER: {prompt} ASSISTANT:", "images": images, "num_visual_tokens": m}
+    def request(*turns, images=(), m=None, separator="\n"):
+        question, *others = turns
+        prompt = f"USER: {('<image>' + separator) * len(images)}{question} ASSISTANT:"
+        for number, turn in enumerate(others):
+            prompt += f"USER: {turn} ASSISTANT:" if number % 2 else f" {turn}</s>"
+        return {"prompt": prompt, "turns": turns, "images": images, "num_visual_tokens": m}
 
     few, some = budgets[1], budgets[3]
     return [
-        *(request("<image>\nList everything.", first, m=m) for m in budgets),
-        *(request("<image>\nWhat colour is the background?", second, m=m) for m in (few, some)),
-        request("<image>\n<image>\nList everything.", first, second, m=some),
-        request("<image><image><image> List everything.", third, first, first, m=few),
+        *(request("List everything.", images=[first], m=m) for m in budgets),
+        *(request("What colour is the background?", images=[second], m=m) for m in (few, some)),
+        request("List everything.", images=[first, second], m=some),
+        request("List everything.", images=[third, first, first], m=few),
         request("What is there?"),
-        request("<image>\nIs there a dog? ASSISTANT: Yes.</s>USER: List everything.", first, m=some),
+        request("Is there a dog?", "Yes.", "List everything.", images=[first], m=some),
+        request("List everything.", images=[third, first, first], m=few, separator=""),
     ]
 
 
-def answer_with_vllm(model, requests_, passes=(False,), adapter=None, **options):
+def answer_with_vllm(model, requests_, passes=("one by one",), adapter=None, **options):
     """
     Answers of vLLM's offline engine.
 
     Args:
         model (`Path`): the checkpoint's folder.
-        requests_ (`list[dict]`): `{"prompt": str, "images": [file, ...], "num_visual_tokens": int or None}`.
-        passes (`tuple[bool]`): all requests are asked so often; whether in one batch, or one after the other.
+        requests_ (`list[dict]`): as [`make_requests`] makes them.
+        passes (`tuple[str]`): all requests are asked so often: "one by one", "together" in one batch, or by "chat".
         adapter (`Path`, *optional*): a LoRA adapter to use for all of them.
         options: of vLLM's `LLM`.
 

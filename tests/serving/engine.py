@@ -25,12 +25,14 @@ def main(job, answers_file):
     options = {"sampling_params": sampling, "lora_request": lora, "use_tqdm": False}
 
     passes = []
-    for together in job["passes"]:
-        prompts = [to_prompt(request) for request in job["requests"]]
-        groups = [prompts] if together else [[prompt] for prompt in prompts]
-        passes.append(
-            [list(output.outputs[0].token_ids) for group in groups for output in llm.generate(group, **options)]
-        )
+    for way in job["passes"]:
+        if way == "chat":
+            outputs = [output for request in job["requests"] for output in chat(llm, request, options)]
+        else:
+            prompts = [to_prompt(request) for request in job["requests"]]
+            groups = [prompts] if way == "together" else [[prompt] for prompt in prompts]
+            outputs = [output for group in groups for output in llm.generate(group, **options)]
+        passes.append([list(output.outputs[0].token_ids) for output in outputs])
     with open(answers_file, "w") as file:
         json.dump({"passes": passes, "rows": rows}, file)
 
@@ -42,6 +44,17 @@ def to_prompt(request):
     if request["num_visual_tokens"] is not None:
         prompt["mm_processor_kwargs"] = {"num_visual_tokens": request["num_visual_tokens"]}
     return prompt
+
+
+def chat(llm, request, options):
+    """The request's turns, with its images in the first."""
+    pictures = [{"type": "image_pil", "image_pil": Image.open(path)} for path in request["images"]]
+    first, *others = request["turns"]
+    messages = [{"role": "user", "content": [*pictures, {"type": "text", "text": first}]}]
+    for number, text in enumerate(others):
+        messages.append({"role": "user" if number % 2 else "assistant", "content": text})
+    m = request["num_visual_tokens"]
+    return llm.chat(messages, mm_processor_kwargs=None if m is None else {"num_visual_tokens": m}, **options)
 
 
 def record_rows(model, rows):

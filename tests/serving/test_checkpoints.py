@@ -15,7 +15,7 @@ from tests.small_model import SIGLIP, make_config, make_processor
 
 
 pytestmark = pytest.mark.vllm
-ONE_BY_ONE, TOGETHER = False, True
+ONE_BY_ONE, TOGETHER = "one by one", "together"
 
 
 def test_lora_on_the_language_model(tiny, pictures, tmp_path):

@@ -7,7 +7,7 @@ from tests.serving.common import answer_with_transformers, answer_with_vllm, mak
 
 pytestmark = pytest.mark.vllm
 BUDGETS = (1, 2, 7, 16, 64, None)
-ONE_BY_ONE, TOGETHER = False, True
+ONE_BY_ONE, TOGETHER, CHAT = "one by one", "together", "chat"
 COLD = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0}
 
 
@@ -34,6 +34,13 @@ def test_one_by_one_and_in_a_batch_with_warm_caches(tiny, requests, expected):
     # Each picture once for each budget it was asked at: nothing is shared between budgets, nothing is made twice
     once = {(image, r["num_visual_tokens"]): r["num_visual_tokens"] or 64 for r in requests for image in r["images"]}
     assert sorted(found["rows"]) == sorted(once.values())
+
+
+def test_chat(tiny, pictures):
+    """Images stand on lines of their own there."""
+    requests = make_requests(pictures, BUDGETS)[:-1]
+    found = answer_with_vllm(tiny, requests, passes=(CHAT,))
+    assert found["passes"] == [answer_with_transformers(tiny, requests)]
 
 
 def test_in_one_mixed_batch_with_cold_caches(tiny, requests, expected):

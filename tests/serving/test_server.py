@@ -3,14 +3,16 @@
 import base64
 import io
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 from PIL import Image
 
-from tests.serving.common import MAX_NEW_TOKENS, answer_with_transformers, server
+from tests.serving.common import MAX_NEW_TOKENS, ROOT, answer_with_transformers, server
 
 
 pytestmark = pytest.mark.vllm
@@ -123,6 +125,24 @@ def test_streaming(client, urls, expected):
     )
     pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
     assert "".join(pieces) == expected[7] and sum(map(bool, pieces)) > 5
+
+
+def test_an_image_is_served_after_a_request_with_it_was_refused(client, tiny, pictures, tmp_path):
+    """vLLM prepares the image before it finds the prompt too long, and keeps it in one of its two caches."""
+    path = tmp_path / "new.png"
+    Image.open(pictures[0]).rotate(90).save(path)
+    url = as_url(Image.open(path))
+    with pytest.raises(BadRequestError, match="maximum context length"):
+        ask(client, [{"role": "user", "content": content([url], "a " * 1200)}], 16)
+    (expected,) = expected_answers(tiny, [(f"USER: <image>\n{QUESTION} ASSISTANT:", [str(path)], 16)])
+    assert ask(client, [{"role": "user", "content": content([url], QUESTION)}], 16)[0] == expected
+
+
+def test_the_example(address, pictures):
+    command = [sys.executable, "examples/serve_vllm.py", pictures[0], QUESTION, "--budgets", "64", "1"]
+    run = subprocess.run([*command, "--url", f"{address}/v1"], cwd=ROOT, capture_output=True, text=True, check=True)
+    first, second, background = run.stdout.splitlines()
+    assert first.startswith("m = 64: A dog, a bear,") and second.startswith("m = 1: A dog,") and background.strip()
 
 
 def kwargs(**values):
