@@ -20,14 +20,9 @@ from mqt_llava.training.evaluate import evaluation_set, is_right
 
 
 BUDGETS = (1, 4, 16, 64)
-DRAWS = {
-    "elastic, even": "even",
-    "elastic, log-uniform": "log-uniform",
-    **{f"m = {m} alone": str(m) for m in BUDGETS},
-}
+DRAWS = {"elastic": "even", **{f"m = {m} alone": str(m) for m in BUDGETS}}
 LEGEND = """\
-Exact answers in %, all types of questions. `even` is the paper's draw from {2, 4, ..., M}, `log-uniform` is nearly as likely
-to draw from 1 to 2 as from 32 to 64.
+Exact answers in %, all types of questions. The elastic model was trained with the paper's draw from {2, 4, ..., M}.
 """
 
 

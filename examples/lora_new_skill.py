@@ -6,8 +6,8 @@ answered rightly, and how many about the old ones, before and after.
 
     python examples/lora_new_skill.py --output_dir runs/new-skill
 
-Each adapter takes some minutes on two CPU cores; called again, the script goes on with the next one. Needs Debian's
-fonts-noto-color-emoji.
+An adapter for m = 16 takes 7 minutes on one CPU core, the elastic one three times as long; called again, the script goes on
+with the next one. Needs Debian's fonts-noto-color-emoji.
 """
 
 import argparse

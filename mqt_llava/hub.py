@@ -106,9 +106,7 @@ def write_card(
         origin=origin,
         accuracy=accuracy_table(folder),
     )
-    path = folder / "README.md"
-    path.write_text(str(card).rstrip() + "\n", encoding="utf-8")
-    return path
+    return _save(card, folder)
 
 
 def write_adapter_card(
@@ -151,6 +149,10 @@ def write_adapter_card(
         example_tokens=min(16, num_query_tokens),
         origin=origin,
     )
+    return _save(card, folder)
+
+
+def _save(card: ModelCard, folder: Path) -> Path:
     path = folder / "README.md"
     path.write_text(str(card).rstrip() + "\n", encoding="utf-8")
     return path
