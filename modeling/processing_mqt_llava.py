@@ -350,12 +350,13 @@ def _pad_and_resize(image: Image.Image, side: int, background: tuple[int, ...]) 
     strip_height = max(1, STRIP_PIXELS // longest)
     rows = Image.new("RGB", (side, longest), background)
     for first in range(0, height, strip_height):
-        strip = image.crop((0, first, width, min(first + strip_height, height)))
+        box = (0, first, width, min(first + strip_height, height))
+        strip, size = image, (side, box[3] - first)
         if width < longest:
-            padded = Image.new("RGB", (longest, strip.height), background)
-            padded.paste(strip, (left, 0))
-            strip = padded
-        rows.paste(strip.resize((side, strip.height), Image.Resampling.BICUBIC), (0, top + first))
+            strip = Image.new("RGB", (longest, size[1]), background)
+            strip.paste(image.crop(box), (left, 0))
+            box = None
+        rows.paste(strip.resize(size, Image.Resampling.BICUBIC, box), (0, top + first))
     return rows.resize((side, side), Image.Resampling.BICUBIC)
 
 
