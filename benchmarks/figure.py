@@ -24,11 +24,11 @@ def draw(rows: list[dict], parts: tuple[str, ...], setting: str, path: Path):
             bottom = [low + height for low, height in zip(bottom, heights)]
         by_flops = [shown[0]["first token"] / row["FLOP ratio"] for row in shown]
         axes.plot(labels, by_flops, "k_", markersize=22, markeredgewidth=2, label="LLaVA's time, by FLOPs")
-        for label, row in zip(labels, shown):
-            top = max(row["first token"], shown[0]["first token"] / row["FLOP ratio"])
+        tops = [max(row["first token"], *others) for row, *others in zip(shown, bottom, by_flops)]
+        for label, row, top in zip(labels, shown, tops):
             axes.annotate(f"{row['speed-up']:.1f}x", (label, top), (0, 4), textcoords="offset points", ha="center")
         axes.set(title=f"batch of {batch_size}", xlabel="visual tokens per image", ylabel="time to first token, s")
-        axes.margins(y=0.1)
+        axes.set_ylim(top=1.1 * max(tops))
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
     handles, labels = axes.get_legend_handles_labels()

@@ -39,7 +39,15 @@ PRESETS = {
         "new_tokens": 9,
         "repeats": 3,
     },
-    "7b": {"vision": CLIP_LARGE, "text": {}, "dtype": "bfloat16", "device": "cuda", "new_tokens": 65, "repeats": 10},
+    "7b": {
+        "vision": CLIP_LARGE,
+        "text": {},
+        "dtype": "bfloat16",
+        "device": "cuda",
+        "new_tokens": 65,
+        "repeats": 10,
+        "ways": [{}, {"attention": "flash_attention_2"}, {"compiled": True}],
+    },
 }
 PARTS = ("vision", "connector", "merge", "prefill")
 LEGEND = """\
@@ -77,9 +85,7 @@ COLUMNS = {  # the unit and the format of each
 def benchmark(preset: dict) -> tuple[list[dict], str]:
     """The rows of the table, in seconds and bytes, and the setting in words."""
     device, dtype = torch.device(preset["device"]), resolve_dtype(preset["dtype"])
-    ways = [{}]
-    if device.type == "cuda":
-        ways += [{"attention": "flash_attention_2"}, {"compiled": True}]
+    ways = preset.get("ways", [{}])
     chosen = variants(preset["batch_sizes"], preset["budgets"], ways)
     costs = CostModel(configs(preset)[1])
     full_flops = llava_flops(preset, costs)
@@ -175,7 +181,8 @@ def main():
     parser.add_argument("--repeats", type=int, help="rounds whose median is taken; default: the preset's")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--budgets", type=int, nargs="+", default=[256, 144, 64, 36, 16, 4, 1])
-    parser.add_argument("--output_dir", type=Path, help="where to write table, CSV and figure, named after the preset")
+    parser.add_argument("--output_dir", type=Path, help="where to write table, CSV and figure")
+    parser.add_argument("--name", help="of these files, behind `generation_`; default: the preset's")
     arguments = parser.parse_args()
     preset = PRESETS[arguments.preset] | {name: value for name, value in vars(arguments).items() if value is not None}
     rows, setting = benchmark(preset)
@@ -183,7 +190,7 @@ def main():
     print(table)
     if arguments.output_dir:
         arguments.output_dir.mkdir(parents=True, exist_ok=True)
-        path = arguments.output_dir / f"generation_{arguments.preset}"
+        path = arguments.output_dir / f"generation_{arguments.name or arguments.preset}"
         path.with_suffix(".md").write_text(table)
         write_csv(rows, path.with_suffix(".csv"))
         if any("glue" in row for row in rows):

@@ -30,7 +30,9 @@ class Variant:
     num_visual_tokens: int
     num_text_tokens: int = TEXT_TOKENS
     attention: str = "sdpa"
-    compiled: bool = False  # static cache, for which `generate` compiles decoding on a GPU
+    compiled: bool = (
+        False  # tower and language model, and a static cache, for which `generate` compiles decoding on a GPU
+    )
 
     @property
     def tower(self) -> tuple:
@@ -111,6 +113,8 @@ def measurements(model, variant: Variant, new_tokens: int, device: torch.device)
     def run(function):
         if model.config._attn_implementation != variant.attention:
             model.set_attn_implementation(variant.attention)
+        for part, compiled_call in compiled_parts(model).items():
+            part._compiled_call_impl = compiled_call if variant.compiled else None
         if variant.compiled:
             cache["past_key_values"].reset()
         with torch.no_grad():
@@ -157,6 +161,16 @@ def measurements(model, variant: Variant, new_tokens: int, device: torch.device)
     }
     timed |= {name: partial(run, partial(seconds, function, device)) for name, function in parts.items()}
     return timed, remembered | {"prefill peak": partial(run, prefill)}
+
+
+@functools.cache
+def compiled_parts(model) -> dict:
+    """What `Module.compile` makes of tower and language model, as README advises: rows with and without it take turns."""
+    torch._dynamo.config.recompile_limit = (
+        64  # counts graphs of all modules together, since `_call_impl` is their code
+    )
+    parts = {model.model.vision_tower: None, model.model.language_model: True}
+    return {part: torch.compile(part._call_impl, dynamic=dynamic) for part, dynamic in parts.items()}
 
 
 @functools.cache

@@ -4,10 +4,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def run_benchmark(name, *options):
+    return run_python("-m", f"benchmarks.{name}", *options)
+
+
+def run_python(*arguments):
     result = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *options],
+        [sys.executable, *arguments],
         cwd=Path(__file__).parents[1],
         env=os.environ | {"OMP_NUM_THREADS": "1"},  # pytest-xdist runs one process for each core
         capture_output=True,
@@ -31,6 +37,22 @@ def test_generation_measures_every_row(tmp_path):
     assert (tmp_path / "generation_tiny.md").read_text() in result.stdout
 
 
+@pytest.mark.slow
+def test_generation_measures_compiled_rows(tmp_path):
+    """As at 7B, except that `generate` compiles decoding on GPUs alone."""
+    code = f"""
+from benchmarks.generation import PRESETS, benchmark, write_csv
+ways = {{"ways": [{{}}, {{"compiled": True}}], "batch_sizes": [1, 2], "budgets": [16, 1]}}
+write_csv(benchmark(PRESETS["tiny"] | ways)[0], {str(tmp_path / "rows.csv")!r})
+"""
+    result = run_python("-c", code)
+    assert "recompile_limit" not in result.stderr
+    with (tmp_path / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["way"] for row in rows] == ["sdpa"] * 8 + ["sdpa, compiled"] * 8
+    assert all(float(row[name]) > 0 for row in rows for name in ("first token", "tokens/s", "first call", "peak"))
+
+
 def test_training_measures_every_row(tmp_path):
     options = "--preset tiny --ways full lora qlora --budgets 16 1 --gradient_checkpointing --output_dir".split()
     result = run_benchmark("training", *options, tmp_path)
@@ -46,7 +68,8 @@ def test_training_measures_every_row(tmp_path):
 def test_generation_marks_what_is_not_measured():
     from benchmarks.generation import PRESETS, benchmark
 
-    rows, setting = benchmark(PRESETS["tiny"] | {"device": "cuda", "batch_sizes": [1], "budgets": [16]})
+    ways = PRESETS["7b"]["ways"]
+    rows, setting = benchmark(PRESETS["tiny"] | {"device": "cuda", "ways": ways, "batch_sizes": [1], "budgets": [16]})
     if "Not measured" in setting:
         assert {row["first token"] for row in rows} == {"not measured"}
         assert {row["way"] for row in rows} == {"sdpa", "flash_attention_2", "sdpa, compiled"}

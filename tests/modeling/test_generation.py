@@ -753,6 +753,38 @@ def test_one_graph_decodes_prompts_of_any_length_with_any_budget(model, processo
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_compiled_parts_prefill_prompts_of_any_length_with_any_budget(model, processor, compile_model, image):
+    """README's way to compile the prefill too: after three prompts nothing is compiled again, and answers are the same."""
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=160)
+    texts = (
+        "<image>a",
+        "<image> what is this?",
+        "A longer text: <image>",
+        "<image>",
+        "<image>b",
+        "<image>" + "long " * 9,
+    )
+    prompts = list(zip(texts, (2, 7, 16, 3, 1, 9)))
+    inputs = [processor(images=image, text=text, return_tensors="pt") for text, _ in prompts]
+    options = [
+        {"num_visual_tokens": m, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False} for _, m in prompts
+    ]
+    expected = [model.generate(**row, **settings).tolist() for row, settings in zip(inputs, options)]
+
+    model.model.vision_tower.compile(backend="eager")
+    model.model.language_model.compile(backend="eager", dynamic=True)
+    compile_config = CompileConfig(backend="eager", fullgraph=True, dynamic=False)
+    compile_config._compile_all_devices = True
+    num_graphs = []
+    for row, settings, sequences in zip(inputs, options, expected):
+        cache.reset()
+        answer = model.generate(**row, **settings, past_key_values=cache, compile_config=compile_config)
+        assert answer.tolist() == sequences
+        num_graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert num_graphs[0] >= 3  # tower, prefill, decoding
+    assert num_graphs[2:] == [num_graphs[2]] * 4
+
+
 @pytest.mark.parametrize("with_counts", [True, False], ids=["counts", "no_counts"])
 def test_export(model, with_counts):
     """An exported program answers for other images and other budgets of the same shapes, too."""
