@@ -12,7 +12,6 @@ from peft import get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
 
 import mqt_llava
-from mqt_llava.training.adapters import save_adapter
 from mqt_llava.training.collator import MQTLlavaDataCollator
 from mqt_llava.training.data import load_conversations
 from mqt_llava.training.lora import TARGETS, load_quantized, make_lora_config
@@ -67,7 +66,7 @@ trainer = MQTLlavaTrainer(
     train_dataset=load_conversations(arguments.data, arguments.image_folder),
 )
 trainer.train()
-save_adapter(model, arguments.output_dir)
+trainer.save_adapter()
 
 # A folder like any adapter's: `PeftModel.from_pretrained(base, folder)`, or `mqt_llava.training.adapters.load_adapter`, which
 # refuses one that was made for another base

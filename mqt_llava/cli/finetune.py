@@ -90,7 +90,6 @@ def finetune(
         from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
 
         from ..hub import check_base_is_on_hub
-        from ..training.adapters import save_adapter
         from ..training.collator import MQTLlavaDataCollator
         from ..training.data import load_conversations, with_num_visual_tokens
         from ..training.lora import load_quantized, make_lora_config
@@ -170,6 +169,6 @@ def finetune(
         trainer.train(resume_from_checkpoint=last_checkpoint)
     except (ValueError, FloatingPointError) as error:
         raise UsageError(str(error)) from None
+    trainer.save_adapter(repo_id=push_to_hub)
     if trainer.is_world_process_zero():
-        save_adapter(network, output_dir, push_to_hub)
         print(f"The adapter is in {output_dir}")

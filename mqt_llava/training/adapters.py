@@ -16,7 +16,7 @@ from ..hub import check_base_is_on_hub, write_adapter_card
 logger = logging.get_logger(__name__)
 
 
-def save_adapter(model, output_dir, repo_id=None):
+def save_adapter(model, output_dir, repo_id=None, state_dict=None):
     """
     Write the adapter with [`~peft.PeftModel.save_pretrained`] and a model card, and upload both where a repository is
     given. ([`~peft.PeftModel.push_to_hub`] uploads another card, which names no base model.)
@@ -25,6 +25,7 @@ def save_adapter(model, output_dir, repo_id=None):
         model (`PeftModel`): with the adapter active.
         output_dir (`str` or `Path`): checkpoints of the training in it stay, and are not uploaded.
         repo_id (`str`, *optional*): a repository of the Hub. It is created if there is none.
+        state_dict (`dict[str, torch.Tensor]`, *optional*): the model's, where its parameters are sharded.
 
     Raises:
         `ValueError`: when the adapter shall be uploaded and its base model is a folder, before anything is written.
@@ -32,7 +33,7 @@ def save_adapter(model, output_dir, repo_id=None):
     config = model.active_peft_config
     if repo_id is not None:
         check_base_is_on_hub(config.base_model_name_or_path)
-    model.save_pretrained(output_dir)
+    model.save_pretrained(output_dir, state_dict=state_dict)
     write_adapter_card(Path(output_dir), repo_id or Path(output_dir).name, model.config.num_query_tokens)
     if repo_id is not None:
         files = [Path(output_dir) / "README.md", *Path(output_dir).glob("adapter_*")]

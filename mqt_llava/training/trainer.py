@@ -81,6 +81,18 @@ class MQTLlavaTrainer(Trainer):
             type(self.model).__module__ = type(self.model).__bases__[-1].__module__
         super()._save(output_dir, state_dict)
 
+    def save_adapter(self, output_dir=None, repo_id=None):
+        """Save the adapter that was trained, in `args.output_dir` unless said otherwise, and upload it where a repository is
+        given: see [`~mqt_llava.training.adapters.save_adapter`]. All processes call this."""
+        from .adapters import save_adapter  # peft is not needed to train without it
+
+        state_dict = None
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # shards are gathered by all processes together
+            state_dict = self.accelerator.get_state_dict(self.model_wrapped)
+        if self.is_world_process_zero():
+            save_adapter(self.model, output_dir or self.args.output_dir, repo_id, state_dict)
+        self.accelerator.wait_for_everyone()
+
     def log(self, logs, *args, **kwargs):
         if self.sampler is not None and "loss" in logs:
             logs["num_visual_tokens"] = self.sampler.draw(self.state.global_step - 1)

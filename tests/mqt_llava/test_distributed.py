@@ -11,6 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DeepSpeedPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from mqt_llava.training.arguments import CONFIGS
@@ -35,14 +36,19 @@ def data(tmp_path_factory):
     return write_conversations(tmp_path_factory.mktemp("data"))
 
 
-def launch(config, folder, *arguments):
-    """What each of two processes noted."""
+def launch(config, *arguments):
+    """Run a script in two processes."""
     command = ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / "accelerate" / config]
     options = ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "29617"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = map(str, [sys.executable, *command, *options, SCRIPT, folder, *arguments])
+    command = map(str, [sys.executable, *command, *options, *arguments])
     done = subprocess.run(list(command), env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-5000:]
+
+
+def launch_stage(config, folder, *arguments):
+    """What each of two processes noted."""
+    launch(config, SCRIPT, folder, *arguments)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
@@ -72,7 +78,9 @@ SCENARIOS = {
 def test_two_processes_train_as_one(config, scenario, checkpoint, data, tmp_path):
     common = ["--model", checkpoint, "--data_path", data, "--global_batch_size", 4, *SETTINGS, *scenario]
     one = run(*common, "--per_device_train_batch_size", 4, "--output_dir", tmp_path / "one")
-    ranks = launch(config, tmp_path, *common, "--per_device_train_batch_size", 2, "--output_dir", tmp_path / "two")
+    ranks = launch_stage(
+        config, tmp_path, *common, "--per_device_train_batch_size", 2, "--output_dir", tmp_path / "two"
+    )
     for rank in ranks:
         assert rank["losses"] == pytest.approx(one.losses, abs=1e-4)
         assert rank["gradients"].keys() == one.gradients.keys() and len(one.gradients) > 10
@@ -97,6 +105,28 @@ def test_two_processes_train_as_one(config, scenario, checkpoint, data, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp.yaml", "fsdp2.yaml"])
+@pytest.mark.parametrize("targets", ["language_model,query_transformer", "language_model,query_transformer_full"])
+def test_two_processes_tune_an_adapter_as_one(config, targets, checkpoint, data, tmp_path):
+    """`mqt-llava finetune`, resumed, too: adapters of the same weights, whole in every checkpoint."""
+    common = ["-m", "mqt_llava.cli", "finetune", data, "--model", checkpoint, "--targets", targets]
+    common += ["--use-cpu", "--dropout", 0, "--save-steps", 2, "--seed", 3]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    one = [*common, "--batch-size", 4, "--max-steps", 3, "--output-dir", tmp_path / "one"]
+    subprocess.run(list(map(str, [sys.executable, *one])), env=environment, check=True, timeout=240)
+    two = [*common, "--batch-size", 2, "--output-dir", tmp_path / "two"]
+    launch(config, *two, "--max-steps", 3)
+    alone = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    together = load_file(tmp_path / "two" / "adapter_model.safetensors")
+    assert together.keys() == alone.keys()
+    for name, weight in alone.items():
+        torch.testing.assert_close(together[name], weight, atol=1e-4, rtol=0)
+    assert (tmp_path / "two" / "README.md").exists()
+    assert load_file(tmp_path / "two" / "checkpoint-2" / "adapter_model.safetensors").keys() == alone.keys()
+    launch(config, *two, "--max-steps", 4, "--resume")
+
+
+@pytest.mark.slow
 def test_fsdp_resumes(checkpoint, data, tmp_path):
     """The same losses as an unbroken run; and every checkpoint is one for `from_pretrained`."""
     common = [
@@ -113,8 +143,8 @@ def test_fsdp_resumes(checkpoint, data, tmp_path):
         "adamw_torch",
     ]
     common += ["--per_device_train_batch_size", 2, "--global_batch_size", 4]
-    whole, _ = launch("fsdp2.yaml", tmp_path, *common, "--max_steps", 5, "--output_dir", tmp_path / "whole")
-    launch("fsdp2.yaml", tmp_path, *common, "--max_steps", 2, "--output_dir", tmp_path / "broken")
+    whole, _ = launch_stage("fsdp2.yaml", tmp_path, *common, "--max_steps", 5, "--output_dir", tmp_path / "whole")
+    launch_stage("fsdp2.yaml", tmp_path, *common, "--max_steps", 2, "--output_dir", tmp_path / "broken")
     AutoModelForImageTextToText.from_pretrained(tmp_path / "broken" / "checkpoint-2")
     rest, _ = launch(
         "fsdp2.yaml", tmp_path, *common, "--max_steps", 5, "--output_dir", tmp_path / "broken", "--resume"
