@@ -13,6 +13,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_mqt_llava.MQTLlavaModel",
     "AutoModelForCausalLM": "modeling_mqt_llava.MQTLlavaForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_mqt_llava.MQTLlavaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_mqt_llava.MQTLlavaForConditionalGeneration",
     "AutoProcessor": "processing_mqt_llava.MQTLlavaProcessor",
 }
 
@@ -36,8 +37,10 @@ def resolve_visual_token_counts(num_visual_tokens, num_images: int, num_query_to
     """
     if num_visual_tokens is None:
         return [num_query_tokens] * num_images
+    if hasattr(num_visual_tokens, "tolist"):  # tensors and arrays, also those of no dimension
+        num_visual_tokens = num_visual_tokens.tolist()
     if isinstance(num_visual_tokens, Iterable) and not isinstance(num_visual_tokens, (str, bytes, dict)):
-        counts = list(num_visual_tokens.tolist() if hasattr(num_visual_tokens, "tolist") else num_visual_tokens)
+        counts = list(num_visual_tokens)
         if len(counts) != num_images:
             raise ValueError(
                 f"`num_visual_tokens` must be one integer or a list of them, one per image; got {len(counts)} entries, "

@@ -393,6 +393,14 @@ def first_visual_tokens(features: BaseModelOutputWithPooling, counts: list[int])
     return BaseModelOutputWithPooling(pooler_output=[tokens[:n] for tokens, n in zip(features.pooler_output, counts)])
 
 
+def refuse_budget(kwargs: dict, instead: str):
+    """A budget that no layer would read must not become the default one."""
+    if "num_visual_tokens" in kwargs:
+        raise ValueError(
+            f"`num_visual_tokens` is not taken here; pass {instead}. Got {kwargs['num_visual_tokens']!r}."
+        )
+
+
 class MQTLlavaModel(MQTLlavaPreTrainedModel):
     """The vision tower, the query transformer and the language model, without a language modeling head."""
 
@@ -443,6 +451,7 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
         Raises:
             `ValueError`: for counts that are not one integer from 1 to M per image.
         """
+        refuse_budget(kwargs, "`visual_token_counts`")
         num_query_tokens = self.config.num_query_tokens
         counts = resolve_visual_token_counts(visual_token_counts, pixel_values.shape[0], num_query_tokens)
         # Not arguments by name: `generate` withholds those from the language model
@@ -509,6 +518,7 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
         Raises:
             `ValueError`: when images and placeholders do not match, in number or in visual tokens.
         """
+        refuse_budget(kwargs, "a prompt made with it, or `MQTLlavaForConditionalGeneration`")
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         image_outputs = (mm_encoder_outputs or {}).get("image")
@@ -759,7 +769,8 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
             num_visual_tokens (`int` or `list[int]`, *optional*):
                 m, for all images or for each in the prompt: re-budgets the prompt, whatever m it was prepared with.
                 Defaults to the number of placeholders in the prompt. Whatever m, the returned sequences begin with the
-                caller's own `input_ids`, so `out[:, inputs["input_ids"].shape[1]:]` is the answer.
+                caller's own `input_ids`, so `out[:, inputs["input_ids"].shape[1]:]` is the answer. `max_length` counts
+                the re-budgeted prompt: say `max_new_tokens`.
 
         Raises:
             `ValueError`: for budgets that are not integers from 1 to M, and when images and placeholders do not match.

@@ -144,7 +144,8 @@ class MQTLlavaProcessor(ProcessorMixin):
             images (`ImageInput`, *optional*):
                 The images of all texts in the order of their `<image>`, or one list for each text. Any PIL mode.
             text (`str` or `list[str]`, *optional*):
-                Prompts with one `<image>` for each image.
+                Prompts with one `<image>` for each image. Where all of them begin with the BOS, as those of the chat template
+                do, no other is added, unless `add_special_tokens` says so.
             num_visual_tokens (`int` or `list[int]`, *optional*):
                 m, the number of visual tokens of every image or of each, from 1 to M. Defaults to M.
 
@@ -163,6 +164,11 @@ class MQTLlavaProcessor(ProcessorMixin):
         if "num_visual_tokens" in nested:
             kwargs["images_kwargs"] = {name: nested[name] for name in nested if name != "num_visual_tokens"}
             kwargs.setdefault("num_visual_tokens", nested["num_visual_tokens"])
+        texts = [text] if isinstance(text, str) else text
+        bos = self.tokenizer.bos_token
+        if bos and texts and all(isinstance(sample, str) and sample.startswith(bos) for sample in texts):
+            if "add_special_tokens" not in (kwargs.get("text_kwargs") or {}):
+                kwargs.setdefault("add_special_tokens", False)
         num_images = _count_images(images)
         if kwargs.get("return_text_replacement_offsets"):
             self._check_serving_kwargs(kwargs)

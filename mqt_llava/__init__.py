@@ -5,7 +5,14 @@ Importing this package registers the model with transformers' Auto classes.
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from .modeling.configuration_mqt_llava import MQTLlavaConfig
 from .modeling.modeling_mqt_llava import MQTLlavaForConditionalGeneration, MQTLlavaModel
@@ -19,8 +26,8 @@ TINY_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "mqt-llava-tiny") 
 
 AutoConfig.register("mqt_llava", MQTLlavaConfig)
 AutoModel.register(MQTLlavaConfig, MQTLlavaModel)
-AutoModelForImageTextToText.register(MQTLlavaConfig, MQTLlavaForConditionalGeneration)
-AutoModelForCausalLM.register(MQTLlavaConfig, MQTLlavaForConditionalGeneration)
+for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM):
+    auto_class.register(MQTLlavaConfig, MQTLlavaForConditionalGeneration)
 AutoProcessor.register(MQTLlavaConfig, MQTLlavaProcessor)
 
 __all__ = [

@@ -6,7 +6,20 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 
-TEMPLATE = """---
+ASK = """content = [{"type": "image", "path": "photo.jpg"}, {"type": "text", "text": "What is in the picture?"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+).to(model.device, model.dtype)
+output = model.generate(**inputs, num_visual_tokens={{ example_tokens }}, max_new_tokens=64)
+print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+"""
+
+TEMPLATE = (
+    """---
 {{ card_data }}
 ---
 
@@ -21,21 +34,15 @@ and coarse, many are exact.
 ## How to use
 
 ```python
-from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 repo = "{{ repo_id }}"
 processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained(repo, dtype="auto", trust_remote_code=True)
 
-messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]}]
-prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-inputs = processor(
-    images=Image.open("photo.jpg"), text=prompt, add_special_tokens=False, return_tensors="pt"
-).to(model.device, model.dtype)
-output = model.generate(**inputs, num_visual_tokens={{ example_tokens }}, max_new_tokens=64)
-print(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
+"""
+    + ASK
+    + """```
 
 Without `num_visual_tokens` the model uses all {{ num_query_tokens }}. The code in this repository needs transformers 5.19
 or newer.
@@ -44,8 +51,10 @@ or newer.
 
 {{ accuracy }}
 {% endif %}"""
+)
 
-ADAPTER_TEMPLATE = """---
+ADAPTER_TEMPLATE = (
+    """---
 {{ card_data }}
 ---
 
@@ -61,11 +70,14 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 processor = AutoProcessor.from_pretrained("{{ base }}", trust_remote_code=True)
-base = AutoModelForImageTextToText.from_pretrained("{{ base }}", trust_remote_code=True)
+base = AutoModelForImageTextToText.from_pretrained("{{ base }}", dtype="auto", trust_remote_code=True)
 model = PeftModel.from_pretrained(base, "{{ repo_id }}")
-output = model.generate(**inputs, num_visual_tokens={{ example_tokens }})
-```
+
 """
+    + ASK
+    + """```
+"""
+)
 
 
 def write_card(

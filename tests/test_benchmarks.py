@@ -41,9 +41,10 @@ def test_generation_measures_every_row(tmp_path):
 def test_generation_measures_compiled_rows(tmp_path):
     """As at 7B, except that `generate` compiles decoding on GPUs alone."""
     code = f"""
+from pathlib import Path
 from benchmarks.generation import PRESETS, benchmark, write_csv
 ways = {{"ways": [{{}}, {{"compiled": True}}], "batch_sizes": [1, 2], "budgets": [16, 1]}}
-write_csv(benchmark(PRESETS["tiny"] | ways)[0], {str(tmp_path / "rows.csv")!r})
+write_csv(benchmark(PRESETS["tiny"] | ways)[0], Path({str(tmp_path / "rows.csv")!r}))
 """
     result = run_python("-c", code)
     assert "recompile_limit" not in result.stderr

@@ -27,7 +27,8 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     assert namespace["logits"].equal(namespace["same"])
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed[:3]] == ["64", "16", "1"]
-    assert printed[0].split(maxsplit=1)[1] == printed[3].strip()  # the pipeline answers as generate does
+    assert printed[3] == str([" Yes.", " Four."])  # the batch
+    assert printed[0].split(maxsplit=1)[1] == printed[4].strip()  # the pipeline answers as generate does
 
 
 def test_commands_run(monkeypatch):

@@ -1,6 +1,5 @@
 """`mqt-llava ask IMAGE [IMAGE ...] "QUESTION"`: answers go to stdout, everything else to stderr."""
 
-# torch and transformers are imported where they are used: help and errors in the arguments need neither
 import contextlib
 import json
 import os

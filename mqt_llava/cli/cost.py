@@ -1,6 +1,5 @@
 """`mqt-llava cost`: what an answer costs for each number of visual tokens, without loading any weights."""
 
-# torch and transformers are imported where they are used: help and errors in the arguments need neither
 import json
 import re
 import sys

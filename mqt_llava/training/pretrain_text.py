@@ -65,6 +65,7 @@ def train_tokenizer(texts, vocab_size):
         eos_token="</s>",
         extra_special_tokens={"image_token": "<image>"},
         model_max_length=2048,
+        padding_side="left",  # for `generate`; training pads by itself
     )
 
 

@@ -144,7 +144,21 @@ def test_the_budget_changes_the_answer_and_the_image_matters():
     assert min(differences) > 1e-2
 
 
-BAD_BUDGETS = [0, -1, M + 1, True, 2.5, "16", [1], [1, 2, 3], [1, 0], [1, True], [1, 2.0], torch.tensor([1.0, 2.0])]
+BAD_BUDGETS = [
+    0,
+    -1,
+    M + 1,
+    True,
+    2.5,
+    "16",
+    [1],
+    [1, 2, 3],
+    [1, 0],
+    [1, True],
+    [1, 2.0],
+    torch.tensor([1.0, 2.0]),
+    np.array(0),
+]
 
 
 @pytest.mark.parametrize("bad", BAD_BUDGETS, ids=repr)
@@ -172,11 +186,21 @@ def test_bad_budgets_are_refused_without_images(bad):
         MODEL(**inputs, num_visual_tokens=bad)
 
 
-@pytest.mark.parametrize("good", [3, np.int64(3), [3, 3], (3, 3), np.array([3, 3]), torch.tensor([3, 3])], ids=repr)
+GOOD_BUDGETS = [3, np.int64(3), [3, 3], (3, 3), np.array(3), np.array([3, 3]), torch.tensor(3), torch.tensor([3, 3])]
+
+
+@pytest.mark.parametrize("good", GOOD_BUDGETS, ids=repr)
 def test_kinds_of_integers(good):
     inputs = PROCESSOR(images=make_images(2), text="<image> and <image>", num_visual_tokens=good, return_tensors="pt")
     assert inputs["visual_token_counts"].tolist() == [3, 3]
     assert (inputs["input_ids"] == PROCESSOR.image_token_id).sum() == 6
+
+
+def test_budgets_are_not_swallowed_where_they_are_not_taken():
+    inputs = PROCESSOR(images=make_images(1), text="<image>", return_tensors="pt")
+    for call in (MODEL.model, lambda **kwargs: MODEL.get_image_features(inputs["pixel_values"], num_visual_tokens=4)):
+        with pytest.raises(ValueError, match="`num_visual_tokens` is not taken here.* Got 4"):
+            call(**inputs, num_visual_tokens=4)
 
 
 def test_images_and_placeholders_must_match():

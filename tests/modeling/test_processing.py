@@ -163,6 +163,20 @@ def test_chat_template_with_images_and_budget(processor):
     assert (inputs["input_ids"] == processor.tokenizer.bos_token_id).sum() == 1
 
 
+def test_a_prompt_of_the_chat_template_gets_no_second_bos(processor, image):
+    bos = processor.tokenizer.bos_token_id
+    prompt = processor.apply_chat_template([{"role": "user", "content": "<image>\nWhat?"}])
+    for text, options, expected in (
+        (prompt, {}, 1),
+        ([prompt, prompt], {"images": [image] * 2}, 2),
+        (prompt, {"add_special_tokens": True}, 2),
+        (prompt, {"text_kwargs": {"add_special_tokens": True}}, 2),
+        (prompt.removeprefix("<s>"), {}, 1),
+    ):
+        inputs = processor(**({"images": image, "text": text} | options))
+        assert sum(ids.count(bos) for ids in inputs["input_ids"]) == expected
+
+
 # ------------------------------------------------------------------------------------------- contract with vLLM
 
 

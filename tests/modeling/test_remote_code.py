@@ -16,6 +16,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
 )
 
@@ -32,6 +33,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_mqt_llava.MQTLlavaModel",
     "AutoModelForCausalLM": "modeling_mqt_llava.MQTLlavaForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_mqt_llava.MQTLlavaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_mqt_llava.MQTLlavaForConditionalGeneration",
     "AutoProcessor": "processing_mqt_llava.MQTLlavaProcessor",
 }
 REPO_ID = "someone/mqt-llava-tiny"
@@ -71,6 +73,7 @@ import torch
 from PIL import Image
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForMultimodalLM
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -89,6 +92,7 @@ def load(source):
         "AutoProcessor": AutoProcessor.from_pretrained(source, **trust),
         "AutoModel": AutoModel.from_pretrained(source, **trust),
         "AutoModelForImageTextToText": AutoModelForImageTextToText.from_pretrained(source, **trust),
+        "AutoModelForMultimodalLM": AutoModelForMultimodalLM.from_pretrained(source, **trust),
         "AutoModelForCausalLM": AutoModelForCausalLM.from_pretrained(source, **trust),
     }
     for part in parts.values():
@@ -327,6 +331,7 @@ def test_import_registers_the_auto_classes(checkpoint):
     for auto_class, model_class in (
         (AutoModel, MQTLlavaModel),
         (AutoModelForImageTextToText, MQTLlavaForConditionalGeneration),
+        (AutoModelForMultimodalLM, MQTLlavaForConditionalGeneration),
         (AutoModelForCausalLM, MQTLlavaForConditionalGeneration),
     ):
         assert type(auto_class.from_config(config)) is model_class

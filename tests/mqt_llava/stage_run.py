@@ -1,6 +1,7 @@
 """A run of `mqt-llava train` that notes what a process did: in a test, or by itself under `accelerate launch`.
 
 python stage_run.py NOTES_FOLDER ARGUMENTS...
+python stage_run.py finetune ARGUMENTS...       (`mqt-llava finetune`, no notes)
 """
 
 import os
@@ -12,6 +13,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
+from mqt_llava.cli import main
 from mqt_llava.training.arguments import parse_arguments
 from mqt_llava.training.train import train
 
@@ -62,5 +64,7 @@ def let_accelerate_shard_on_cpus():
 if __name__ == "__main__":
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         let_accelerate_shard_on_cpus()
+    if sys.argv[1] == "finetune":
+        main()
     notes = run(*sys.argv[2:])
     torch.save(vars(notes), Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")

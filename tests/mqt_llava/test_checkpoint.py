@@ -51,6 +51,24 @@ def test_chat_template_is_that_of_the_code(parts):
     assert parts[1].chat_template == CHAT_TEMPLATE.replace(SYSTEM_PROMPT.replace("'", "\\'"), "")
 
 
+def test_batches_of_different_questions(parts):
+    """With the defaults of `apply_chat_template`: padding is on the left, and there is one BOS."""
+    model, processor = parts
+    scene = str(Path(__file__).parents[2] / "examples" / "scene.png")
+    questions = ["List everything.", "Is there a number?", "What colour is the background?"]
+    contents = [[{"type": "image", "path": scene}, {"type": "text", "text": question}] for question in questions]
+    chats = [[{"role": "user", "content": content}] for content in contents]
+    settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+
+    def answer(chats):
+        inputs = processor.apply_chat_template(chats, processor_kwargs={"padding": True}, **settings)
+        assert (inputs["input_ids"] == processor.tokenizer.bos_token_id).sum() == len(chats)
+        output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+        return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    assert answer(chats) == [answer([chat])[0] for chat in chats]
+
+
 @needs_font
 def test_answers_about_new_pictures(parts, samples):
     """Within what chance does to 40 pictures of the accuracy reported for 1,000."""

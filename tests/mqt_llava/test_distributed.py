@@ -109,7 +109,7 @@ def test_two_processes_train_as_one(config, scenario, checkpoint, data, tmp_path
 @pytest.mark.parametrize("targets", ["language_model,query_transformer", "language_model,query_transformer_full"])
 def test_two_processes_tune_an_adapter_as_one(config, targets, checkpoint, data, tmp_path):
     """`mqt-llava finetune`, resumed, too: adapters of the same weights, whole in every checkpoint."""
-    common = ["-m", "mqt_llava.cli", "finetune", data, "--model", checkpoint, "--targets", targets]
+    common = [SCRIPT, "finetune", data, "--model", checkpoint, "--targets", targets]
     common += ["--use-cpu", "--dropout", 0, "--save-steps", 2, "--seed", 3]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     one = [*common, "--batch-size", 4, "--max-steps", 3, "--output-dir", tmp_path / "one"]
