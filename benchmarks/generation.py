@@ -46,9 +46,10 @@ PRESETS = {
         "device": "cuda",
         "new_tokens": 65,
         "repeats": 10,
-        "ways": [{}, {"attention": "flash_attention_2"}, {"compiled": True}],
+        "ways": ["sdpa", "flash_attention_2", "compiled"],
     },
 }
+WAYS = {"sdpa": {}, "flash_attention_2": {"attention": "flash_attention_2"}, "compiled": {"compiled": True}}
 PARTS = ("vision", "connector", "merge", "prefill")
 LEGEND = """\
 Times are medians in ms for the whole batch, memory is in MB. `m` is the number of visual tokens; `text` that of text
@@ -85,14 +86,14 @@ COLUMNS = {  # the unit and the format of each
 def benchmark(preset: dict) -> tuple[list[dict], str]:
     """The rows of the table, in seconds and bytes, and the setting in words."""
     device, dtype = torch.device(preset["device"]), resolve_dtype(preset["dtype"])
-    ways = preset.get("ways", [{}])
+    ways = [WAYS[name] for name in preset.get("ways", ["sdpa"])]
     chosen = variants(preset["batch_sizes"], preset["budgets"], ways)
     costs = CostModel(configs(preset)[1])
     full_flops = llava_flops(preset, costs)
     if device.type == "cuda" and not torch.cuda.is_available():
         return [describe(variant, costs, full_flops) for variant in chosen], "Not measured: there is no GPU here."
 
-    setting = f"{machine(device)}, {preset['dtype']}, medians of {preset['repeats']} rounds"
+    setting = f"{machine(device)}, {preset['dtype']}"
     torch.manual_seed(0)
     models = build(preset, dtype, device)
     timed, remembered = {}, {}
@@ -108,7 +109,8 @@ def benchmark(preset: dict) -> tuple[list[dict], str]:
             timed[(model, batch_size), "preprocess"] = preprocessing(model, side, batch_size, device)
 
     speed = measure_device(device, dtype)
-    results, first_calls = interleave(timed, preset["repeats"])
+    results, first_calls = interleave(timed, preset["repeats"], 60 * preset.get("minutes", float("inf")))
+    setting += f", medians of {len(next(iter(results.values())))} rounds"
     peaks = {key: peak_memory(function, device) for key, function in remembered.items()}
 
     rows, llava = [], {}
@@ -179,6 +181,9 @@ def main():
     parser.add_argument("--device", help="default: the preset's")
     parser.add_argument("--dtype", help="default: the preset's")
     parser.add_argument("--repeats", type=int, help="rounds whose median is taken; default: the preset's")
+    parser.add_argument("--minutes", type=float, help="after which no further round begins; default: none")
+    parser.add_argument("--new_tokens", type=int, help="decoded behind the first one; default: the preset's")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help="default: the preset's")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--budgets", type=int, nargs="+", default=[256, 144, 64, 36, 16, 4, 1])
     parser.add_argument("--output_dir", type=Path, help="where to write table, CSV and figure")

@@ -41,16 +41,22 @@ def seconds(function, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def interleave(measurements: dict, repeats: int) -> tuple[dict, dict]:
+def interleave(measurements: dict, repeats: int, limit_s: float = float("inf")) -> tuple[dict, dict]:
     """What each of the functions measures in every round, `(repeats, ...)`, and what in the round before, not counted.
 
     Every function once, then all again, so that a slow minute of the machine hits all alike: ratios within a round are
-    surer than those of medians. A function returns a number or a tuple of numbers.
+    surer than those of medians. A function returns a number or a tuple of numbers. No round begins, after two, that would
+    likely end later than `limit_s`.
     """
     rounds, start = [], time.perf_counter()
     for i in range(repeats + 1):
         rounds.append({name: np.array(measure()) for name, measure in measurements.items()})
-        print(f"round {i} of {repeats} done after {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        elapsed = time.perf_counter() - start
+        print(f"round {i} of {repeats} done after {elapsed:.0f} s", file=sys.stderr)
+        if i == 0:
+            first = elapsed
+        elif elapsed + (elapsed - first) / i > limit_s:
+            break
     return {name: np.stack([one[name] for one in rounds[1:]]) for name in measurements}, rounds[0]
 
 

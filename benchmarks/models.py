@@ -18,7 +18,7 @@ from mqt_llava.cost import CostModel
 TEXT_TOKENS = 40  # of each prompt: a short question with the system prompt
 LLAVA_TOKENS = 576
 IMAGE_TOKEN = 32000
-MAX_LENGTH = 1024
+MAX_LENGTH = 704  # of static caches: the longest prompt and the answer. Decoding reads all of it
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ def measurements(model, variant: Variant, new_tokens: int, device: torch.device)
     cache = {"past_key_values": static_cache(model, batch_size)} if variant.compiled else {}
 
     def run(function):
-        if model.config._attn_implementation != variant.attention:
+        own, shared = model.config, inner.language_model.config
+        if {own._attn_implementation, shared._attn_implementation} != {variant.attention}:
             model.set_attn_implementation(variant.attention)
         for part, compiled_call in compiled_parts(model).items():
             part._compiled_call_impl = compiled_call if variant.compiled else None
@@ -165,11 +166,13 @@ def measurements(model, variant: Variant, new_tokens: int, device: torch.device)
 
 @functools.cache
 def compiled_parts(model) -> dict:
-    """What `Module.compile` makes of tower and language model, as README advises: rows with and without it take turns."""
+    """What `Module.compile` makes of the parts, as README advises: rows with and without it take turns."""
     torch._dynamo.config.recompile_limit = (
         64  # counts graphs of all modules together, since `_call_impl` is their code
     )
     parts = {model.model.vision_tower: None, model.model.language_model: True}
+    if isinstance(model, MQTLlavaForConditionalGeneration):
+        parts[model.model.query_transformer] = None
     return {part: torch.compile(part._call_impl, dynamic=dynamic) for part, dynamic in parts.items()}
 
 

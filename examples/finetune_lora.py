@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArg
 import mqt_llava
 from mqt_llava.training.collator import MQTLlavaDataCollator
 from mqt_llava.training.data import load_conversations
-from mqt_llava.training.lora import TARGETS, load_quantized, make_lora_config
+from mqt_llava.training.lora import TARGETS, load_quantized, make_lora_config, with_exact_weights
 from mqt_llava.training.output import prepare_output_dir
 from mqt_llava.training.sampling import VisualTokenSampler
 from mqt_llava.training.trainer import MQTLlavaTrainer
@@ -43,7 +43,8 @@ else:
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=dtype)
 
 # Which layers: by name. Also use_rslora=True, use_dora=True, ...
-model = get_peft_model(model, make_lora_config(model, arguments.targets, r=16, lora_alpha=32, lora_dropout=0.05))
+config = make_lora_config(model, arguments.targets, r=16, lora_alpha=32, lora_dropout=0.05)
+model = with_exact_weights(get_peft_model(model, config))
 model.print_trainable_parameters()
 
 # How m is drawn: "even" is the paper's {2, 4, ..., M}; "log-uniform" or [1, 4, 16, 64] favour few tokens

@@ -446,7 +446,8 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
             [`~modeling_outputs.BaseModelOutputWithPooling`]: as `last_hidden_state` the hidden state of the vision tower
             that is queried, of shape `(num_images, num_patches (+ 1), vision_hidden_size)`, and as `pooler_output` a list
             of one tensor of shape `(m_i, text_hidden_size)` for each image. Its first rows are what fewer visual tokens
-            would be, so features of M tokens do for every budget.
+            would be, so features of M tokens do for every budget. To keep them, call this under `torch.no_grad()`:
+            else they hold what a backward pass through the vision tower would need.
 
         Raises:
             `ValueError`: for counts that are not one integer from 1 to M per image.
@@ -540,7 +541,7 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
                     self.get_image_features(pixel_values, counts, return_dict=True).pooler_output
                 )
             visual_tokens = visual_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
-            if not torch.compiler.is_compiling():
+            if image_outputs is not None and not torch.compiler.is_compiling():
                 num_placeholders = is_placeholder.sum()
                 torch_compilable_check(
                     num_placeholders == visual_tokens.shape[0],
@@ -741,6 +742,19 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         unchanged["visual_token_counts"] = torch.tensor(new_counts, device=input_ids.device, dtype=torch.long)
         if old_counts == new_counts:
             return unchanged
+        if num_cached and not is_placeholder[:, :num_cached].any():  # a cached beginning of text stays as it is
+            whole = {"input_ids": input_ids, **aligned}
+            whole = {name: tensor for name, tensor in whole.items() if tensor is not None}
+            behind = self._rebudget(
+                num_visual_tokens,
+                pixel_values=pixel_values,
+                visual_token_counts=old_counts,
+                mm_encoder_outputs=mm_encoder_outputs,
+                default_padding_side=default_padding_side,
+                **{name: tensor[:, num_cached:] for name, tensor in whole.items()},
+            )
+            joined = {name: torch.cat([whole[name][:, :num_cached], behind[name]], dim=1) for name in whole}
+            return {**unchanged, **joined}
         pad_token_id = self.generation_config.pad_token_id
         prompt = rebudget_inputs(
             input_ids,
@@ -773,8 +787,16 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
                 the re-budgeted prompt: say `max_new_tokens`.
 
         Raises:
-            `ValueError`: for budgets that are not integers from 1 to M, and when images and placeholders do not match.
+            `ValueError`: for budgets that are not integers from 1 to M, when images and placeholders do not match, and for
+            assisted decoding or `use_cache=False` together with a cache that holds something, which transformers gets wrong.
         """
+        if cache_length(kwargs.get("past_key_values")):
+            wrong = [name for name in ("assistant_model", "prompt_lookup_num_tokens") if kwargs.get(name) is not None]
+            wrong += ["use_cache=False"] if kwargs.get("use_cache") is False else []
+            if wrong:
+                raise ValueError(
+                    f"`generate` cannot go on from `past_key_values` with {wrong[0]}: answers would be wrong."
+                )
         if num_visual_tokens is None:
             return super().generate(inputs, *args, **kwargs)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
@@ -824,6 +846,9 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         pixel_values = model_kwargs.pop("pixel_values", None)
         visual_token_counts = model_kwargs.pop("visual_token_counts", None)
         features = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if features is not None:  # a copy: transformers repeats the caller's list for beams and samples, in place
+            features = BaseModelOutputWithPooling(pooler_output=list(features.pooler_output))
+            model_kwargs["mm_encoder_outputs"] = {**model_kwargs["mm_encoder_outputs"], "image": features}
         num_cached = cache_length(model_kwargs.get("past_key_values"))
         mask = model_kwargs.get("attention_mask")
         if mask is not None and mask.shape[1] > inputs_tensor.shape[1]:

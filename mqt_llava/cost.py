@@ -11,7 +11,9 @@ runs there as it would run anywhere, and torch's FLOP counter counts. That takes
 
 import bisect
 import copy
+import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import nn
@@ -218,6 +220,9 @@ class CostModel:
         budgets = {name: budget for name, budget in budgets.items() if budget is not None}
         if not budgets:
             raise ValueError("Give at least one budget: `flops`, `memory_bytes` or `latency_s`.")
+        for name, budget in budgets.items():
+            if not isinstance(budget, Real) or isinstance(budget, bool) or math.isnan(budget):
+                raise ValueError(f"`{name}` must be a number; got {budget!r}.")
         if latency_s is not None and speed is None:
             speed = measure_device(dtype=request.get("dtype", torch.bfloat16))
         measures = {

@@ -8,12 +8,8 @@ import pytest
 
 
 def run_benchmark(name, *options):
-    return run_python("-m", f"benchmarks.{name}", *options)
-
-
-def run_python(*arguments):
     result = subprocess.run(
-        [sys.executable, *arguments],
+        [sys.executable, "-m", f"benchmarks.{name}", *options],
         cwd=Path(__file__).parents[1],
         env=os.environ | {"OMP_NUM_THREADS": "1"},  # pytest-xdist runs one process for each core
         capture_output=True,
@@ -40,15 +36,11 @@ def test_generation_measures_every_row(tmp_path):
 @pytest.mark.slow
 def test_generation_measures_compiled_rows(tmp_path):
     """As at 7B, except that `generate` compiles decoding on GPUs alone."""
-    code = f"""
-from pathlib import Path
-from benchmarks.generation import PRESETS, benchmark, write_csv
-ways = {{"ways": [{{}}, {{"compiled": True}}], "batch_sizes": [1, 2], "budgets": [16, 1]}}
-write_csv(benchmark(PRESETS["tiny"] | ways)[0], Path({str(tmp_path / "rows.csv")!r}))
-"""
-    result = run_python("-c", code)
+    options = "--preset tiny --ways sdpa compiled --batch_sizes 1 2 --budgets 16 1 --output_dir".split()
+    result = run_benchmark("generation", *options, tmp_path, "--minutes", "0")
+    assert "round 1 of 1" in result.stderr
     assert "recompile_limit" not in result.stderr
-    with (tmp_path / "rows.csv").open() as file:
+    with (tmp_path / "generation_tiny.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["way"] for row in rows] == ["sdpa"] * 8 + ["sdpa, compiled"] * 8
     assert all(float(row[name]) > 0 for row in rows for name in ("first token", "tokens/s", "first call", "peak"))

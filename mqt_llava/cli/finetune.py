@@ -9,6 +9,9 @@ from .errors import UsageError
 from .models import ModelOption, load_config, loading, name_checkpoint
 
 
+TINY = 1e-12  # the least of what must be above 0
+
+
 def finetune(
     data: Annotated[
         list[Path],
@@ -31,8 +34,8 @@ def finetune(
         ),
     ] = "language_model",
     rank: Annotated[int, typer.Option("--rank", "-r", min=1, help="Rank of LoRA.")] = 16,
-    alpha: Annotated[float, typer.Option(help="Scale of LoRA.")] = 32,
-    dropout: Annotated[float, typer.Option(min=0, max=1, help="Dropout of LoRA.")] = 0.05,
+    alpha: Annotated[float, typer.Option(min=TINY, help="Scale of LoRA.")] = 32,
+    dropout: Annotated[float, typer.Option(min=0, max=0.99, help="Dropout of LoRA.")] = 0.05,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank) (rsLoRA).")] = False,
     dora: Annotated[bool, typer.Option("--dora", help="Tune magnitudes apart from directions (DoRA).")] = False,
     load_in_4bit: Annotated[
@@ -46,13 +49,13 @@ def finetune(
             "number, or numbers M,M,...",
         ),
     ] = "even",
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1,
-    max_steps: Annotated[int, typer.Option(help="Steps, instead of --epochs.")] = -1,
+    epochs: Annotated[float, typer.Option(min=TINY, help="Passes over the data.")] = 1,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Steps, instead of --epochs.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per device and batch.")] = 8,
     gradient_accumulation_steps: Annotated[int, typer.Option(min=1, help="Batches per step.")] = 1,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Its peak.")] = 2e-4,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", min=TINY, help="Its peak.")] = 2e-4,
     max_length: Annotated[
-        int | None, typer.Option(help="Longest sample in tokens. Default: as the model has positions.")
+        int | None, typer.Option(min=1, help="Longest sample in tokens. Default: as the model has positions.")
     ] = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Shorten longer ones at their last turns.")] = False,
     skip_broken: Annotated[
@@ -87,25 +90,28 @@ def finetune(
     num_query_tokens = load_config(checkpoint).num_query_tokens
     try:
         import peft
+        from huggingface_hub.utils import validate_repo_id
         from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
 
         from ..hub import check_base_is_on_hub
         from ..training.collator import MQTLlavaDataCollator
-        from ..training.data import load_conversations, with_num_visual_tokens
-        from ..training.lora import load_quantized, make_lora_config
-        from ..training.output import prepare_output_dir
+        from ..training.data import load_conversations, refuse_broken, with_num_visual_tokens
+        from ..training.lora import check_targets, load_quantized, make_lora_config, with_exact_weights
+        from ..training.output import prepare_output_dir, remove_checkpoints
         from ..training.sampling import VisualTokenSampler, evaluation_budgets, parse_draw
         from ..training.trainer import MQTLlavaTrainer
     except ImportError as error:
         raise UsageError(f"{error.name} is missing: pip install 'mqt-llava[train]'") from None
 
     try:
+        targets = check_targets([target.strip() for target in targets.split(",")])
         if push_to_hub is not None:
+            validate_repo_id(push_to_hub)
             check_base_is_on_hub(checkpoint)
         training = TrainingArguments(
             output_dir=output_dir,
             num_train_epochs=epochs,
-            max_steps=max_steps,
+            max_steps=-1 if max_steps is None else max_steps,
             per_device_train_batch_size=batch_size,
             per_device_eval_batch_size=batch_size,
             gradient_accumulation_steps=gradient_accumulation_steps,
@@ -133,6 +139,9 @@ def finetune(
                 budgets = evaluation_budgets(eval_budgets, num_query_tokens)
                 rows = load_conversations(eval_data, image_folder)
                 eval_dataset = {f"m{m}": with_num_visual_tokens(rows, m) for m in budgets}
+            if not skip_broken:
+                for rows in (train_dataset, *([rows] if eval_data is not None else [])):
+                    refuse_broken(rows)
 
         set_seed(seed)
         with loading(checkpoint):
@@ -147,10 +156,8 @@ def finetune(
             base = peft.prepare_model_for_kbit_training(
                 base, gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
             )
-        lora_config = make_lora_config(
-            base, targets.split(","), rank, alpha, dropout, use_rslora=rslora, use_dora=dora
-        )
-        network = peft.get_peft_model(base, lora_config)
+        lora_config = make_lora_config(base, targets, rank, alpha, dropout, use_rslora=rslora, use_dora=dora)
+        network = with_exact_weights(peft.get_peft_model(base, lora_config))
         network.print_trainable_parameters()
 
         trainer = MQTLlavaTrainer(
@@ -159,15 +166,19 @@ def finetune(
             data_collator=MQTLlavaDataCollator(
                 processor,
                 sampler,
-                max_length=max_length or getattr(base.config.text_config, "max_position_embeddings", None),
+                max_length=getattr(base.config.text_config, "max_position_embeddings", None)
+                if max_length is None
+                else max_length,
                 truncate=truncate,
                 on_error="skip" if skip_broken else "raise",
             ),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
         )
+        if overwrite and trainer.is_world_process_zero():
+            remove_checkpoints(output_dir)
         trainer.train(resume_from_checkpoint=last_checkpoint)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, ImportError, OSError) as error:
         raise UsageError(str(error)) from None
     trainer.save_adapter(repo_id=push_to_hub)
     if trainer.is_world_process_zero():

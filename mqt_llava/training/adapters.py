@@ -30,10 +30,14 @@ def save_adapter(model, output_dir, repo_id=None, state_dict=None):
     Raises:
         `ValueError`: when the adapter shall be uploaded and its base model is a folder, before anything is written.
     """
-    config = model.active_peft_config
+    config, name = model.active_peft_config, model.active_adapter
     if repo_id is not None:
         check_base_is_on_hub(config.base_model_name_or_path)
-    model.save_pretrained(output_dir, state_dict=state_dict)
+    model.save_pretrained(output_dir, selected_adapters=[name], state_dict=state_dict)
+    if name != "default":  # PEFT makes a folder of its name
+        for file in (Path(output_dir) / name).iterdir():
+            file.replace(Path(output_dir) / file.name)
+        (Path(output_dir) / name).rmdir()
     write_adapter_card(Path(output_dir), repo_id or Path(output_dir).name, model.config.num_query_tokens)
     if repo_id is not None:
         files = [Path(output_dir) / "README.md", *Path(output_dir).glob("adapter_*")]
@@ -59,12 +63,16 @@ def load_adapter(model, adapter, adapter_name="default", **kwargs):
         `PeftModel` with the adapter active.
 
     Raises:
-        `ValueError`: for an adapter of another base model, with both names.
+        `ValueError`: for an adapter of another base model, with both names; for a name that another adapter has; and for an
+        adapter of layers that another one has replaced (`query_transformer_full`).
     """
-    base_name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
+        raise ValueError(f"The model has an adapter {adapter_name!r} already: pass another `adapter_name`.")
+    where = {name: kwargs[name] for name in ("revision", "subfolder") if name in kwargs}
+    base_name = PeftConfig.from_pretrained(adapter, **where).base_model_name_or_path
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     name = base.config._name_or_path
-    problem = _find_misfit(base, cached_file(str(adapter), SAFETENSORS_WEIGHTS_NAME))
+    problem = _find_misfit(base, cached_file(str(adapter), SAFETENSORS_WEIGHTS_NAME, **where))
     if problem:
         raise ValueError(
             f"The adapter {adapter} is for the base model {base_name} and does not fit {name}: {problem}."
@@ -72,7 +80,15 @@ def load_adapter(model, adapter, adapter_name="default", **kwargs):
     if os.path.basename(base_name or "") != os.path.basename(name):
         logger.warning("The adapter %s was trained on %s; it is put on %s.", adapter, base_name, name)
     if isinstance(model, PeftModel):
-        model.load_adapter(adapter, adapter_name, **kwargs)
+        try:
+            left_over = model.load_adapter(adapter, adapter_name, **kwargs).unexpected_keys
+        except KeyError as error:
+            left_over = [str(error)]
+        if left_over:
+            raise ValueError(
+                f"The adapter {adapter} is for layers that another adapter of this model has replaced, {left_over[0]} "
+                "among them. Merge that one first, or load each onto a base of its own."
+            )
         model.set_adapter(adapter_name)
         return model
     return PeftModel.from_pretrained(model, adapter, adapter_name, **kwargs)
@@ -82,16 +98,19 @@ def _find_misfit(base, weights_file):
     """The first tensor of an adapter that fits no layer of the base model, in words; None where all fit."""
     # by the names that they have without adapters
     shapes = {}
-    for name, parameter in base.named_parameters():
+    for name, parameter in base.named_parameters(remove_duplicate=False):
         unpacked = getattr(parameter, "quant_state", None) or parameter  # 4-bit weights lie packed
-        shapes[re.sub(r"\.(base_layer|original_module)\b", "", name)] = list(unpacked.shape)
+        shapes[_without_wrappers(name)] = list(unpacked.shape)
+    modules = {_without_wrappers(name) for name, _ in base.named_modules()}
     with safe_open(weights_file, "pt") as weights:
         for key in weights.keys():  # noqa: SIM118  (not a dict)
             if "trainable_tokens" in key:
                 continue
-            name, _, kind = key.removeprefix("base_model.model.").partition(".lora_")
-            name = f"{name}.weight" if kind else name
+            name, _, kind = _without_wrappers(key.removeprefix("base_model.model.")).partition(".lora_")
+            name = f"{name}.weight" if kind and not kind.startswith("embedding") else name
             got, expected = weights.get_slice(key).get_shape(), shapes.get(name)
+            if expected is None and (name in modules or name.rpartition(".")[0] in modules):
+                continue  # of another method than LoRA, whose tensors have shapes of their own
             if expected is None:
                 return f"it has no {name}"
             if kind.startswith("A."):
@@ -103,3 +122,7 @@ def _find_misfit(base, weights_file):
             if got != expected:
                 return f"{name} has the shape {expected} there and {got} in the adapter's base"
     return None
+
+
+def _without_wrappers(name: str) -> str:
+    return re.sub(r"\.(base_layer|original_module)\b", "", name)

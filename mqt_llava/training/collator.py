@@ -95,7 +95,7 @@ class MQTLlavaDataCollator:
                 m = self.num_visual_tokens.next()
         rows = []
         for index, sample in enumerate(samples):
-            name = sample.get("id") or f"{index} of a batch"
+            name = f"{index} of a batch" if sample.get("id") is None else str(sample["id"])
             try:
                 rows.append(self.prepare(sample, name, m))
             except SampleError as error:
@@ -103,7 +103,7 @@ class MQTLlavaDataCollator:
                 if self.on_error == "raise":
                     raise ValueError(problem) from None
                 self.num_skipped += 1
-                logger.warning("%s Skipped, the %dth of this process.", problem, self.num_skipped)
+                logger.warning("%s Skipped, number %d of this process.", problem, self.num_skipped)
         if not rows:
             if self.last_good is None:
                 raise ValueError(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 IMAGE_TOKEN = "<image>"
@@ -42,9 +42,10 @@ def load_conversations(data_files, image_folder=None, streaming=False):
         that makes no sample has an `error` that says why, and `id` tells file and index of each.
 
     Raises:
-        `ValueError`: when there is no such file or folder.
+        `ValueError`: when there is no such file or folder, for a file that is no JSON in UTF-8, and when there are no rows.
     """
     from datasets import Dataset, Features, IterableDataset, List, Value
+    from datasets.exceptions import DatasetGenerationError
 
     files = [str(file) for file in ([data_files] if isinstance(data_files, (str, os.PathLike)) else data_files)]
     for file in files:
@@ -60,24 +61,61 @@ def load_conversations(data_files, image_folder=None, streaming=False):
     versions = [f"{os.stat(file).st_mtime_ns} {os.stat(file).st_size}" for file in files]
     arguments = {"files": files, "versions": versions, "image_folder": str(image_folder or "")}
     builder = IterableDataset if streaming else Dataset
-    return builder.from_generator(_read_rows, features=features, gen_kwargs=arguments)
+    try:
+        return builder.from_generator(_read_rows, features=features, gen_kwargs=arguments)
+    except DatasetGenerationError as error:
+        raise ValueError(str(error.__cause__)) from error
+
+
+def refuse_broken(dataset):
+    """
+    Look through the rows of [`load_conversations`] before a long training. Images are not opened.
+
+    Raises:
+        `ValueError`: for rows that make no sample or name an image file that is not there: the first one, and how many.
+    """
+    broken = []
+    for row in dataset.select_columns(["id", "images", "error"]):
+        missing = [f"there is no image file {image}" for image in row["images"] if not os.path.isfile(image)]
+        if row["error"] or missing:
+            broken.append((row["id"], row["error"] or missing[0]))
+    if broken:
+        more = f" So cannot {len(broken) - 1} others." if len(broken) > 1 else ""
+        raise ValueError(f"Sample {broken[0][0]} cannot be trained on: {broken[0][1]}.{more}")
 
 
 def _read_rows(files: list[str], versions: list[str], image_folder: str) -> Iterator[dict]:
+    index = None
     for file in files:
         folder = Path(image_folder or os.path.dirname(file))
-        with open(file, encoding="utf-8") as lines:
-            rows = map(json.loads, filter(str.strip, lines)) if file.endswith(".jsonl") else json.load(lines)
-            for index, row in enumerate(rows):
-                name = f"{os.path.basename(file)}[{index}]"
-                if isinstance(row, dict) and "id" in row:
-                    name += f" (id {row['id']})"
-                try:
-                    sample = canonical_sample(row)
-                    images = [str(folder / path) for path in map(_local_path, sample["images"])]
-                    yield {"id": name, "messages": sample["messages"], "images": images, "error": None}
-                except SampleError as error:
-                    yield {"id": name, "messages": [], "images": [], "error": str(error)}
+        for index, row in enumerate(_parse(file)):
+            name = f"{os.path.basename(file)}[{index}]"
+            if isinstance(row, dict) and "id" in row:
+                name += f" (id {row['id']})"
+            try:
+                sample = canonical_sample(row)
+                images = [str(folder / path) for path in map(_local_path, sample["images"])]
+                yield {"id": name, "messages": sample["messages"], "images": images, "error": None}
+            except SampleError as error:
+                yield {"id": name, "messages": [], "images": [], "error": str(error)}
+    if index is None:
+        raise ValueError(f"There are no rows in {', '.join(files)}.")
+
+
+def _parse(file: str) -> Iterator:
+    try:
+        with open(file, encoding="utf-8-sig") as lines:  # with a byte order mark, as Windows writes it, or without
+            if file.endswith(".jsonl"):
+                yield from map(json.loads, filter(str.strip, lines))
+                return
+            rows = json.load(lines)
+    except ValueError as error:
+        raise ValueError(
+            f"{file} cannot be read: {error}. A `.json` file is one list of rows, a `.jsonl` file has one row a line, in UTF-8."
+        ) from None
+    if not isinstance(rows, list):
+        raise ValueError(f"{file} must be one list of rows; got {type(rows).__name__}.")
+    yield from rows
 
 
 def _local_path(image) -> str:
@@ -107,7 +145,7 @@ def canonical_sample(row) -> dict:
     messages, inline_images = [], []
     for turn in turns:
         role, content = turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value") or ""
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise SampleError(f"the role of a turn must be one of {', '.join(ROLES)}; got {role!r}")
         if not isinstance(content, str):
             content = _join_parts(content, inline_images)
@@ -134,7 +172,7 @@ def _join_parts(parts: list[dict], images: list) -> str:
         raise SampleError(f"the content of a turn must be a string or a list of parts; got {parts!r}")
     for part in parts:
         if part.get("type") == "text":
-            text += part.get("text") or ""
+            text += str(part.get("text") or "")
         elif part.get("type") == "image":
             text = IMAGE_TOKEN + text
             if part.get("url"):
@@ -154,6 +192,8 @@ def _images_first(content: str) -> str:
 def _check_turns(messages: list[dict]):
     """Question and answer by turns, after at most one system message; answers have a text and no image."""
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    if turns is not messages and IMAGE_TOKEN in messages[0]["content"]:
+        raise SampleError(f"the system message has an {IMAGE_TOKEN}")
     for index, message in enumerate(turns):
         if message["role"] != ("user", "assistant")[index % 2]:
             raise SampleError(
@@ -183,7 +223,7 @@ def open_image(image) -> Image.Image:
     try:
         with Image.open(image) as opened:
             opened.load()
-            return opened
+            return ImageOps.exif_transpose(opened)  # as transformers opens images for chats
     except FileNotFoundError:
         raise SampleError(f"there is no image file {name}") from None
     except Exception as error:  # a damaged file can lead a decoder to any exception

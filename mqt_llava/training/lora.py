@@ -32,15 +32,7 @@ def make_lora_config(model, targets=("language_model",), r=16, lora_alpha=32, lo
     Raises:
         `ValueError`: for an unknown target, none, or the query transformer twice.
     """
-    targets = [targets] if isinstance(targets, str) else list(targets)
-    for target in targets:
-        if target not in TARGETS:
-            raise ValueError(f"LoRA targets are {', '.join(TARGETS)}; got {target!r}.")
-    if not targets or {"query_transformer", "query_transformer_full"} <= set(targets):
-        raise ValueError(
-            "`targets` must name at least one part, and the query transformer once, as `query_transformer` or as "
-            f"`query_transformer_full`; got {targets}."
-        )
+    targets = check_targets(targets)
     config = model.config
     # No adapters on layers of the tower behind the features, which would get no gradient
     feature = config.vision_feature_layer
@@ -61,6 +53,33 @@ def make_lora_config(model, targets=("language_model",), r=16, lora_alpha=32, lo
         task_type="CAUSAL_LM",
         **kwargs,
     )
+
+
+def check_targets(targets) -> list[str]:
+    """The names of `TARGETS` as a list.
+
+    Raises:
+        `ValueError`: as [`make_lora_config`].
+    """
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    for target in targets:
+        if target not in TARGETS:
+            raise ValueError(f"LoRA targets are {', '.join(TARGETS)}; got {target!r}.")
+    if not targets or {"query_transformer", "query_transformer_full"} <= set(targets):
+        raise ValueError(
+            "`targets` must name at least one part, and the query transformer once, as `query_transformer` or as "
+            f"`query_transformer_full`; got {targets}."
+        )
+    return targets
+
+
+def with_exact_weights(model):
+    """The model, its trainable weights in float32. PEFT sees to that for LoRA, but not for `modules_to_save` of a base in
+    bfloat16, where most updates would be rounded away."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
 
 
 def _linear_names(model, part: str) -> str:

@@ -14,10 +14,10 @@ from transformers import TrainingArguments
 from .. import MQTLlavaConfig, MQTLlavaForConditionalGeneration, MQTLlavaProcessor
 from .arguments import StageArguments, parse_arguments
 from .collator import MQTLlavaDataCollator
-from .data import load_conversations, with_num_visual_tokens
+from .data import load_conversations, refuse_broken, with_num_visual_tokens
 from .distillation import DistillationTrainer
 from .lengths import with_lengths
-from .output import prepare_output_dir
+from .output import prepare_output_dir, remove_checkpoints
 from .sampling import VisualTokenSampler, evaluation_budgets, parse_draw
 from .trainer import MQTLlavaTrainer
 
@@ -53,6 +53,9 @@ def train(arguments: StageArguments, training: TrainingArguments, callbacks=None
         eval_dataset = None
         if arguments.eval_data_path:
             eval_dataset = load_conversations(arguments.eval_data_path, arguments.image_folder)
+        if not arguments.skip_broken:
+            for dataset in filter(None, (train_dataset, eval_dataset)):
+                refuse_broken(dataset)
         if training.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             train_dataset = with_lengths(train_dataset, processor, sampler.largest)
             eval_dataset = eval_dataset and with_lengths(eval_dataset, processor, sampler.largest)
@@ -74,7 +77,9 @@ def train(arguments: StageArguments, training: TrainingArguments, callbacks=None
         data_collator=MQTLlavaDataCollator(
             processor,
             sampler,
-            max_length=arguments.max_length or getattr(config.text_config, "max_position_embeddings", None),
+            max_length=getattr(config.text_config, "max_position_embeddings", None)
+            if arguments.max_length is None
+            else arguments.max_length,
             truncate=arguments.truncate,
             on_error="skip" if arguments.skip_broken else "raise",
         ),
@@ -84,6 +89,8 @@ def train(arguments: StageArguments, training: TrainingArguments, callbacks=None
         callbacks=callbacks,
         **losses,
     )
+    if arguments.overwrite and trainer.is_world_process_zero():
+        remove_checkpoints(training.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # what `from_pretrained` reads

@@ -18,7 +18,7 @@ class MQTLlavaTrainer(Trainer):
 
     - makes the sampler one of its callbacks, and writes `num_visual_tokens` to all logs;
     - gives batches without images a blank one, so that several processes can train together, whatever their batches;
-    - evaluates with all M visual tokens where samples have no budget of their own, so that evaluation takes no draws;
+    - evaluates at the largest m that is drawn where samples have no budget of their own, so that evaluation takes no draws;
     - groups samples by length in an order that a resume goes on with;
     - stops at a loss that is not finite with a `FloatingPointError` that names the samples;
     - turns the key-value cache on again when training is done. `Trainer` turns it off in the model's config.
@@ -101,6 +101,11 @@ class MQTLlavaTrainer(Trainer):
     def train(self, *args, **kwargs):
         try:
             return super().train(*args, **kwargs)
+        except ValueError as error:
+            if not str(error).startswith("Caught ValueError in DataLoader worker"):
+                raise
+            # A worker's error comes as the text of a traceback
+            raise ValueError(str(error).rpartition("ValueError: ")[2].strip()) from error
         finally:
             enable_cache(self.model)
             for callback in self.callback_handler.callbacks:

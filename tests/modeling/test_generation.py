@@ -651,6 +651,31 @@ def test_gradient_checkpointing(m, use_reentrant, frozen):
         torch.testing.assert_close(checkpointed_gradients[name], gradient, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}], ids=["beams", "more"]
+)
+def test_features_of_the_caller_stay_as_they_are(model, settings):
+    inputs = prepare([0, 2, 3], m=5)
+    options = {"max_new_tokens": 4, "do_sample": False, **settings}
+    expected = model.generate(**inputs, **options).tolist()
+    with torch.no_grad():
+        features = model.get_image_features(inputs.pop("pixel_values"), inputs["visual_token_counts"])
+    for _ in range(2):
+        assert model.generate(**inputs, **options, mm_encoder_outputs={"image": features}).tolist() == expected
+        assert [len(tokens) for tokens in features.pooler_output] == [5] * 5
+        assert features.last_hidden_state is not None
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"prompt_lookup_num_tokens": 2}, {"assistant_model": make_model()}, {"use_cache": False}], ids=str
+)
+def test_what_transformers_gets_wrong_with_a_filled_cache_is_refused(model, wrong):
+    inputs = prepare([3], m=5)
+    first = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
+    with pytest.raises(ValueError, match=f"cannot go on from `past_key_values` with {next(iter(wrong))}"):
+        model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=3, **wrong)
+
+
 # torch.compile and torch.export ---------------------------------------------------------------------------------------
 
 
@@ -764,7 +789,7 @@ def test_compiled_parts_prefill_prompts_of_any_length_with_any_budget(model, pro
         "<image>b",
         "<image>" + "long " * 9,
     )
-    prompts = list(zip(texts, (2, 7, 16, 3, 1, 9)))
+    prompts = list(zip(texts, (1, 7, 16, 3, 2, 9)))
     inputs = [processor(images=image, text=text, return_tensors="pt") for text, _ in prompts]
     options = [
         {"num_visual_tokens": m, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False} for _, m in prompts
@@ -772,6 +797,7 @@ def test_compiled_parts_prefill_prompts_of_any_length_with_any_budget(model, pro
     expected = [model.generate(**row, **settings).tolist() for row, settings in zip(inputs, options)]
 
     model.model.vision_tower.compile(backend="eager")
+    model.model.query_transformer.compile(backend="eager")
     model.model.language_model.compile(backend="eager", dynamic=True)
     compile_config = CompileConfig(backend="eager", fullgraph=True, dynamic=False)
     compile_config._compile_all_devices = True
@@ -781,7 +807,7 @@ def test_compiled_parts_prefill_prompts_of_any_length_with_any_budget(model, pro
         answer = model.generate(**row, **settings, past_key_values=cache, compile_config=compile_config)
         assert answer.tolist() == sequences
         num_graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert num_graphs[0] >= 3  # tower, prefill, decoding
+    assert num_graphs[0] >= 4  # tower, query transformer, prefill, decoding
     assert num_graphs[2:] == [num_graphs[2]] * 4
 
 

@@ -17,6 +17,7 @@ from mqt_llava.training.data import (
     canonical_sample,
     load_conversations,
     open_image,
+    refuse_broken,
     with_num_visual_tokens,
 )
 from mqt_llava.training.sampling import VisualTokenSampler
@@ -175,7 +176,9 @@ def test_skipping_warns_and_never_gives_an_empty_batch(monkeypatch):
     assert collator([broken, good, broken])["sample_ids"] == ["good"]
     assert collator([broken])["sample_ids"] == ["good"]
     assert collator.num_skipped == len(warnings) == 5
-    assert "Sample bad cannot be trained on: the answer in turn 1 is empty" in warnings[0] and "5th" in warnings[-1]
+    assert (
+        "Sample bad cannot be trained on: the answer in turn 1 is empty" in warnings[0] and "number 5" in warnings[-1]
+    )
 
 
 @pytest.mark.parametrize("image", ["pil", "path", "bytes", "dict of a path"])
@@ -311,3 +314,50 @@ def test_truncation_cuts_no_visual_token_and_leaves_labels(turns, images, m, max
     if whole["input_ids"].shape[1] > max_length and (batch["labels"] == processor.tokenizer.eos_token_id).any():
         assert batch["labels"][0, -1] == processor.tokenizer.eos_token_id  # whole turns
     make_model()(**batch)
+
+
+# Files that cannot be read ------------------------------------------------------------------------------------------------
+
+FILES = {
+    "text.json": (b"no json", "text.json cannot be read: Expecting value"),
+    "empty.json": (b"", "empty.json cannot be read: Expecting value"),
+    "latin.json": ('["\xe9"]'.encode("latin-1"), "latin.json cannot be read: 'utf-8' codec"),
+    "lines.json": (b'{"a": 1}\n{"a": 2}', "lines.json cannot be read: Extra data"),
+    "line.jsonl": (b'{"a": 1}\n{"a": ', "line.jsonl cannot be read"),
+    "dict.json": (b'{"a": 1}', "dict.json must be one list of rows; got dict"),
+    "none.json": (b"[]", "There are no rows in .*none.json"),
+    "none.jsonl": (b"\n", "There are no rows in .*none.jsonl"),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", FILES)
+def test_files_that_cannot_be_read_are_named(name, streaming, tmp_path):
+    content, message = FILES[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(load_conversations(tmp_path / name, streaming=streaming))
+
+
+def test_files_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([chat("Hi", "Hello")]), encoding="utf-8-sig")
+    assert load_conversations(tmp_path / "a.json")[0]["error"] is None
+
+
+def test_broken_rows_are_refused_before_training(folder):
+    rows = [llava("<image>\nWhat?", "A cat.", image="0.png"), chat("Hi", "Hello")]
+    (folder / "good.json").write_text(json.dumps(rows))
+    refuse_broken(load_conversations(folder / "good.json"))
+    odd = {"messages": [{"role": ["user"], "content": "Hi"}]}
+    broken = [llava("<image>\nWhat?", "A cat.", image="none.png"), chat("Hi", ""), odd]
+    (folder / "bad.json").write_text(json.dumps(rows + broken))
+    with pytest.raises(ValueError, match=r"bad\.json\[2\].*no image file .*none.png.* So cannot 2 others"):
+        refuse_broken(load_conversations(folder / "bad.json"))
+
+
+def test_pictures_are_turned_as_their_camera_says(tmp_path):
+    picture = make_images(1)[0]
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.png", exif=exif)
+    assert open_image(str(tmp_path / "turned.png")).size == picture.size[::-1]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForImageTextToText, LlamaConfig, TrainingArguments
 from typer.testing import CliRunner
 
@@ -21,8 +21,8 @@ from mqt_llava.cli.images import load_image
 from mqt_llava.training.adapters import load_adapter, save_adapter
 from mqt_llava.training.collator import MQTLlavaDataCollator
 from mqt_llava.training.data import load_conversations
-from mqt_llava.training.lora import load_quantized, make_lora_config
-from mqt_llava.training.output import prepare_output_dir
+from mqt_llava.training.lora import load_quantized, make_lora_config, with_exact_weights
+from mqt_llava.training.output import prepare_output_dir, remove_checkpoints
 from mqt_llava.training.sampling import VisualTokenSampler
 from mqt_llava.training.trainer import MQTLlavaTrainer
 from tests.modeling.test_remote_code import LocalHub, fresh_process
@@ -178,6 +178,52 @@ model.merge_and_unload().save_pretrained(task["merged"])
 """
 
 
+def test_adapters_that_would_mix_are_refused(checkpoint, data, adapters, tmp_path):
+    tune(load_base(checkpoint), data, tmp_path / "full", "query_transformer_full")
+    model = load_adapter(load_base(checkpoint), adapters / "one")
+    with pytest.raises(ValueError, match="has an adapter 'default' already"):
+        load_adapter(model, adapters / "two")
+    model = load_adapter(load_base(checkpoint), tmp_path / "full")
+    with pytest.raises(ValueError, match="another adapter of this model has replaced"):
+        load_adapter(model, adapters / "two", "two")
+
+
+def test_other_methods_of_peft(checkpoint, tmp_path):
+    for method in (
+        IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),
+        LoHaConfig(target_modules=["v_proj"], init_weights=False),
+        LoraConfig(target_modules=["lm_head", "q_proj"], init_lora_weights=False),
+    ):
+        tuned = get_peft_model(load_base(checkpoint), method)
+        folder = tmp_path / type(method).__name__
+        save_adapter(tuned.eval(), folder)
+        for logits, wanted in zip(all_logits(load_adapter(load_base(checkpoint), folder)), all_logits(tuned)):
+            torch.testing.assert_close(logits, wanted)
+        assert method.peft_type.value in (folder / "README.md").read_text()
+
+
+def test_the_active_adapter_is_saved_whatever_its_name(checkpoint, adapters, tmp_path):
+    model = load_adapter(load_adapter(load_base(checkpoint), adapters / "one"), adapters / "two", "cats")
+    expected = all_logits(model)
+    save_adapter(model, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert "query_transformer" in (tmp_path / "README.md").read_text()
+    for logits, wanted in zip(all_logits(load_adapter(load_base(checkpoint), tmp_path)), expected):
+        torch.testing.assert_close(logits, wanted)
+
+
+def test_what_trains_is_in_float32(checkpoint):
+    base = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    targets = ["language_model", "query_transformer_full"]
+    model = with_exact_weights(get_peft_model(base, make_lora_config(base, targets)))
+    kinds = {(parameter.requires_grad, parameter.dtype) for parameter in model.parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+
+
 def test_where_the_package_is_not_installed(checkpoint, adapters, tmp_path):
     """Adapters go onto a base that came through `trust_remote_code`; the merged model is one of ours."""
     images = [str(tmp_path / f"{i}.png") for i in range(2)]
@@ -225,12 +271,24 @@ def test_adapters_are_pushed_with_a_card(checkpoint, adapters, tmp_path, monkeyp
 def test_output_folders_are_not_mixed(tmp_path):
     folder = tmp_path / "run"
     assert prepare_output_dir(folder) is None
-    (folder / "checkpoint-5").mkdir(parents=True)
+    for number in (5, 10, 20):
+        (folder / f"checkpoint-{number}").mkdir(parents=True)
+        if number < 20:  # the last one was killed while it was written
+            (folder / f"checkpoint-{number}" / "trainer_state.json").touch()
     (folder / "adapter_config.json").touch()
-    with pytest.raises(ValueError, match=r"not empty, it holds adapter_config\.json, checkpoint-5"):
+    (folder / "checkpoint-notes.txt").touch()
+    (folder / "checkpoints-best").mkdir()
+    with pytest.raises(ValueError, match=r"not empty, it holds adapter_config\.json, checkpoint-10"):
         prepare_output_dir(folder)
-    assert prepare_output_dir(folder, resume=True) == str(folder / "checkpoint-5")
+    assert prepare_output_dir(folder, resume=True) == str(folder / "checkpoint-10")
     assert prepare_output_dir(folder, overwrite=True) is None
+    assert (folder / "checkpoint-5").exists()  # until all is ready
+    remove_checkpoints(folder)
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "checkpoint-notes.txt",
+        "checkpoints-best",
+    }
     with pytest.raises(ValueError, match="no checkpoint"):
         prepare_output_dir(folder, resume=True)
     with pytest.raises(ValueError, match="no checkpoint"):
@@ -316,6 +374,10 @@ MISTAKES = {
     "budget": (["--num-visual-tokens", "1,17"], "from 1 to 16"),
     "evaluation budget": (["--eval-budgets", "0", "--eval-data", "DATA"], "from 1 to 16"),
     "too long": (["--max-length", "3"], "cannot be trained on"),
+    "too long, in a worker": (["--max-length", "3", "--num-workers", "1"], "Sample rows.json["),
+    "no epochs": (["--epochs", "0"], "--epochs"),
+    "no steps": (["--max-steps", "0"], "--max-steps"),
+    "name on the Hub": (["--push-to-hub", "a b/c"], "a b/c"),
     "model": (["--model", "nowhere"], "cannot load the model nowhere"),
 }
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mqt_llava import PrefixCache
+from mqt_llava.modeling.processing_mqt_llava import SYSTEM_PROMPT
 from tests.small_model import NUM_QUERY_TOKENS, make_images
 
 
@@ -58,6 +59,34 @@ def test_beams(model, processor, settings):
     found = model.generate(**PrefixCache(model, processor)(inputs, settings["num_beams"]), **options)
     length = inputs["input_ids"].shape[1]
     assert found[:, length:].tolist() == model.generate(**inputs, **options)[:, length:].tolist()
+
+
+@pytest.mark.parametrize("numbers, m", [([1, 2], 4), ([2, 0, 1], 1), ([1, 1], [4, 9])], ids=str)
+def test_rows_that_shrink_differently(model, processor, numbers, m):
+    """The cached beginning is text: re-budgeting leaves it alone, however many images each row has."""
+    questions = ["<image>\n" * number + "Why?" for number in numbers]
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    images = make_images(sum(numbers))
+    rows = [[images.pop() for _ in range(number)] for number in numbers]
+    inputs = processor(
+        images=rows,
+        text=[processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats],
+        num_visual_tokens=7,
+        padding=True,
+        return_tensors="pt",
+    )
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_visual_tokens": m}
+    expected = model.generate(**inputs, **options)
+    assert model.generate(**PrefixCache(model, processor)(inputs), **options)[:, -6:].equal(expected[:, -6:])
+
+
+def test_a_template_that_takes_parts_alone(model, processor):
+    own = PrefixCache(model, processor)
+    begin, end = "{% for message in messages %}{% for part in message['content'] %}", "{% endfor %}{% endfor %}"
+    processor.chat_template = (
+        "<s>" + SYSTEM_PROMPT + " USER: " + begin + "{{ '<image>\n' if part.type == 'image' else part.text }}" + end
+    )
+    assert PrefixCache(model, processor).input_ids.equal(own.input_ids)
 
 
 def test_another_beginning(model, processor):
