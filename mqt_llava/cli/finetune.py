@@ -94,6 +94,7 @@ def finetune(
         from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
 
         from ..hub import check_base_is_on_hub
+        from ..training.adapters import check_resumed
         from ..training.collator import MQTLlavaDataCollator
         from ..training.data import load_conversations, refuse_broken, with_num_visual_tokens
         from ..training.lora import check_targets, load_quantized, make_lora_config, with_exact_weights
@@ -157,6 +158,8 @@ def finetune(
                 base, gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
             )
         lora_config = make_lora_config(base, targets, rank, alpha, dropout, use_rslora=rslora, use_dora=dora)
+        if last_checkpoint is not None:
+            check_resumed(lora_config, last_checkpoint)
         network = with_exact_weights(peft.get_peft_model(base, lora_config))
         network.print_trainable_parameters()
 

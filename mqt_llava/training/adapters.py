@@ -94,6 +94,18 @@ def load_adapter(model, adapter, adapter_name="default", **kwargs):
     return PeftModel.from_pretrained(model, adapter, adapter_name, **kwargs)
 
 
+def check_resumed(config, checkpoint):
+    """
+    Raises:
+        `ValueError`: when the adapter in a checkpoint has other settings than the `LoraConfig` of the run that resumes it.
+    """
+    saved = PeftConfig.from_pretrained(checkpoint)
+    for name in ("r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "use_dora"):
+        old, new = getattr(saved, name), getattr(config, name)
+        if old != new:
+            raise ValueError(f"{checkpoint} was trained with `{name}` = {old!r}: it cannot go on with {new!r}.")
+
+
 def _find_misfit(base, weights_file):
     """The first tensor of an adapter that fits no layer of the base model, in words; None where all fit."""
     # by the names that they have without adapters

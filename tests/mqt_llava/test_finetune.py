@@ -331,6 +331,9 @@ def test_command_tunes_resumes_and_overwrites(checkpoint, data, tmp_path, monkey
     assert answers(load_adapter(load_base(checkpoint), adapter))
     assert finetune(*options, **run) == 2
     assert "not empty" in capfd.readouterr().err
+    for other, message in ((["-r", 4], "`r` = 16"), (["--targets", "vision_tower"], "`target_modules` = ")):
+        assert finetune(*options, *other, "--epochs", 2, "--resume", **run) == 2
+        assert message in capfd.readouterr().err
     assert not finetune(*options, "--epochs", 2, "--resume", **run)
     assert (adapter / "checkpoint-6").exists()
     assert not finetune(*options, "--max-steps", 1, "--overwrite", **run)
