@@ -26,8 +26,9 @@ TINY_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "mqt-llava-tiny") 
 
 AutoConfig.register("mqt_llava", MQTLlavaConfig)
 AutoModel.register(MQTLlavaConfig, MQTLlavaModel)
-for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM):
-    auto_class.register(MQTLlavaConfig, MQTLlavaForConditionalGeneration)
+AutoModelForImageTextToText.register(MQTLlavaConfig, MQTLlavaForConditionalGeneration)
+AutoModelForMultimodalLM.register(MQTLlavaConfig, MQTLlavaForConditionalGeneration)
+AutoModelForCausalLM.register(MQTLlavaConfig, MQTLlavaForConditionalGeneration)
 AutoProcessor.register(MQTLlavaConfig, MQTLlavaProcessor)
 
 __all__ = [

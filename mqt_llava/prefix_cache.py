@@ -15,8 +15,8 @@ class PrefixCache:
     ```
 
     The answers are those without it, as long as weights and dtype of the model stay what they were. The cache is a dynamic
-    one: it goes neither with a static cache nor with assisted decoding. Worth most where m and the question are short: at m = 16 the system prompt of LLaVA
-    1.5 is about half of the tokens that a question about an image takes.
+    one: it goes neither with a static cache nor with assisted decoding. Worth most where m and the question are short: at
+    m = 16 the system prompt of LLaVA 1.5 is about half of the tokens that a question about an image takes.
 
     Args:
         model (`MQTLlavaForConditionalGeneration`): what will generate.
