@@ -146,7 +146,7 @@ def test_fsdp_resumes(checkpoint, data, tmp_path):
     whole, _ = launch_stage("fsdp2.yaml", tmp_path, *common, "--max_steps", 5, "--output_dir", tmp_path / "whole")
     launch_stage("fsdp2.yaml", tmp_path, *common, "--max_steps", 2, "--output_dir", tmp_path / "broken")
     AutoModelForImageTextToText.from_pretrained(tmp_path / "broken" / "checkpoint-2")
-    rest, _ = launch(
+    rest, _ = launch_stage(
         "fsdp2.yaml", tmp_path, *common, "--max_steps", 5, "--output_dir", tmp_path / "broken", "--resume"
     )
     assert rest["losses"] == whole["losses"]
