@@ -157,7 +157,7 @@ def main():
     parser.add_argument("--model", default=mqt_llava.TINY_CHECKPOINT)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--draws", nargs="+", choices=DRAWS, default=list(DRAWS))
-    parser.add_argument("--elastic_steps", type=int, default=1350)
+    parser.add_argument("--elastic_steps", type=int, default=1250)
     parser.add_argument("--steps", type=int, default=450, help="of each of the others")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
