@@ -231,3 +231,9 @@ class TestCommand:
         assert result.exit_code == 2
         assert message in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("budget", [float("nan"), "2.5T", True], ids=repr)
+def test_budgets_that_are_no_numbers_are_refused(budget):
+    with pytest.raises(ValueError, match="`flops` must be a number"):
+        num_visual_tokens_for(make_config(), flops=budget)
