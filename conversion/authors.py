@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, GenerationConfig, PreTrainedConfig
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from ..modeling.configuration_mqt_llava import MQTLlavaConfig
+from ..modeling.image_processing_mqt_llava import MQTLlavaImageProcessor
 from ..modeling.processing_mqt_llava import MQTLlavaProcessor
 from .files import LazyTensor, check_inside, fetch, read_json, read_tensors
 from .names import AUTHORS_QUERY_TRANSFORMER, AUTHORS_VISION_TOWER
@@ -204,10 +204,10 @@ def make_processor(config: MQTLlavaConfig, tower, tokenizer, pad_to_square: bool
     settings = {key: tower.preprocessing[key] for key in ("image_mean", "image_std") if key in tower.preprocessing}
     square = {"height": side, "width": side}
     size = square if pad_to_square else {"shortest_edge": side}
-    image_processor = LlavaImageProcessorPil(
+    image_processor = MQTLlavaImageProcessor(
         do_pad=pad_to_square, size=size, do_center_crop=not pad_to_square, crop_size=square, resample=3, **settings
     )
-    return MQTLlavaProcessor(image_processor, tokenizer, num_query_tokens=config.num_query_tokens, image_side=side)
+    return MQTLlavaProcessor(image_processor, tokenizer, num_query_tokens=config.num_query_tokens)
 
 
 def make_generation_config(config: MQTLlavaConfig, tokenizer) -> GenerationConfig:

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer
 
 from ..modeling.configuration_mqt_llava import MQTLlavaConfig
@@ -56,7 +57,21 @@ def plan(source: Path, tensors: dict[str, LazyTensor], dtype=None) -> BackPlan:
     check(config, tensors)
     theirs = cast(to_authors(tensors, vocab_size(config)), dtype)
     language, vision = split_off_vision(theirs)
-    return BackPlan(source, config, language, vision)
+    return BackPlan(source, config, language, whole_tower(vision, config))
+
+
+def whole_tower(vision: dict[str, LazyTensor], config: MQTLlavaConfig) -> dict[str, LazyTensor]:
+    """The vision tower as its own library loads it. A checkpoint saved by our model lacks what is behind the features: the
+    layers are left out of the config too ([`num_vision_layers`]), and the last norm, which nothing reads, does nothing."""
+    norm, width = f"{AUTHORS_VISION_TOWER}vision_model.post_layernorm.", config.vision_config.hidden_size
+    dtype = next(iter(vision.values())).dtype
+    ones = LazyTensor((width,), dtype, lambda: torch.ones(width, dtype=dtype))
+    zeros = LazyTensor((width,), dtype, lambda: torch.zeros(width, dtype=dtype))
+    return {norm + "weight": ones, norm + "bias": zeros, **vision}
+
+
+def num_vision_layers(vision: dict[str, LazyTensor]) -> int:
+    return 1 + max(int(name.split(".layers.")[1].split(".")[0]) for name in vision if ".layers." in name)
 
 
 def vocab_size(config: MQTLlavaConfig) -> int:
@@ -93,11 +108,15 @@ def write(plan: BackPlan, folder: Path, final_folder: Path, max_shard_size, prog
     vision = {name.removeprefix(AUTHORS_VISION_TOWER): tensor for name, tensor in plan.vision.items()}
     write_shards(tower, vision, max_shard_size, progress)
     dtype = str(main_dtype(plan.language)).removeprefix("torch.")
-    write_configs(plan.source, plan.config, dtype, folder, tower, str(final_folder.absolute() / "vision_tower"))
+    num_layers = num_vision_layers(plan.vision)
+    tower_name = str(final_folder.absolute() / "vision_tower")
+    write_configs(plan.source, plan.config, num_layers, dtype, folder, tower, tower_name)
 
 
-def write_configs(source: Path, config: MQTLlavaConfig, dtype: str, folder: Path, tower: Path, tower_name: str):
-    text, vision = config.text_config.to_dict(), config.vision_config.to_dict()
+def write_configs(
+    source: Path, config: MQTLlavaConfig, num_layers: int, dtype: str, folder: Path, tower: Path, tower_name: str
+):
+    text, vision = config.text_config.to_dict(), config.vision_config.to_dict() | {"num_hidden_layers": num_layers}
     kept = original(config)
     rope = text.pop("rope_parameters", None) or {}
     text.pop("dtype", None)
@@ -119,7 +138,7 @@ def write_configs(source: Path, config: MQTLlavaConfig, dtype: str, folder: Path
             **text,
             **kept,
             "architectures": ["LlavaLlamaForCausalLM" if "llama" in text_model_type else "LlavaMistralForCausalLM"],
-            "mm_vision_select_layer": config.vision_feature_layer,
+            "mm_vision_select_layer": config.vision_feature_depth - num_layers - 1,
             "mm_vision_tower": tower_name,
             "model_type": text_model_type,
             "rope_scaling": {"type": rope["rope_type"], **scaling} if scaling else None,

@@ -1,5 +1,6 @@
 """What a conversion will write, before anything of it is read or written."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,18 +53,21 @@ def empty_model(config: MQTLlavaConfig) -> MQTLlavaForConditionalGeneration:
 
 
 def check(config: MQTLlavaConfig, tensors: dict[str, LazyTensor]):
-    """The tensors are those of the model, in name and shape. An `lm_head` that is tied is taken out.
+    """The tensors are those of the model, in name and shape. An `lm_head` that is tied is taken out. What the vision tower has
+    behind the features may be there, and stays.
 
     Raises:
         `ValueError`: naming what is missing, unknown or of another shape.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
+    model = empty_model(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    unused = re.compile("|".join(model._keys_to_ignore_on_load_unexpected) or "(?!)")
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight")
         tensors.pop("lm_head.weight", None)
     for problem, names in (
         ("lacks", sorted(expected.keys() - tensors.keys())),
-        ("has unknown", sorted(tensors.keys() - expected.keys())),
+        ("has unknown", sorted(name for name in tensors.keys() - expected.keys() if not unused.search(name))),
     ):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""

@@ -1,8 +1,6 @@
 """MQT-LLaVA model configuration"""
 
 import math
-from collections.abc import Iterable
-from numbers import Integral
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -10,51 +8,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 AUTO_MAP = {
     "AutoConfig": "configuration_mqt_llava.MQTLlavaConfig",
+    "AutoImageProcessor": "image_processing_mqt_llava.MQTLlavaImageProcessor",
     "AutoModel": "modeling_mqt_llava.MQTLlavaModel",
     "AutoModelForCausalLM": "modeling_mqt_llava.MQTLlavaForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_mqt_llava.MQTLlavaForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_mqt_llava.MQTLlavaForConditionalGeneration",
     "AutoProcessor": "processing_mqt_llava.MQTLlavaProcessor",
 }
-
-
-def resolve_visual_token_counts(num_visual_tokens, num_images: int, num_query_tokens: int) -> list[int]:
-    """Spell out a budget as one number of visual tokens per image.
-
-    Args:
-        num_visual_tokens (`int`, `Iterable[int]` or `None`):
-            The budget: one number for all images, or one per image. `None` stands for `num_query_tokens`.
-        num_images (`int`):
-            How many images there are.
-        num_query_tokens (`int`):
-            M, the largest budget that the model has.
-
-    Returns:
-        `list[int]`: the visual tokens of each image, of length `num_images`.
-
-    Raises:
-        `ValueError`: for anything but integers from 1 to M, and for a list whose length is not `num_images`.
-    """
-    if num_visual_tokens is None:
-        return [num_query_tokens] * num_images
-    if hasattr(num_visual_tokens, "tolist"):  # tensors and arrays, also those of no dimension
-        num_visual_tokens = num_visual_tokens.tolist()
-    if isinstance(num_visual_tokens, Iterable) and not isinstance(num_visual_tokens, (str, bytes, dict)):
-        counts = list(num_visual_tokens)
-        if len(counts) != num_images:
-            raise ValueError(
-                f"`num_visual_tokens` must be one integer or a list of them, one per image; got {len(counts)} entries, "
-                f"{counts}, for {num_images} images."
-            )
-    else:
-        counts = [num_visual_tokens] * max(num_images, 1)  # checked even where there is no image to use it
-    for count in counts:
-        if isinstance(count, bool) or not isinstance(count, Integral) or not 1 <= count <= num_query_tokens:
-            raise ValueError(
-                f"`num_visual_tokens` must be an integer from 1 to {num_query_tokens}, or a list of them, one per image; "
-                f"got {num_visual_tokens!r}."
-            )
-    return [int(count) for count in counts][:num_images]
 
 
 @strict
@@ -99,6 +59,7 @@ class MQTLlavaConfig(PreTrainedConfig):
     model_type = "mqt_llava"
     attribute_map = {"image_token_index": "image_token_id"}
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]  # of `Trainer`'s predictions
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -148,6 +109,12 @@ class MQTLlavaConfig(PreTrainedConfig):
             raise ValueError(
                 f"The vision tower's width must be a multiple of 4 for sine-cosine positions; got {width}."
             )
+        num_layers = getattr(self.vision_config, "num_hidden_layers", None)
+        if num_layers is not None and not -num_layers - 1 <= self.vision_feature_layer <= num_layers:
+            raise ValueError(
+                f"`vision_feature_layer` must be from {-num_layers - 1} to {num_layers} for a vision tower of {num_layers} "
+                f"layers; got {self.vision_feature_layer}."
+            )
         if self.vision_feature_select_strategy not in ("default", "full"):
             raise ValueError(
                 '`vision_feature_select_strategy` must be "default" or "full"; got '
@@ -155,6 +122,12 @@ class MQTLlavaConfig(PreTrainedConfig):
             )
 
         super().__post_init__(**kwargs)
+
+    @property
+    def vision_feature_depth(self) -> int:
+        """After how many layers of the vision tower the features are taken."""
+        layer = self.vision_feature_layer
+        return layer if layer >= 0 else self.vision_config.num_hidden_layers + 1 + layer
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """See [`~PreTrainedConfig.save_pretrained`]. Names all classes that the folder's code has: on its own,

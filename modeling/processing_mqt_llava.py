@@ -2,26 +2,20 @@
 
 # No `from __future__ import annotations` here: vLLM reads the annotation of `__call__` to learn which keyword arguments a
 # request may set.
-from concurrent.futures import ThreadPoolExecutor
-
-import numpy as np
-import torch
-from PIL import Image
 from transformers import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 
-from .configuration_mqt_llava import AUTO_MAP, resolve_visual_token_counts
+from .budget_mqt_llava import resolve_visual_token_counts
+from .configuration_mqt_llava import AUTO_MAP
+from .image_processing_mqt_llava import MQTLlavaImageProcessor, MQTLlavaImageProcessorKwargs
 
 
 SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
     "polite answers to the user's questions."
 )
-
-MAX_PIXELS = 2**28  # of an image on its way to the vision tower, 0.8 GB: more than PIL opens
-STRIP_PIXELS = 2**24
 
 # Vicuna v1, as LLaVA 1.5 prompts it: images first in a turn, no space between an answer's `</s>` and the next turn. It
 # writes the BOS itself, since vLLM's chat adds no special tokens. Where content comes in parts, an `<image>` in a text would
@@ -65,17 +59,13 @@ CHAT_TEMPLATE = (
 )
 
 
-class MQTLlavaImagesKwargs(ImagesKwargs, total=False):
+class MQTLlavaImagesKwargs(MQTLlavaImageProcessorKwargs, total=False):
     """
     num_visual_tokens (`int` or `list[int]`, *optional*):
         m, the number of visual tokens of every image or of each, from 1 to M. Defaults to M.
-    draft (`bool`, *optional*, defaults to `False`):
-        Decode large JPEG files at a reduced size, at least twice that of the vision tower. Faster, and the pixels differ a
-        little. Files must not be decoded yet, as `PIL.Image.open` leaves them.
     """
 
     num_visual_tokens: int | list[int] | None
-    draft: bool | None
 
 
 class MQTLlavaProcessorKwargs(ProcessingKwargs, total=False):
@@ -89,14 +79,12 @@ class MQTLlavaProcessor(ProcessorMixin):
 
     Args:
         image_processor (`BaseImageProcessor`):
-            Any whose `pixel_values` fit the vision tower.
+            A [`MQTLlavaImageProcessor`], or any whose `pixel_values` fit the vision tower. That of transformers' LLaVA, which
+            older checkpoints name, becomes ours.
         tokenizer (`PreTrainedTokenizerBase`):
             A tokenizer that has `image_token` as a token of its own.
         num_query_tokens (`int`, *optional*, defaults to 256):
             M, the number of queries of the model, and the default number of visual tokens per image.
-        image_side (`int`, *optional*):
-            Height and width in pixels that the vision tower takes. Where given, images that come out of the image
-            processor with another shape, because of arguments of the call, are refused.
         chat_template (`str`, *optional*):
             A Jinja template. Defaults to that of Vicuna v1 with images, as in LLaVA 1.5.
         image_token (`str`, *optional*, defaults to `"<image>"`):
@@ -110,13 +98,11 @@ class MQTLlavaProcessor(ProcessorMixin):
         image_processor=None,
         tokenizer=None,
         num_query_tokens=256,
-        image_side=None,
         chat_template=None,
         image_token="<image>",
         **kwargs,
     ):
         self.num_query_tokens = num_query_tokens
-        self.image_side = image_side
         self.image_token = getattr(tokenizer, "image_token", None) or image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
@@ -124,6 +110,10 @@ class MQTLlavaProcessor(ProcessorMixin):
                 f"The tokenizer does not know the image token {self.image_token!r}. Add it first: "
                 f"`tokenizer.add_special_tokens({{'additional_special_tokens': [{self.image_token!r}]}})`."
             )
+        if type(image_processor).__name__ in ("LlavaImageProcessor", "LlavaImageProcessorPil"):
+            settings = image_processor.to_dict()
+            known = MQTLlavaImageProcessor.valid_kwargs.__annotations__
+            image_processor = MQTLlavaImageProcessor(**{name: settings[name] for name in settings if name in known})
         # `save_pretrained` would add it: a processor is the same before and after
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
@@ -169,6 +159,7 @@ class MQTLlavaProcessor(ProcessorMixin):
         if bos and texts and all(isinstance(sample, str) and sample.startswith(bos) for sample in texts):
             if "add_special_tokens" not in (kwargs.get("text_kwargs") or {}):
                 kwargs.setdefault("add_special_tokens", False)
+        images = _without_none(images)
         num_images = _count_images(images)
         if kwargs.get("return_text_replacement_offsets"):
             self._check_serving_kwargs(kwargs)
@@ -222,78 +213,13 @@ class MQTLlavaProcessor(ProcessorMixin):
                 f"texts have {wanted}, and there are {given} images."
             )
 
-    def _process_images(self, images, num_visual_tokens=None, draft=False, **kwargs):
+    def _process_images(self, images, num_visual_tokens=None, **kwargs):
         images = make_flat_list_of_images(images)
         # Resolved by `__call__`; tools that come here on another way may leave the default
         counts = resolve_visual_token_counts(num_visual_tokens, len(images), self.num_query_tokens)
-        side = self._square_side(images, kwargs)
-        self._check_shapes(images, kwargs, side is None)
-
-        def prepare(image):
-            if draft and self.image_side is not None:
-                _decode_smaller(image, 2 * self.image_side)
-            image = _to_rgb(image)
-            return image if side is None else _pad_and_resize(image, side, self._background)
-
-        if len(images) > 1 and torch.get_num_threads() > 1:  # PIL lets other threads run while it works
-            with ThreadPoolExecutor(min(len(images), torch.get_num_threads())) as pool:
-                images = list(pool.map(prepare, images))
-        else:
-            images = [prepare(image) for image in images]
-        if side is not None:
-            kwargs |= {"do_pad": False, "do_resize": False}
         processed = self.image_processor(images, **kwargs)
-        shape = tuple(np.shape(processed["pixel_values"][0])[-2:])
-        if self.image_side is not None and shape != (self.image_side, self.image_side):
-            raise ValueError(self._wrong_shape(f"these arguments make them {shape[0]} x {shape[1]}: {kwargs}"))
         processed["visual_token_counts"] = counts
         return processed, [self.replace_image_token(processed, index) for index in range(len(images))]
-
-    def _square_side(self, images, kwargs) -> int | None:
-        """The side to which images are padded and resized here, the fast way; `None` where the image processor has to."""
-        settings = self.image_processor
-        geometry = {"do_pad", "do_resize", "do_center_crop", "size", "crop_size", "resample", "image_mean"}
-        if geometry & kwargs.keys() or not all(isinstance(image, Image.Image) for image in images):
-            return None
-        size = getattr(settings, "size", None) or {}
-        side = size["height"] if "height" in size and "width" in size and size["height"] == size["width"] else None
-        pads = getattr(settings, "do_pad", False) and getattr(settings, "do_resize", False)
-        crops = getattr(settings, "do_center_crop", False) and dict(settings.crop_size) != dict(size)
-        is_bicubic = getattr(settings, "resample", None) == Image.Resampling.BICUBIC
-        return side if pads and is_bicubic and not crops else None
-
-    def _check_shapes(self, images, kwargs, by_image_processor: bool):
-        """Refuse, before any work, what cannot end as the vision tower's square or needs much memory on the way there: a
-        server's clients choose images and arguments."""
-        for name in ("size", "crop_size", "pad_size"):
-            given = kwargs.get(name)
-            if self.image_side is not None and given is not None:
-                if given not in (self.image_side, {"height": self.image_side, "width": self.image_side}):
-                    raise ValueError(self._wrong_shape(f"`{name}` is {given}"))
-        chosen = {
-            name: kwargs[name] if kwargs.get(name) is not None else getattr(self.image_processor, name, False)
-            for name in ("do_pad", "do_resize", "do_center_crop")
-        }
-        for image in (image for image in images if isinstance(image, Image.Image)):
-            side = max(image.size)
-            if by_image_processor and not (chosen["do_resize"] or chosen["do_center_crop"]):
-                if self.image_side is not None and image.size != (self.image_side, self.image_side):
-                    raise ValueError(
-                        self._wrong_shape(f"without resizing, {image.width} x {image.height} stay as they are")
-                    )
-            # The image processor makes the whole square
-            num_pixels = side * (side if by_image_processor and chosen["do_pad"] else self.image_side or 1)
-            if num_pixels > MAX_PIXELS:
-                raise ValueError(
-                    f"An image of {image.width} x {image.height} pixels is too long to be padded to a square."
-                )
-
-    def _wrong_shape(self, what: str) -> str:
-        return f"The vision tower takes images of {self.image_side} x {self.image_side} pixels; {what}."
-
-    @property
-    def _background(self) -> tuple[int, ...]:
-        return tuple(int(mean * 255) for mean in self.image_processor.image_mean)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         return self.image_token * image_inputs["visual_token_counts"][image_idx]
@@ -344,45 +270,14 @@ def _count_images(images):
     return images.shape[0] if getattr(images, "ndim", 3) == 4 else 1
 
 
-def _pad_and_resize(image: Image.Image, side: int, background: tuple[int, ...]) -> Image.Image:
-    """Pad an RGB image to a square with the background colour and resize that: the reference's pixels, bit for bit.
-
-    PIL resizes rows first and columns then. So rows can be resized a strip at a time, those of padding not at all, and
-    the large square is never made.
-    """
-    width, height = image.size
-    longest = max(width, height)
-    left, top = (longest - width) // 2, (longest - height) // 2
-    strip_height = max(1, STRIP_PIXELS // longest)
-    rows = Image.new("RGB", (side, longest), background)
-    for first in range(0, height, strip_height):
-        box = (0, first, width, min(first + strip_height, height))
-        strip, size = image, (side, box[3] - first)
-        if width < longest:
-            strip = Image.new("RGB", (longest, size[1]), background)
-            strip.paste(image.crop(box), (left, 0))
-            box = None
-        rows.paste(strip.resize(size, Image.Resampling.BICUBIC, box), (0, top + first))
-    return rows.resize((side, side), Image.Resampling.BICUBIC)
-
-
-def _decode_smaller(image, side: int):
-    """Let a JPEG file that is not decoded yet be decoded at half, a quarter or an eighth of its size, `side` at least."""
-    if isinstance(image, Image.Image) and getattr(image, "format", None) == "JPEG":
-        scale = side / max(image.size)
-        if scale < 1:
-            image.draft("RGB", tuple(max(1, round(length * scale)) for length in image.size))
-
-
-def _to_rgb(image):
-    """A PIL image of any mode in RGB; the first frame of an animation. Arrays and tensors stay as they are."""
-    if not isinstance(image, Image.Image) or image.mode == "RGB":
-        return image
-    if image.mode.startswith(("I", "F")):  # PIL would clip 16-bit levels at 255
-        levels = np.asarray(image, dtype=np.float32)
-        scale = 257 if image.mode.startswith("I") and levels.max(initial=0) > 255 else 1
-        image = Image.fromarray((levels / scale).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+def _without_none(images):
+    """Images without the `None` that stands for no image in rows of mixed data; `None` where that leaves nothing."""
+    if not isinstance(images, (list, tuple)):
+        return images
+    rows = [_without_none(row) for row in images]
+    if any(isinstance(row, (list, tuple)) for row in images):  # one entry for each text
+        return [[] if row is None else row for row in rows]
+    return [image for image in rows if image is not None]
 
 
 MQTLlavaProcessor.register_for_auto_class()

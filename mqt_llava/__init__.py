@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -15,6 +16,7 @@ from transformers import (
 )
 
 from .modeling.configuration_mqt_llava import MQTLlavaConfig
+from .modeling.image_processing_mqt_llava import MQTLlavaImageProcessor
 from .modeling.modeling_mqt_llava import MQTLlavaForConditionalGeneration, MQTLlavaModel
 from .modeling.processing_mqt_llava import MQTLlavaProcessor
 from .prefix_cache import PrefixCache
@@ -29,11 +31,13 @@ AutoModel.register(MQTLlavaConfig, MQTLlavaModel)
 AutoModelForImageTextToText.register(MQTLlavaConfig, MQTLlavaForConditionalGeneration)
 AutoModelForMultimodalLM.register(MQTLlavaConfig, MQTLlavaForConditionalGeneration)
 AutoModelForCausalLM.register(MQTLlavaConfig, MQTLlavaForConditionalGeneration)
+AutoImageProcessor.register(MQTLlavaConfig, image_processor_classes={"pil": MQTLlavaImageProcessor})
 AutoProcessor.register(MQTLlavaConfig, MQTLlavaProcessor)
 
 __all__ = [
     "MQTLlavaConfig",
     "MQTLlavaForConditionalGeneration",
+    "MQTLlavaImageProcessor",
     "MQTLlavaModel",
     "MQTLlavaProcessor",
     "PrefixCache",

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .modeling.configuration_mqt_llava import MQTLlavaConfig, resolve_visual_token_counts
+from .modeling.budget_mqt_llava import resolve_visual_token_counts
+from .modeling.configuration_mqt_llava import MQTLlavaConfig
 from .modeling.modeling_mqt_llava import MQTLlavaForConditionalGeneration
 from .speed import DeviceSpeed, measure_device, resolve_dtype
 

@@ -4,9 +4,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, SiglipVisionConfig
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration, MQTLlavaProcessor
+from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration, MQTLlavaImageProcessor, MQTLlavaProcessor
 
 
 NUM_QUERY_TOKENS = 16  # M of the small random model
@@ -80,8 +79,8 @@ def make_config(**overrides):
 
 def make_processor():
     side = {"height": 30, "width": 30}
-    image_processor = LlavaImageProcessorPil(do_pad=True, size=side, do_center_crop=False, crop_size=side)
-    return MQTLlavaProcessor(image_processor, make_tokenizer(), num_query_tokens=NUM_QUERY_TOKENS, image_side=30)
+    image_processor = MQTLlavaImageProcessor(size=side, crop_size=side)
+    return MQTLlavaProcessor(image_processor, make_tokenizer(), num_query_tokens=NUM_QUERY_TOKENS)
 
 
 def make_model(**overrides):

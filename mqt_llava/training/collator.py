@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..modeling.configuration_mqt_llava import resolve_visual_token_counts
+from ..modeling.budget_mqt_llava import resolve_visual_token_counts
 from .data import SampleError, canonical_sample, open_image
 from .sampling import VisualTokenSampler
 

@@ -1,9 +1,8 @@
 """Two budgets in every step, of which the smaller one learns from the larger one."""
 
 from torch.nn import functional as F
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..modeling.modeling_mqt_llava import rebudget_inputs
+from ..modeling.budget_mqt_llava import rebudget
 from .sampling import VisualTokenSampler
 from .trainer import MQTLlavaTrainer
 
@@ -45,7 +44,7 @@ class DistillationTrainer(MQTLlavaTrainer):
         m = self.draws.draw(step)
         if model.training and self.weight and m > 1:
             below = self.draws.draw_below(step, m)
-            small_inputs = self.at_budget(below, inputs, outputs.image_hidden_states)
+            small_inputs = self.with_fewer_tokens(below, inputs, outputs.image_outputs)
             small_loss, small_outputs = super().compute_loss(model, small_inputs, True, num_items_in_batch)
             divergence, num_labels = divergence_at_labels(
                 outputs.logits.detach(),
@@ -65,20 +64,11 @@ class DistillationTrainer(MQTLlavaTrainer):
             loss = loss + self.weight * (small_loss + self.temperature**2 * divergence)
         return (loss, outputs) if return_outputs else loss
 
-    def at_budget(self, num_visual_tokens: int, inputs, visual_tokens) -> dict:
+    def with_fewer_tokens(self, num_visual_tokens: int, inputs, image_outputs) -> dict:
         """A batch with m' visual tokens or fewer per image, the first of those that it had with m."""
-        counts = inputs["visual_token_counts"].tolist()
-        below = [min(count, num_visual_tokens) for count in counts]
-        prompt = rebudget_inputs(
-            inputs["input_ids"],
-            counts,
-            below,
-            self.model.config.image_token_id,
-            attention_mask=inputs["attention_mask"],
-            labels=inputs["labels"],
-        )
-        tokens = [tokens[:count] for tokens, count in zip(visual_tokens.split(counts), below)]
-        return {**prompt, "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tokens)}}
+        prompt = {name: value for name, value in inputs.items() if name != "pixel_values"}
+        below = [min(count, num_visual_tokens) for count in prompt["visual_token_counts"].tolist()]
+        return rebudget({**prompt, "mm_encoder_outputs": {"image": image_outputs}}, below, self.model.config)
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:

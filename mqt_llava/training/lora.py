@@ -35,8 +35,7 @@ def make_lora_config(model, targets=("language_model",), r=16, lora_alpha=32, lo
     targets = check_targets(targets)
     config = model.config
     # No adapters on layers of the tower behind the features, which would get no gradient
-    feature = config.vision_feature_layer
-    used = range(feature if feature >= 0 else config.vision_config.num_hidden_layers + 1 + feature)
+    used = range(config.vision_feature_depth)
     parts = {
         "language_model": r"model\.language_model\.(.*\.)?",
         "query_transformer": r"model\.query_transformer\.",

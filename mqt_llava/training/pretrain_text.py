@@ -18,9 +18,9 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..modeling.image_processing_mqt_llava import MQTLlavaImageProcessor
 from ..modeling.processing_mqt_llava import CHAT_TEMPLATE, SYSTEM_PROMPT, MQTLlavaProcessor
 from .collator import MQTLlavaDataCollator
 from .data import load_conversations
@@ -72,11 +72,9 @@ def train_tokenizer(texts, vocab_size):
 def make_processor(tokenizer, image_size, num_query_tokens):
     """LLaVA 1.5's preprocessing at a small size, and its chat template without a system prompt of its own."""
     side = {"height": image_size, "width": image_size}
-    image_processor = LlavaImageProcessorPil(do_pad=True, size=side, do_center_crop=False, crop_size=side)
+    image_processor = MQTLlavaImageProcessor(size=side, crop_size=side)
     template = CHAT_TEMPLATE.replace(SYSTEM_PROMPT.replace("'", "\\'"), "")
-    return MQTLlavaProcessor(
-        image_processor, tokenizer, num_query_tokens=num_query_tokens, image_side=image_size, chat_template=template
-    )
+    return MQTLlavaProcessor(image_processor, tokenizer, num_query_tokens=num_query_tokens, chat_template=template)
 
 
 def main():

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from ..modeling.configuration_mqt_llava import resolve_visual_token_counts
+from ..modeling.budget_mqt_llava import resolve_visual_token_counts
 
 
 logger = logging.get_logger(__name__)

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from mqt_llava import MQTLlavaProcessor
 from mqt_llava.conversion.tokenization import load_llama_tokenizer
@@ -203,7 +202,7 @@ def test_labels_of_raw_rows_equal_the_reference(legacy, tmp_path):
     """From the turns as they stand in LLaVA's JSON; `tests/modeling/test_parity.py` begins after the first step."""
     official_layout.write_tokenizer(str(tmp_path), str(REFERENCE / "tokenizer.model"), 2048, legacy)
     side = {"height": 336, "width": 336}
-    image_processor = LlavaImageProcessorPil(do_pad=True, size=side, do_center_crop=False, crop_size=side)
+    image_processor = MQTLlavaImageProcessor(size=side, crop_size=side)
     processor = MQTLlavaProcessor(image_processor, load_llama_tokenizer(tmp_path, legacy=legacy))
     suffix = "" if legacy else "_legacy_false"
     entries = [e for e in json.loads((REFERENCE / "dev" / "labels.json").read_text()) if not e["edge"]]
