@@ -55,19 +55,20 @@ def plan(source: Path, tensors: dict[str, LazyTensor], dtype=None) -> BackPlan:
     config = MQTLlavaConfig.from_pretrained(source)
     check_fits(config)
     check(config, tensors)
-    theirs = cast(to_authors(tensors, vocab_size(config)), dtype)
+    theirs = cast(to_authors(whole_tower(tensors, config), vocab_size(config)), dtype)
     language, vision = split_off_vision(theirs)
-    return BackPlan(source, config, language, whole_tower(vision, config))
+    return BackPlan(source, config, language, vision)
 
 
-def whole_tower(vision: dict[str, LazyTensor], config: MQTLlavaConfig) -> dict[str, LazyTensor]:
-    """The vision tower as its own library loads it. A checkpoint saved by our model lacks what is behind the features: the
-    layers are left out of the config too ([`num_vision_layers`]), and the last norm, which nothing reads, does nothing."""
-    norm, width = f"{AUTHORS_VISION_TOWER}vision_model.post_layernorm.", config.vision_config.hidden_size
-    dtype = next(iter(vision.values())).dtype
+def whole_tower(tensors: dict[str, LazyTensor], config: MQTLlavaConfig) -> dict[str, LazyTensor]:
+    """Our tensors with a vision tower that its own library loads. A checkpoint saved by our model lacks what is behind the
+    features: the layers are left out of the config too ([`num_vision_layers`]), and the last norm, which nothing reads, is
+    written as a fresh one."""
+    name, width = "model.vision_tower.post_layernorm.", config.vision_config.hidden_size
+    dtype = tensors["model.vision_tower.pre_layrnorm.weight"].dtype
     ones = LazyTensor((width,), dtype, lambda: torch.ones(width, dtype=dtype))
     zeros = LazyTensor((width,), dtype, lambda: torch.zeros(width, dtype=dtype))
-    return {norm + "weight": ones, norm + "bias": zeros, **vision}
+    return {name + "weight": ones, name + "bias": zeros, **tensors}
 
 
 def num_vision_layers(vision: dict[str, LazyTensor]) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers.dynamic_module_utils import custom_object_save
 
+from .. import modeling
 from . import back, full, lora, parts, stage1
 from .authors import WEIGHT_PATTERNS, make_generation_config
 from .files import fetch, read_json, read_tensors
@@ -18,12 +19,10 @@ from .writing import cast, check_free, check_space, main_dtype, new_folder, weig
 
 LAYOUTS = ("full", "stage-1", "lora", "parts", "back")
 FOLDER_FILES = (  # beside the weights
+    *sorted(path.name for path in Path(modeling.__file__).parent.glob("*_mqt_llava.py")),
     "chat_template.jinja",
     "config.json",
-    "configuration_mqt_llava.py",
     "generation_config.json",
-    "modeling_mqt_llava.py",
-    "processing_mqt_llava.py",
     "processor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -225,7 +224,8 @@ def _convert_back(source, destination, dtype, max_shard_size, verify, overwrite,
             if verify:
                 again = full.plan(folder, str(folder / "vision_tower"))
                 again.check()
-                expected, found = (back.without_image_row(part, plan.config) for part in (ours, again.tensors))
+                whole = back.whole_tower(ours, plan.config)
+                expected, found = (back.without_image_row(part, plan.config) for part in (whole, again.tensors))
                 report.checks = [verify_tensors(expected, found, dtype), *verify_back(again, source, dtype)]
                 require(report.checks)
             report.files = sorted(path.name for path in folder.iterdir())

@@ -40,6 +40,9 @@ class MQTLlavaModelOutputWithPast(ImageOutputs, BaseModelOutputWithPast):
     image_outputs: BaseModelOutputWithPooling | None = None
 
 
+MODEL_OUTPUT_NAMES = tuple(field.name for field in fields(MQTLlavaModelOutputWithPast))
+
+
 @dataclass
 class MQTLlavaCausalLMOutputWithPast(ImageOutputs, CausalLMOutputWithPast):
     r"""
@@ -347,8 +350,7 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
         )
-        names = {field.name for field in fields(MQTLlavaModelOutputWithPast)}
-        outputs = {name: value for name, value in outputs.items() if name in names}
+        outputs = {name: value for name, value in outputs.items() if name in MODEL_OUTPUT_NAMES}
         return MQTLlavaModelOutputWithPast(**outputs, image_outputs=image_outputs)
 
     def rows_passed_over(self, is_placeholder, num_images: int, visual_token_counts=None) -> torch.Tensor:

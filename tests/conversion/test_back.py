@@ -180,13 +180,20 @@ def test_trained_row_of_the_image_token(converted, tmp_path):
 
 
 def test_saved_again_by_transformers(converted, weights, tmp_path):
-    """After training, `save_pretrained` writes the folder; its dtype may have changed, and the shards."""
+    """After training, `save_pretrained` writes the folder; its dtype may have changed, and the shards. The model has nothing
+    behind the layer of the vision tower whose output is used: the way back writes a tower that ends there."""
     model = AutoModelForImageTextToText.from_pretrained(converted, dtype=torch.float32)
     model.save_pretrained(tmp_path / "tuned", max_shard_size="10MB")
     AutoProcessor.from_pretrained(converted).save_pretrained(tmp_path / "tuned")
     convert(str(tmp_path / "tuned"), tmp_path / "back", verify=True)
+    norm = "model.vision_tower.vision_tower.vision_model.post_layernorm."
+    weights = {name: tensor for name, tensor in weights.items() if "vision_model.encoder.layers.1." not in name}
+    weights |= {norm + "weight": torch.ones(1024, dtype=torch.bfloat16), norm + "bias": torch.zeros(1024).bfloat16()}
     assert_same(authors_weights(tmp_path / "back"), {name: tensor.float() for name, tensor in weights.items()})
-    assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == "float32"
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["torch_dtype"], config["mm_vision_select_layer"]) == ("float32", -1)
+    tower = json.loads((tmp_path / "back" / "vision_tower" / "config.json").read_text())
+    assert tower["num_hidden_layers"] == 1
     convert(str(tmp_path / "tuned"), tmp_path / "half", dtype=torch.bfloat16, verify=True)
     assert_same(authors_weights(tmp_path / "half"), weights)
     assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"

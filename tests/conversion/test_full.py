@@ -22,10 +22,12 @@ from tests.small_model import make_images
 
 
 FILES = {
+    "budget_mqt_llava.py",
     "chat_template.jinja",
     "config.json",
     "configuration_mqt_llava.py",
     "generation_config.json",
+    "image_processing_mqt_llava.py",
     "model.safetensors",
     "modeling_mqt_llava.py",
     "processing_mqt_llava.py",
@@ -56,7 +58,7 @@ def test_folder_has_all_that_a_checkpoint_has(converted):
     assert (generation_config.bos_token_id, generation_config.eos_token_id) == (1, 2)
     assert generation_config.suppress_tokens == [PIECES]
     processor = AutoProcessor.from_pretrained(converted)
-    assert (processor.num_query_tokens, processor.image_side, processor.image_token_id) == (256, 336, PIECES)
+    assert (processor.num_query_tokens, processor.image_processor.side, processor.image_token_id) == (256, 336, PIECES)
     assert processor.tokenizer.model_max_length == 2048
 
 

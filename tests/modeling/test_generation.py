@@ -1,5 +1,6 @@
 """Generating with a budget: streaming, caches, chats, beams, helpers of transformers, checkpointing, compilation."""
 
+import copy
 import json
 from threading import Thread
 
@@ -130,29 +131,8 @@ def test_prefill_in_chunks(model, m, num_beams):
 
 # Chats over a cache ---------------------------------------------------------------------------------------------------
 
-
-def chat(model, first, second_turn, pixels, m, rebudget, cache=None, max_new_tokens=6):
-    """Two turns. The second goes on from the cache of the first, or, for comparison, starts over.
-
-    `second_turn` (batch_size, length) holds the tokens of the user's second turn, `pixels` the arguments about images
-    of the second turn. With `rebudget` the prompts are prepared with M placeholders, and m is said to `generate`.
-    """
-    settings = {"max_new_tokens": max_new_tokens, "min_new_tokens": max_new_tokens, "do_sample": False}
-    settings |= {"return_dict_in_generate": True, "output_logits": True}
-    budget = {"num_visual_tokens": m} if rebudget else {}
-    answer = model.generate(**first, **settings, **budget, past_key_values=cache)
-    input_ids = torch.cat([answer.sequences, second_turn], dim=1)
-    new = input_ids.shape[1] - first["attention_mask"].shape[1]
-    attention_mask = torch.cat([first["attention_mask"], torch.ones(len(input_ids), new, dtype=torch.long)], dim=1)
-    prompt = {"input_ids": input_ids, "attention_mask": attention_mask}
-    counter = CountVision(model)
-    continued = model.generate(**prompt, **pixels, **settings, **budget, past_key_values=answer.past_key_values)
-    return prompt, continued, counter.images, settings | budget
-
-
-def assert_same_turn(continued, scratch):
-    assert continued.sequences.tolist() == scratch.sequences.tolist()
-    torch.testing.assert_close(torch.stack(continued.logits), torch.stack(scratch.logits), atol=1e-4, rtol=0)
+FIXED = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+WITH_LOGITS = {"return_dict_in_generate": True, "output_logits": True}
 
 
 def tokens(processor, text, batch_size, num_placeholders=0):
@@ -160,163 +140,183 @@ def tokens(processor, text, batch_size, num_placeholders=0):
     return torch.tensor([ids["input_ids"]] * batch_size)
 
 
-@pytest.mark.parametrize("rebudget", [False, True], ids=["prepared", "num_visual_tokens"])
+def cache_of(outputs):
+    """`outputs.cache` since transformers 5.24."""
+    return outputs["cache" if "cache" in outputs.keys() else "past_key_values"]  # noqa: SIM118
+
+
+def second_prompt(first, sequences, second_turn):
+    """The whole conversation: the first turn, its answer, and what the user says next."""
+    input_ids = torch.cat([sequences, second_turn], dim=1)
+    new = input_ids.shape[1] - first["attention_mask"].shape[1]
+    mask = torch.cat([first["attention_mask"], torch.ones(len(input_ids), new, dtype=torch.long)], dim=1)
+    return {"input_ids": input_ids, "attention_mask": mask}
+
+
+def assert_same_turn(continued, scratch):
+    new = -FIXED["max_new_tokens"]
+    assert continued.sequences[:, new:].tolist() == scratch.sequences[:, new:].tolist()
+    torch.testing.assert_close(torch.stack(continued.logits), torch.stack(scratch.logits), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("m", BUDGETS)
-@pytest.mark.parametrize("images", ["again", "not_again"])
-def test_second_turn_from_the_cache(model, processor, m, images, rebudget):
-    """The cache of the first turn gives the same second turn as a run from scratch, images passed again or not."""
-    rows = [0, 2]
-    first = prepare(rows, m=NUM_QUERY_TOKENS if rebudget else m)
-    again = {name: first[name] for name in ("pixel_values", "visual_token_counts")}
-    second_turn = tokens(processor, "USER: and now?", len(rows))
-    # Adjacent images need the counts, even where their pixels are not needed any more
-    pixels = again if images == "again" else {"visual_token_counts": first["visual_token_counts"]}
-    prompt, continued, encoded, settings = chat(model, first, second_turn, pixels, m, rebudget)
-    assert_same_turn(continued, model.generate(**prompt, **again, **settings))
-    assert encoded == 0  # the cache has the images already
+@pytest.mark.parametrize("passed", ["whole", "new tokens", "static"])
+def test_second_turn_from_the_cache(model, processor, m, passed):
+    """The cache of the first turn gives the same second turn as a run from scratch; nothing is encoded again."""
+    rows = [2] if passed == "static" else [0, 2]
+    first = prepare(rows, m=m)
+    images = {name: first[name] for name in ("pixel_values", "visual_token_counts")}
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=120) if passed == "static" else None
+    answer = model.generate(**first, **FIXED, **WITH_LOGITS, past_key_values=cache)
+    prompt = second_prompt(first, answer.sequences, tokens(processor, "USER: and now?", len(rows)))
+    scratch = model.generate(**prompt, **images, **FIXED, **WITH_LOGITS)
+    cache, counter = cache_of(answer), CountVision(model)
+    if passed == "new tokens":
+        prompt["input_ids"] = prompt["input_ids"][:, cache.get_seq_length() :]
+    continued = model.generate(**prompt, **FIXED, **WITH_LOGITS, past_key_values=cache)
+    assert_same_turn(continued, scratch)
+    assert counter.images == 0
 
 
 @pytest.mark.parametrize("rebudget", [False, True], ids=["prepared", "num_visual_tokens"])
 @pytest.mark.parametrize("m", BUDGETS)
-@pytest.mark.parametrize("images", ["all", "new", "new_and_their_counts"])
-def test_second_turn_with_a_new_image(model, processor, m, images, rebudget):
-    """The second turn shows another image: it alone is encoded, whether or not the first ones are passed again. Counts
-    are of all images in the prompt or of those that are passed."""
-    if rebudget and images == "new_and_their_counts":
-        pytest.skip("to re-budget the first turn again, its adjacent images must be counted")
-    rows = [0, 2]
-    prepared_m = NUM_QUERY_TOKENS if rebudget else m
-    first = prepare(rows, m=prepared_m)
-    second_turn = tokens(processor, "USER: <image> and now?", len(rows), prepared_m)
+@pytest.mark.parametrize("passed", ["whole", "whole, no counts", "new tokens", "features"])
+def test_second_turn_with_a_new_image(model, processor, m, passed, rebudget):
+    """It alone is passed and encoded, and its visual tokens alone follow `num_visual_tokens`."""
+    first = prepare([0, 2], m=5)
     new_pixels = -first["pixel_values"][[0, 2]]
-    old_pixels, counts = first["pixel_values"], torch.tensor([prepared_m] * 6)
-    order = [0, 1, 4, 2, 3, 5]  # images go row by row
-    everything = {
-        "pixel_values": torch.cat([old_pixels, new_pixels])[order],
-        "visual_token_counts": counts,
-    }
-    passed = {
-        "all": everything,
-        "new": {"pixel_values": new_pixels, "visual_token_counts": counts},
-        "new_and_their_counts": {"pixel_values": new_pixels, "visual_token_counts": counts[:2]},
-    }[images]
-    prompt, continued, encoded, settings = chat(model, first, second_turn, passed, m, rebudget)
-    assert_same_turn(continued, model.generate(**prompt, **everything, **settings))
-    assert encoded == 2
+    answer = model.generate(**first, **FIXED, **WITH_LOGITS)
+    cache = cache_of(answer)
+    scratch = model.generate(
+        **second_prompt(first, answer.sequences, tokens(processor, "USER: <image> and now?", 2, m)),
+        pixel_values=torch.cat([first["pixel_values"], new_pixels])[[0, 1, 4, 2, 3, 5]],  # images go row by row
+        visual_token_counts=torch.tensor([5, 5, m] * 2),
+        **FIXED,
+        **WITH_LOGITS,
+    )
+    prepared_m = 9 if rebudget else m
+    prompt = second_prompt(first, answer.sequences, tokens(processor, "USER: <image> and now?", 2, prepared_m))
+    if passed == "new tokens":
+        prompt["input_ids"] = prompt["input_ids"][:, cache.get_seq_length() :]
+    if passed == "features":
+        with torch.no_grad():
+            features = model.get_image_features(new_pixels, NUM_QUERY_TOKENS if rebudget else m)
+        prompt["mm_encoder_outputs"] = {"image": features}
+    else:
+        prompt["pixel_values"] = new_pixels
+    if passed == "whole":
+        prompt["visual_token_counts"] = torch.tensor([prepared_m] * 2)
+    counter = CountVision(model)
+    settings = FIXED | WITH_LOGITS | ({"num_visual_tokens": m} if rebudget else {})
+    continued = model.generate(**prompt, **settings, past_key_values=cache)
+    assert_same_turn(continued, scratch)
+    assert continued.sequences[:, : prompt["input_ids"].shape[1]].tolist() == prompt["input_ids"].tolist()
+    assert counter.images == (0 if passed == "features" else 2)
 
 
-@pytest.mark.parametrize("rebudget", [False, True], ids=["prepared", "num_visual_tokens"])
-@pytest.mark.parametrize("with_new_image", [False, True])
-def test_second_turn_with_image_features(model, processor, rebudget, with_new_image):
-    """Features of all images, made once, serve every turn: those that the cache holds are left out."""
-    m, prepared_m = 5, NUM_QUERY_TOKENS if rebudget else 5
-    first = prepare([0, 2], m=prepared_m)
-    again = {"pixel_values": first["pixel_values"], "visual_token_counts": first["visual_token_counts"]}
-    second_turn = tokens(processor, "USER: <image> and now?" if with_new_image else "USER: now?", 2, prepared_m)
-    if with_new_image:
-        pixels = torch.cat([first["pixel_values"], -first["pixel_values"][[0, 2]]])[[0, 1, 4, 2, 3, 5]]
-        again = {"pixel_values": pixels, "visual_token_counts": torch.full((6,), prepared_m)}
-    with torch.no_grad():
-        features = model.get_image_features(again["pixel_values"], NUM_QUERY_TOKENS if rebudget else m)
-    passed = {"mm_encoder_outputs": {"image": features}, "visual_token_counts": again["visual_token_counts"]}
-    prompt, continued, encoded, settings = chat(model, first, second_turn, passed, m, rebudget)
-    assert_same_turn(continued, model.generate(**prompt, **again, **settings))
-    assert encoded == 0
+def test_new_image_in_some_rows_alone(model, processor):
+    """Rows whose new parts shrink differently: the padding goes between the cached part and the new one."""
+    rows, m = [2, 2], 4
+    first = prepare(rows, m=m)
+    answer = model.generate(**first, **FIXED, **WITH_LOGITS)
+    new_pixels = -first["pixel_values"][:1]
+
+    def second_turn(num_placeholders):
+        turn = tokens(processor, "USER: <image> and now?", 2, num_placeholders)
+        turn[1, turn[1] == IMAGE_TOKEN_ID] = 50
+        return turn
+
+    prompt = second_prompt(first, answer.sequences, second_turn(9))
+    settings = {**FIXED, **WITH_LOGITS, "num_visual_tokens": m}
+    continued = model.generate(
+        **prompt, **settings, pixel_values=new_pixels, past_key_values=copy.deepcopy(cache_of(answer))
+    )
+    for row in range(2):
+        alone = {name: value[row : row + 1] for name, value in prompt.items()}
+        pixels = first["pixel_values"][2 * row : 2 * row + 2]
+        counts = torch.tensor([m, m])
+        if row == 0:
+            alone["input_ids"] = second_prompt(first, answer.sequences, second_turn(m))["input_ids"][:1]
+            alone["attention_mask"] = torch.ones_like(alone["input_ids"])
+            pixels, counts = torch.cat([pixels, new_pixels]), torch.tensor([m, m, m])
+        scratch = model.generate(**alone, **FIXED, **WITH_LOGITS, pixel_values=pixels, visual_token_counts=counts)
+        assert continued.sequences[row, -6:].tolist() == scratch.sequences[0, -6:].tolist()
+        logits = torch.stack(continued.logits)[:, row]
+        torch.testing.assert_close(logits, torch.stack(scratch.logits)[:, 0], atol=1e-4, rtol=0)
 
 
 def test_first_image_in_the_second_turn(model, processor, image):
     first = processor(text="hello there", return_tensors="pt")
     with_image = processor(images=image, text="<image>", num_visual_tokens=5, return_tensors="pt")
     pixels = {name: with_image[name] for name in ("pixel_values", "visual_token_counts")}
-    second_turn = tokens(processor, "USER: <image> and now?", 1, 5)
-    prompt, continued, encoded, settings = chat(model, first, second_turn, pixels, 5, rebudget=False)
-    assert_same_turn(continued, model.generate(**prompt, **pixels, **settings))
-    assert encoded == 1
+    answer = model.generate(**first, **FIXED, **WITH_LOGITS)
+    prompt = second_prompt(first, answer.sequences, tokens(processor, "USER: <image> and now?", 1, 5))
+    scratch = model.generate(**prompt, **pixels, **FIXED, **WITH_LOGITS)
+    continued = model.generate(**prompt, **pixels, **FIXED, **WITH_LOGITS, past_key_values=cache_of(answer))
+    assert_same_turn(continued, scratch)
 
 
-@pytest.mark.parametrize("rebudget", [False, True], ids=["prepared", "num_visual_tokens"])
-def test_second_turn_without_counts(model, processor, rebudget):
-    """Images that are not adjacent go without counts."""
-    first = prepare([2], m=NUM_QUERY_TOKENS if rebudget else 5)
-    pixels = {"pixel_values": first["pixel_values"]}
-    second_turn = tokens(processor, "USER: and now?", 1)
-    prompt, continued, encoded, settings = chat(model, first, second_turn, {}, 5, rebudget)
-    assert_same_turn(continued, model.generate(**prompt, **pixels, **settings))
-    assert encoded == 0
-
-
-@pytest.mark.parametrize("with_image", [False, True])
-def test_second_turn_as_the_new_tokens_alone(model, processor, with_image):
-    """Only the tokens that are not in the cache are passed, and the whole mask."""
-    first = prepare([0, 2], m=5)
-    second_turn = tokens(processor, "USER: <image> and now?" if with_image else "USER: now?", 2, 5)
-    new = {"pixel_values": -first["pixel_values"][[0, 2]]} if with_image else {}
-    pixels = torch.cat([first["pixel_values"], *new.values()])[[0, 1, 4, 2, 3, 5] if with_image else slice(None)]
-    counts = torch.full((len(pixels),), 5)
-    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-    settings |= {"return_dict_in_generate": True, "output_logits": True}
-    answer = model.generate(**first, **settings)
-    input_ids = torch.cat([answer.sequences, second_turn], dim=1)
-    fill = torch.ones(2, input_ids.shape[1] - first["attention_mask"].shape[1], dtype=torch.long)
-    mask = {"attention_mask": torch.cat([first["attention_mask"], fill], dim=1)}
-    scratch = {"input_ids": input_ids, "pixel_values": pixels, "visual_token_counts": counts}
-    expected = model.generate(**scratch, **mask, **settings)
-    cache = answer.past_key_values
-    new["input_ids"] = input_ids[:, cache.get_seq_length() :]
-    continued = model.generate(**new, **mask, **settings, past_key_values=cache)
-    assert continued.sequences[:, -6:].tolist() == expected.sequences[:, -6:].tolist()
-    torch.testing.assert_close(torch.stack(continued.logits), torch.stack(expected.logits), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("rebudget", [False, True], ids=["prepared", "num_visual_tokens"])
-def test_second_turn_of_padded_rows(model, processor, rebudget):
+def test_second_turn_of_padded_rows(model, processor):
     """Rows of different lengths and numbers of images, left-padded, go on from one cache."""
-    first = prepare(m=NUM_QUERY_TOKENS if rebudget else 4)
-    again = {name: first[name] for name in ("pixel_values", "visual_token_counts")}
-    second_turn = tokens(processor, "USER: and now?", len(ROWS))
-    prompt, continued, encoded, settings = chat(model, first, second_turn, again, 4, rebudget)
-    assert_same_turn(continued, model.generate(**prompt, **again, **settings))
-    assert encoded == 0
+    first = prepare(m=4)
+    images = {name: first[name] for name in ("pixel_values", "visual_token_counts")}
+    answer = model.generate(**first, **FIXED, **WITH_LOGITS)
+    prompt = second_prompt(first, answer.sequences, tokens(processor, "USER: and now?", len(ROWS)))
+    scratch = model.generate(**prompt, **images, **FIXED, **WITH_LOGITS)
+    continued = model.generate(**prompt, **FIXED, **WITH_LOGITS, past_key_values=cache_of(answer))
+    assert_same_turn(continued, scratch)
 
 
-def test_new_images_in_some_rows_cannot_be_rebudgeted(model, processor):
-    """The cached parts of the rows would shift against each other; a prompt prepared with its budget is fine."""
-    first = prepare([2, 2], m=NUM_QUERY_TOKENS)
-    second_turn = tokens(processor, "USER: <image> and now?", 2, NUM_QUERY_TOKENS)
-    second_turn[1, second_turn[1] == IMAGE_TOKEN_ID] = 50
-    new = {"pixel_values": first["pixel_values"][:1], "visual_token_counts": torch.full((5,), NUM_QUERY_TOKENS)}
-    with pytest.raises(ValueError, match="shrink by different numbers of placeholders"):
-        chat(model, first, second_turn, new, 4, rebudget=True)
-
-
-@pytest.mark.parametrize("m", [1, 7])
-def test_new_tokens_alone_are_rebudgeted(model, processor, m):
-    """A second turn of a new image, without the first turn's tokens and with the mask of what the cache holds."""
-    first = prepare([0, 2], m=m)
-    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
-    answers = []
-    for prepared_m, budget in ((m, {}), (NUM_QUERY_TOKENS, {"num_visual_tokens": m})):
-        turn = model.generate(**first, **settings)
-        second_turn = tokens(processor, "USER: <image> and now?", 2, prepared_m)
-        input_ids = torch.cat([turn.sequences[:, -1:], second_turn], dim=1)
-        fill = torch.ones(2, 5 + input_ids.shape[1], dtype=torch.long)
-        mask = torch.cat([first["attention_mask"], fill], dim=1)
-        new = {"input_ids": input_ids, "pixel_values": -first["pixel_values"][[0, 2]], "attention_mask": mask}
-        continued = model.generate(**new, **settings, **budget, past_key_values=turn.past_key_values)
-        assert continued.sequences[:, : input_ids.shape[1]].tolist() == input_ids.tolist()
-        answers.append(continued.sequences[:, input_ids.shape[1] :].tolist())
-    assert answers[0] == answers[1]
-
-
-@pytest.mark.parametrize("m", BUDGETS)
-def test_second_turn_from_a_static_cache(model, processor, m):
+def test_cached_images_keep_their_visual_tokens(model, processor):
+    """Sequences begin with the caller's own ids, the cache with fewer tokens: the whole conversation does not fit it."""
     first = prepare([2], m=NUM_QUERY_TOKENS)
-    again = {name: first[name] for name in ("pixel_values", "visual_token_counts")}
-    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=120)
-    second_turn = tokens(processor, "USER: and now?", 1)
-    prompt, continued, encoded, settings = chat(model, first, second_turn, again, m, rebudget=True, cache=cache)
-    assert_same_turn(continued, model.generate(**prompt, **again, **settings))
-    assert encoded == 0
+    few = prepare([2], m=4)
+    scratch_answer = model.generate(**few, **FIXED)
+    turn = tokens(processor, "USER: and now?", 1)
+    prompt = second_prompt(few, scratch_answer, turn)
+    images = {name: few[name] for name in ("pixel_values", "visual_token_counts")}
+    scratch = model.generate(**prompt, **images, **FIXED, **WITH_LOGITS)
+
+    answer = model.generate(**first, **FIXED, **WITH_LOGITS, num_visual_tokens=4)
+    assert answer.sequences[:, -6:].tolist() == scratch_answer[:, -6:].tolist()
+    cache = cache_of(answer)
+    whole = second_prompt(first, answer.sequences, turn)
+    for settings in ({}, {"num_visual_tokens": 4}):
+        with pytest.raises(ValueError, match="those of cached images cannot be changed"):
+            model.generate(**whole, **settings, past_key_values=cache, max_new_tokens=2)
+    new = torch.cat([answer.sequences[:, -1:], turn], dim=1)
+    mask = torch.ones(1, cache.get_seq_length() + new.shape[1], dtype=torch.long)
+    continued = model.generate(new, attention_mask=mask, **FIXED, **WITH_LOGITS, past_key_values=cache)
+    assert_same_turn(continued, scratch)
+
+
+def test_images_that_the_cache_holds_are_not_passed_again(model, processor):
+    first = prepare([0, 2], m=5)
+    images = {name: first[name] for name in ("pixel_values", "visual_token_counts")}
+    answer = model.generate(**first, **FIXED, **WITH_LOGITS)
+    prompt = second_prompt(first, answer.sequences, tokens(processor, "USER: and now?", 2))
+    for passed in (images, {"pixel_values": images["pixel_values"]}, images | {"num_visual_tokens": 5}):
+        with pytest.raises(ValueError, match="do not match"):
+            model.generate(**prompt, **passed, max_new_tokens=2, past_key_values=cache_of(answer))
+
+
+@pytest.mark.parametrize("m", [None, 4])
+def test_a_cache_that_holds_the_prompt_is_refused(model, m):
+    """Its positions would be taken for those of the prompt, and the answer would be wrong."""
+    inputs = prepare([2], m=5)
+    cache = DynamicCache(config=model.config.get_text_config())
+    model.generate(**inputs, past_key_values=cache, max_new_tokens=3)
+    with pytest.raises(ValueError, match="nothing to go on with"):
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=3, num_visual_tokens=m)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"prompt_lookup_num_tokens": 2}, {"assistant_model": make_model()}, {"use_cache": False}], ids=list
+)
+def test_what_transformers_gets_wrong_with_a_filled_cache_is_refused(model, wrong):
+    first = model.generate(**prepare([3], m=5), max_new_tokens=3, return_dict_in_generate=True)
+    with pytest.raises(ValueError, match=f"cannot go on from a cache with {next(iter(wrong))}"):
+        model.generate(first.sequences, past_key_values=cache_of(first), max_new_tokens=3, **wrong)
 
 
 # Beams, samples, the vision tower -------------------------------------------------------------------------------------
@@ -424,6 +424,7 @@ def test_image_token_is_never_generated(model, settings, m):
     assert all(IMAGE_TOKEN_ID not in answer for answer in answers)
     assert any(answers)
     settings = {"do_sample": False, "suppress_tokens": None, "max_new_tokens": 6}
+    model.generation_config.suppress_tokens = []
     rigged = new_tokens(model.generate(**inputs, **settings), inputs)
     assert rigged == [[IMAGE_TOKEN_ID] * 6] * len(ROWS)  # so the head would have chosen it
 
@@ -434,7 +435,6 @@ def test_image_token_is_never_generated_by_a_loaded_model(checkpoint, tmp_path, 
     for path in checkpoint.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     generation_config = tmp_path / "generation_config.json"
-    assert json.loads(generation_config.read_text())["suppress_tokens"] == [IMAGE_TOKEN_ID]
     if file == "missing":
         generation_config.unlink()
     elif file == "of the language model":
@@ -664,16 +664,6 @@ def test_features_of_the_caller_stay_as_they_are(model, settings):
         assert model.generate(**inputs, **options, mm_encoder_outputs={"image": features}).tolist() == expected
         assert [len(tokens) for tokens in features.pooler_output] == [5] * 5
         assert features.last_hidden_state is not None
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"prompt_lookup_num_tokens": 2}, {"assistant_model": make_model()}, {"use_cache": False}], ids=str
-)
-def test_what_transformers_gets_wrong_with_a_filled_cache_is_refused(model, wrong):
-    inputs = prepare([3], m=5)
-    first = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
-    with pytest.raises(ValueError, match=f"cannot go on from `past_key_values` with {next(iter(wrong))}"):
-        model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=3, **wrong)
 
 
 # torch.compile and torch.export ---------------------------------------------------------------------------------------

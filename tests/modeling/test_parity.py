@@ -97,7 +97,7 @@ def test_vision_features_and_query_transformer(model, pixel_values):
     reference = np.load(DEV / "visual_tokens.npz")
     with torch.no_grad():
         outputs = model.get_image_features(pixel_values, 1, output_hidden_states=True)
-        features = outputs.hidden_states[-2][:, 1:, ::64]
+        features = outputs.last_hidden_state[:, 1:, ::64]
         probe = model.model.query_transformer(torch.from_numpy(parity_inputs.probe_features(0)), 16)
     torch.testing.assert_close(features, torch.from_numpy(reference["clip_features_16ch"]), atol=1e-4, rtol=0)
     torch.testing.assert_close(probe, torch.from_numpy(reference["probe_m16"]), atol=1e-4, rtol=1e-4)
@@ -205,7 +205,9 @@ def test_loss_and_gradients(model, pixel_values):
     assert abs(loss.item() - reference["loss"]) < 1e-3
     loss.backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert set(found) == {name for official in read_json("state_dict.json") for name in our_names(official)}
+    theirs = {name for official in read_json("state_dict.json") for name in our_names(official)}
+    unused = ("model.vision_tower.encoder.layers.2.", "model.vision_tower.post_layernorm.")
+    assert set(found) == {name for name in theirs if not name.startswith(unused)}
     for name, norm in reference["gradient_l2_norms_stage2"].items():
         if norm is None or name.endswith("ln_k.bias"):  # frozen; or zero in exact arithmetic
             continue

@@ -27,9 +27,16 @@ from tests.small_model import NUM_QUERY_TOKENS, make_images, make_model, make_pr
 
 BUDGETS = [1, 7, NUM_QUERY_TOKENS, [2, 16, 5], None]
 PROMPTS = ["USER: <image>\nWhat? ASSISTANT:", "USER: <image><image>\nWhich one? ASSISTANT:"]
-CODE = {"configuration_mqt_llava.py", "modeling_mqt_llava.py", "processing_mqt_llava.py"}
+CODE = {
+    "budget_mqt_llava.py",
+    "configuration_mqt_llava.py",
+    "image_processing_mqt_llava.py",
+    "modeling_mqt_llava.py",
+    "processing_mqt_llava.py",
+}
 AUTO_MAP = {
     "AutoConfig": "configuration_mqt_llava.MQTLlavaConfig",
+    "AutoImageProcessor": "image_processing_mqt_llava.MQTLlavaImageProcessor",
     "AutoModel": "modeling_mqt_llava.MQTLlavaModel",
     "AutoModelForCausalLM": "modeling_mqt_llava.MQTLlavaForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_mqt_llava.MQTLlavaForConditionalGeneration",
@@ -72,8 +79,8 @@ else:
 import torch
 from PIL import Image
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
-from transformers import AutoModelForMultimodalLM
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -89,6 +96,7 @@ def load(source):
     trust = {"trust_remote_code": True}
     parts = {
         "AutoConfig": AutoConfig.from_pretrained(source, **trust),
+        "AutoImageProcessor": AutoImageProcessor.from_pretrained(source, **trust),
         "AutoProcessor": AutoProcessor.from_pretrained(source, **trust),
         "AutoModel": AutoModel.from_pretrained(source, **trust),
         "AutoModelForImageTextToText": AutoModelForImageTextToText.from_pretrained(source, **trust),
@@ -365,6 +373,7 @@ def test_push_to_hub_uploads_model_and_code(pushed):
     model, processor, config = pushed.commits
     assert model == {
         "README.md",
+        "budget_mqt_llava.py",
         "config.json",
         "configuration_mqt_llava.py",
         "generation_config.json",

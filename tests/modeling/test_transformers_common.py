@@ -12,6 +12,7 @@ from tests.transformers_source import load
 
 modeling_common = load("test_modeling_common")
 configuration_common = load("test_configuration_common")
+training = load("test_training_mixin")
 
 # `Auto*.register` leaves these alone, but the common tests look up by name what a class is for
 modeling_auto.MODEL_MAPPING_NAMES["mqt_llava"] = "MQTLlavaModel"
@@ -22,12 +23,6 @@ modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["mqt_llava"] = "MQTLlav
 EXCLUDED = {
     "test_generation_tester_mixin_inheritance": "tests/generation is not in the source distribution, so there is no "
     "GenerationTesterMixin to inherit from; test_generation.py has our own tests of `generate`.",
-}
-# Parts of tests that are left out, by the attribute of the tester which does so
-EXCLUDED_PARTS = {
-    # of test_training_gradient_checkpointing*, that every weight gets a gradient: those behind the hidden state that is
-    # queried, the last but one, get none (as in LLaVA). `test_weights_that_are_used_get_a_gradient` looks at the others.
-    "test_all_params_have_gradient": False,
 }
 
 
@@ -41,8 +36,9 @@ class ModelTester:
     num_attention_heads = 4
     num_query_tokens = 16
     image_size = 30
-    image_token_id = 4
+    image_token_id = 50  # none of the random ids, and none of the training test's pattern
     is_training = True
+    causal_lm_class = MQTLlavaForConditionalGeneration
 
     def __init__(self, num_visual_tokens, with_counts):
         self.num_visual_tokens = num_visual_tokens
@@ -66,9 +62,8 @@ class ModelTester:
         )
 
     def prepare_config_and_inputs_for_common(self):
-        first_plain_token = self.image_token_id + 1
-        input_ids = modeling_common.ids_tensor([self.batch_size, self.seq_length], 99 - first_plain_token)
-        input_ids += first_plain_token
+        input_ids = modeling_common.ids_tensor([self.batch_size, self.seq_length], 98 - 3) + 3
+        input_ids += input_ids >= self.image_token_id
         input_ids[:, 1 : 1 + self.num_visual_tokens] = self.image_token_id
         inputs = {
             "input_ids": input_ids,
@@ -103,23 +98,29 @@ class CommonTests(modeling_common.ModelTesterMixin):
         with patch.object(modeling_common, "open", mock_open(read_data="# Copyright 2026"), create=True):
             super().test_can_init_all_missing_weights()
 
-    def test_weights_that_are_used_get_a_gradient(self):
-        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
-        model = MQTLlavaForConditionalGeneration(config).train()
-        model(**inputs, labels=inputs["input_ids"]).loss.backward()
-        unused = ("model.vision_tower.encoder.layers.1.", "model.vision_tower.post_layernorm.")
-        for name, weight in model.named_parameters():
-            self.assertEqual(weight.grad is not None, not name.startswith(unused), name)
+    def _image_features_get_expected_num_attentions(self, model_tester=None):
+        """The vision tower ends at the features, one layer before its config does."""
+        return self.model_tester.get_config().vision_feature_depth
 
 
-for name, value in EXCLUDED_PARTS.items():
-    setattr(CommonTests, name, value)
 for name, reason in EXCLUDED.items():
     setattr(CommonTests, name, unittest.skip(reason)(getattr(CommonTests, name)))
 
 
 class OneTokenTest(CommonTests, unittest.TestCase):
     num_visual_tokens = 1
+
+
+class TrainingTest(training.TrainingTesterMixin, unittest.TestCase):
+    """On text, as transformers has it for all models: the loss falls, and what was learned is generated."""
+
+    all_model_classes = CommonTests.all_model_classes
+
+    def setUp(self):
+        self.model_tester = ModelTester(1, with_counts=False)
+        config = self.model_tester.get_config()
+        config.vocab_size = config.text_config.vocab_size  # where the test looks for it
+        self.model_tester.get_config = lambda: config
 
 
 class FiveTokensTest(CommonTests, unittest.TestCase):

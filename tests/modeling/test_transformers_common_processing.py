@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 from mqt_llava import MQTLlavaProcessor
 from mqt_llava.modeling import processing_mqt_llava
-from mqt_llava.modeling.configuration_mqt_llava import resolve_visual_token_counts
+from mqt_llava.modeling.budget_mqt_llava import resolve_visual_token_counts
 from tests.small_model import NUM_QUERY_TOKENS, make_processor
 from tests.transformers_source import load
 
@@ -30,7 +30,7 @@ class CommonTests(processing_common.ProcessorTesterMixin):
 
     @staticmethod
     def prepare_processor_dict():
-        return {"num_query_tokens": NUM_QUERY_TOKENS, "image_side": 30}
+        return {"num_query_tokens": NUM_QUERY_TOKENS}
 
     def setUp(self):
         """The tests themselves say no budget, so another one than M becomes the default."""

@@ -1,17 +1,25 @@
-"""The vision tower runs the layers whose output is used, and no others."""
+"""The vision tower ends at the layer whose output is used: nothing behind it is built, loaded or run."""
 
 import gc
+import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPVisionModel, Dinov2Config, SiglipVisionModel
+from transformers.utils import logging
 
-from mqt_llava import MQTLlavaForConditionalGeneration
+from mqt_llava import MQTLlavaForConditionalGeneration, MQTLlavaModel
 from tests.small_model import SIGLIP, make_config, make_images, make_model, make_processor
 
 
-@pytest.fixture(params=[{}, SIGLIP], ids=["clip", "siglip"])
-def model(request):
-    return make_model(**request.param)
+TOWERS = {"clip": ({}, CLIPVisionModel), "siglip": (SIGLIP, SiglipVisionModel)}
+
+
+@pytest.fixture(params=TOWERS)
+def tower(request):
+    """What to make the config with, and transformers' class of the whole tower."""
+    return TOWERS[request.param]
 
 
 @pytest.fixture
@@ -19,63 +27,83 @@ def pixel_values():
     return make_processor()(images=make_images(2), text="<image><image>", return_tensors="pt")["pixel_values"]
 
 
-def layers_run(model):
-    """A list that grows by the index of every layer of the tower that runs."""
-    calls = []
-    for i, layer in enumerate(model.model.vision_tower.encoder.layers._modules.values()):
-        layer.register_forward_hook(lambda *args, i=i: calls.append(i))
-    return calls
+def whole_tower(model, tower_class):
+    """A tower of all layers, with the model's weights where it has any."""
+    torch.manual_seed(1)
+    whole = tower_class(model.config.vision_config).eval()
+    missing, unexpected = whole.load_state_dict(model.model.vision_tower.state_dict(), strict=False)
+    assert not unexpected
+    return whole, missing
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("feature_layer", [-1, -2, -3, 1, 2])
-def test_only_the_layers_before_the_features_run(model, pixel_values, feature_layer):
-    calls = layers_run(model)
-    model.config.vision_feature_layer = feature_layer
-    features = model.get_image_features(pixel_values, 4)
+@pytest.mark.parametrize("feature_layer", [-1, -2, -3, 1, 2, 3])
+def test_features_are_those_of_the_whole_tower(tower, pixel_values, feature_layer):
+    settings, tower_class = tower
+    model = make_model(**settings, vision_feature_layer=feature_layer)
+    whole, missing = whole_tower(model, tower_class)
     depth = feature_layer if feature_layer >= 0 else 4 + feature_layer
-    assert calls == list(range(depth))
-    whole = model.get_image_features(pixel_values, 4, output_hidden_states=True)
-    assert calls[depth:] == [0, 1, 2] and len(whole.hidden_states) == 4
-    torch.testing.assert_close(features.last_hidden_state, whole.hidden_states[feature_layer], atol=0, rtol=0)
-    torch.testing.assert_close(features.pooler_output, whole.pooler_output, atol=0, rtol=0)
-    again = model.get_image_features(pixel_values, 4)  # the whole run leaves no trace
-    assert calls[depth + 3 :] == list(range(depth))
-    torch.testing.assert_close(features.pooler_output, again.pooler_output, atol=0, rtol=0)
+    assert len(model.model.vision_tower.encoder.layers) == depth == model.config.vision_feature_depth
+    behind = tuple(f"encoder.layers.{i}." for i in range(depth, 3)) + ("post_layernorm.", "head.")
+    assert missing and all(name.startswith(behind) for name in missing)
+    features = model.get_image_features(pixel_values, 4)
+    expected = whole(pixel_values, output_hidden_states=True).hidden_states[feature_layer]
+    torch.testing.assert_close(features.last_hidden_state, expected, atol=1e-6, rtol=0)
+    assert features.hidden_states is None
+    states = model.get_image_features(pixel_values, 4, output_hidden_states=True).hidden_states
+    assert len(states) == depth + 1
+    torch.testing.assert_close(states[-1], features.last_hidden_state, atol=0, rtol=0)
 
 
 @torch.no_grad()
-def test_another_layer_for_one_call(model, pixel_values):
-    calls = layers_run(model)
-    for feature_layer in (-1, 1, -2):
-        tokens = model.get_image_features(pixel_values, vision_feature_layer=feature_layer).pooler_output
-        hidden_states = model.get_image_features(pixel_values, output_hidden_states=True).hidden_states
-        patches = hidden_states[feature_layer]
-        if model.config.vision_feature_select_strategy == "default":
-            patches = patches[:, 1:]
-        torch.testing.assert_close(torch.stack(tokens), model.model.query_transformer(patches, 16))
-    assert calls == [0, 1, 2, 0, 1, 2, 0, 0, 1, 2, 0, 1, 0, 1, 2]
+@pytest.mark.parametrize("feature_layer", [-2, -1, 1])
+def test_towers_of_other_libraries_stay_whole(pixel_values, feature_layer):
+    """What their last hidden state would be is not known: the hidden state is asked for by its index."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 30, "patch_size": 5}
+    model = make_model(vision_config=Dinov2Config(**shape), vision_feature_layer=feature_layer)
+    assert len(model.model.vision_tower.encoder.layer) == 3
+    outputs = model.model.vision_tower(pixel_values, output_hidden_states=True)
+    features = model.get_image_features(pixel_values, 4)
+    torch.testing.assert_close(features.last_hidden_state, outputs.hidden_states[feature_layer])
+    assert features.hidden_states is None
 
 
-@torch.no_grad()
-def test_siglip_pooling_head_never_runs(pixel_values, tmp_path):
-    """vLLM swaps the Linear inside its `nn.MultiheadAttention`. Its weights stay in the checkpoint."""
-    model = make_model(**SIGLIP)
-    model.model.vision_tower.head.register_forward_hook(lambda *args: pytest.fail("the head ran"))
-    model.get_image_features(pixel_values, output_hidden_states=True)
-    model.save_pretrained(tmp_path)
-    loaded = MQTLlavaForConditionalGeneration.from_pretrained(tmp_path)
-    assert torch.equal(loaded.model.vision_tower.head.probe, model.model.vision_tower.head.probe)
+@pytest.mark.parametrize("model_class", [MQTLlavaForConditionalGeneration, MQTLlavaModel])
+def test_checkpoints_of_the_whole_tower_load_without_a_warning(tower, tmp_path, caplog, model_class):
+    """Older versions saved it, and the converter copies it."""
+    settings, tower_class = tower
+    model = make_model(**settings)
+    expected = model if model_class is MQTLlavaForConditionalGeneration else model.model
+    expected.save_pretrained(tmp_path)
+    whole, missing = whole_tower(model, tower_class)
+    tensors = load_file(tmp_path / "model.safetensors")
+    prefix = "vision_tower." if expected is model.model else "model.vision_tower."
+    more = {prefix + name: whole.state_dict()[name].clone() for name in missing}
+    assert not more.keys() & tensors.keys()
+    save_file(tensors | more, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    logging.enable_propagation()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded, report = model_class.from_pretrained(tmp_path, output_loading_info=True)
+    logging.disable_propagation()
+    assert not report["missing_keys"] and not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert loaded.state_dict().keys() == expected.state_dict().keys()
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in expected.state_dict().items())
 
 
-def test_the_layers_that_do_not_run_stay_in_the_checkpoint(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    loaded, report = MQTLlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, loaded.state_dict()[name]), name
-    assert any("layers.2." in name for name in model.state_dict() if "vision_tower" in name)
-    assert make_config().vision_config.num_hidden_layers == 3
+def test_tensors_that_belong_nowhere_are_still_reported(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    stray = "model.vision_tower.encoder.layers.0.stray"
+    save_file(tensors | {stray: torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    _, report = MQTLlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(report["unexpected_keys"]) == {stray}
+
+
+@pytest.mark.parametrize("feature_layer", [-5, 4, -99])
+def test_a_layer_that_the_tower_has_not_is_refused(feature_layer):
+    with pytest.raises(ValueError, match=rf"from -4 to 3 for a vision tower of 3 layers; got {feature_layer}"):
+        make_config(vision_feature_layer=feature_layer)
 
 
 @torch.no_grad()

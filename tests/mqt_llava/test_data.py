@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mqt_llava import MQTLlavaProcessor
+from mqt_llava import MQTLlavaImageProcessor, MQTLlavaProcessor
 from mqt_llava.conversion.tokenization import load_llama_tokenizer
 from mqt_llava.training.collator import MQTLlavaDataCollator
 from mqt_llava.training.data import (
