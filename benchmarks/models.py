@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from benchmarks.measure import Stopwatch, seconds, synchronize
 from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration
 from mqt_llava.cost import CostModel
+from mqt_llava.modeling.budget_mqt_llava import CACHE_NAME
 
 
 TEXT_TOKENS = 40  # of each prompt: a short question with the system prompt
@@ -108,7 +109,7 @@ def measurements(model, variant: Variant, new_tokens: int, device: torch.device)
     ids = torch.randint(5, 30000, (batch_size, variant.length), device=device)
     ids[:, 1 : 1 + m] = IMAGE_TOKEN
     mask = torch.ones_like(ids)
-    cache = {"past_key_values": static_cache(model, batch_size)} if variant.compiled else {}
+    cache = {CACHE_NAME: static_cache(model, batch_size)} if variant.compiled else {}
 
     def run(function):
         own, shared = model.config, inner.language_model.config
@@ -117,7 +118,7 @@ def measurements(model, variant: Variant, new_tokens: int, device: torch.device)
         for part, compiled_call in compiled_parts(model).items():
             part._compiled_call_impl = compiled_call if variant.compiled else None
         if variant.compiled:
-            cache["past_key_values"].reset()
+            cache[CACHE_NAME].reset()
         with torch.no_grad():
             return function()
 
@@ -147,7 +148,7 @@ def measurements(model, variant: Variant, new_tokens: int, device: torch.device)
     merge = partial(inner, input_ids=ids, attention_mask=mask, mm_encoder_outputs={"image": images})
     language_output = BaseModelOutputWithPast(last_hidden_state=embeds)
     prefill = partial(model, inputs_embeds=embeds, attention_mask=mask, use_cache=True, logits_to_keep=1)
-    past = run(prefill).past_key_values
+    past = run(prefill)[CACHE_NAME]
 
     def replaced(module, output, function):
         with mock.patch.object(module, "forward", return_value=output):
@@ -158,7 +159,7 @@ def measurements(model, variant: Variant, new_tokens: int, device: torch.device)
         "connector": partial(connector, patches, *([m] if is_mqt else [])),
         "merge": partial(replaced, inner.language_model, language_output, merge),
         "prefill": prefill,
-        "decode step": partial(model, input_ids=ids[:, -1:], past_key_values=past),  # which grows by one each time
+        "decode step": partial(model, input_ids=ids[:, -1:], **{CACHE_NAME: past}),  # which grows by one each time
     }
     timed |= {name: partial(run, partial(seconds, function, device)) for name, function in parts.items()}
     return timed, remembered | {"prefill peak": partial(run, prefill)}

@@ -2,12 +2,19 @@
 integer per image. A prompt carries its counts as runs of placeholders; [`rebudget`] writes it anew for other ones."""
 
 from collections.abc import Iterable
+from dataclasses import fields
 from numbers import Integral
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+
+
+# What the installed transformers calls keys and values: `past_key_values` before 5.24, `cache` since
+CACHE_NAME = next(
+    field.name for field in fields(BaseModelOutputWithPast) if field.name in ("cache", "past_key_values")
+)
 
 
 def resolve_visual_token_counts(num_visual_tokens, num_images: int, num_query_tokens: int) -> list[int]:
@@ -259,4 +266,11 @@ def check_cache(cache, inputs: dict) -> int:
     return cache_length
 
 
-__all__ = ["check_cache", "count_visual_tokens", "first_visual_tokens", "rebudget", "resolve_visual_token_counts"]
+__all__ = [
+    "CACHE_NAME",
+    "check_cache",
+    "count_visual_tokens",
+    "first_visual_tokens",
+    "rebudget",
+    "resolve_visual_token_counts",
+]

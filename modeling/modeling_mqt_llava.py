@@ -1,6 +1,7 @@
 """PyTorch MQT-LLaVA model"""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
@@ -13,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .budget_mqt_llava import check_cache, count_visual_tokens, rebudget, resolve_visual_token_counts
+from .budget_mqt_llava import CACHE_NAME, check_cache, count_visual_tokens, rebudget, resolve_visual_token_counts
 from .configuration_mqt_llava import MQTLlavaConfig
 
 
@@ -26,7 +27,7 @@ class ImageOutputs:
         return None if self.image_outputs is None else torch.cat(list(self.image_outputs.pooler_output))
 
 
-# How these name the cache is the installed transformers' matter: `past_key_values` up to 5.23, `cache` since 5.24
+# The names of what they inherit, the cache's among them, are those of the installed transformers
 @dataclass
 class MQTLlavaModelOutputWithPast(ImageOutputs, BaseModelOutputWithPast):
     r"""
@@ -218,8 +219,9 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
         vLLM, which swaps the Linear inside its `nn.MultiheadAttention`.)
         """
         tower, depth = self.vision_tower, self.config.vision_feature_depth
-        unused = [rf"encoder\.layers\.{index}\." for index in range(depth, len(tower.encoder.layers))]
-        self._keys_to_ignore_on_load_unexpected = [rf"vision_tower\.({'|'.join([*unused, 'post_layernorm', 'head'])})"]
+        unused = [f"encoder.layers.{index}." for index in range(depth, len(tower.encoder.layers))]
+        unused = [re.escape(name) for name in (*unused, "post_layernorm.", "head.")]
+        self._keys_to_ignore_on_load_unexpected = [rf"vision_tower\.({'|'.join(unused)})"]
         tower.encoder.layers = tower.encoder.layers[:depth]
         tower.post_layernorm = nn.Identity()
         if hasattr(tower, "head"):
@@ -490,7 +492,7 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         if inputs is not None:
             kwargs["input_ids"] = inputs
         input_ids = kwargs.get("input_ids")
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        cache = kwargs.get(CACHE_NAME, kwargs.get("past_key_values"))
         num_cached = check_cache(cache, kwargs)
         if num_visual_tokens is not None:
             kwargs = rebudget(kwargs, num_visual_tokens, self.config, "left", num_cached)
@@ -507,7 +509,7 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         sequences = torch.cat([own_prompt, sequences[:, prompt.shape[1] :]], dim=1)
         if not is_tensor:
             outputs.sequences = sequences
-            cache = outputs.get("cache" if "cache" in outputs else "past_key_values")
+            cache = outputs.get(CACHE_NAME)
         if cache is not None:
             cache.is_of_other_input_ids = True
         return sequences if is_tensor else outputs

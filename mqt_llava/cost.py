@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .modeling.budget_mqt_llava import resolve_visual_token_counts
+from .modeling.budget_mqt_llava import CACHE_NAME, resolve_visual_token_counts
 from .modeling.configuration_mqt_llava import MQTLlavaConfig
 from .modeling.modeling_mqt_llava import MQTLlavaForConditionalGeneration
 from .speed import DeviceSpeed, measure_device, resolve_dtype
@@ -129,7 +129,7 @@ class CostModel:
             flops.append(counter.get_total_flops())
         self.flops_per_pair = (flops[1] - 2 * flops[0]) // 2
         self.flops_per_token = flops[0] - self.flops_per_pair
-        cache = [tensor for layer in outputs.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        cache = [tensor for layer in outputs[CACHE_NAME].layers for tensor in (layer.keys, layer.values)]
         self.cache_elements_per_token = sum(tensor.numel() for tensor in cache) // length
         self.vision_width = activation_width(parts.vision_tower, vision.hidden_size)
         self.text_width = activation_width(parts.language_model, text.hidden_size)

@@ -5,6 +5,8 @@ import copy
 import torch
 from transformers import DynamicCache
 
+from .modeling.budget_mqt_llava import CACHE_NAME
+
 
 class PrefixCache:
     """Keys and values of the beginning that prompts share, computed once and reused in every call of `generate`.
@@ -44,7 +46,7 @@ class PrefixCache:
             raise ValueError(f"the prompts have no beginning in common: {samples[0]!r} and {samples[1]!r}")
         self.input_ids = torch.tensor(ids[0][:shared], device=model.device)
         self.cache = DynamicCache(config=model.config.get_text_config())
-        model(input_ids=self.input_ids[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=self.input_ids[None], use_cache=True, logits_to_keep=1, **{CACHE_NAME: self.cache})
 
     def __len__(self) -> int:
         """How many tokens are shared."""
@@ -58,7 +60,7 @@ class PrefixCache:
             num_sequences (`int`, *optional*, defaults to 1): `num_beams` or `num_return_sequences` of `generate`.
 
         Returns:
-            `dict`: the inputs for `generate`, with a copy of the cache as `past_key_values`.
+            `dict`: the inputs for `generate`, with a copy of the cache under the name that the installed transformers has for it.
 
         Raises:
             `ValueError`: for a prompt that does not begin with the shared tokens, or has nothing after them.
@@ -82,7 +84,7 @@ class PrefixCache:
             )
         cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(batch_size * num_sequences)
-        return {**inputs, "input_ids": input_ids, "attention_mask": mask, "past_key_values": cache}
+        return {**inputs, "input_ids": input_ids, "attention_mask": mask, CACHE_NAME: cache}
 
 
 def _as_prompt(processor, content) -> str:

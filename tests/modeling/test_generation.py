@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from mqt_llava import MQTLlavaForConditionalGeneration
+from mqt_llava.modeling.budget_mqt_llava import CACHE_NAME
 from tests.small_model import NUM_QUERY_TOKENS, make_images, make_model, make_processor
 
 
@@ -104,7 +105,7 @@ def test_static_cache_is_as_good_as_a_dynamic_one(model, m, num_beams):
     settings |= {"return_dict_in_generate": True, "output_logits": True}
     dynamic = model.generate(**inputs, **settings)
     static = model.generate(**inputs, **settings, cache_implementation="static")
-    assert isinstance(static.past_key_values, StaticCache) and isinstance(dynamic.past_key_values, DynamicCache)
+    assert isinstance(static[CACHE_NAME], StaticCache) and isinstance(dynamic[CACHE_NAME], DynamicCache)
     assert static.sequences.tolist() == dynamic.sequences.tolist()
     torch.testing.assert_close(torch.stack(static.logits), torch.stack(dynamic.logits), atol=1e-4, rtol=0)
 
@@ -140,11 +141,6 @@ def tokens(processor, text, batch_size, num_placeholders=0):
     return torch.tensor([ids["input_ids"]] * batch_size)
 
 
-def cache_of(outputs):
-    """`outputs.cache` since transformers 5.24."""
-    return outputs["cache" if "cache" in outputs.keys() else "past_key_values"]  # noqa: SIM118
-
-
 def second_prompt(first, sequences, second_turn):
     """The whole conversation: the first turn, its answer, and what the user says next."""
     input_ids = torch.cat([sequences, second_turn], dim=1)
@@ -159,6 +155,26 @@ def assert_same_turn(continued, scratch):
     torch.testing.assert_close(torch.stack(continued.logits), torch.stack(scratch.logits), atol=1e-4, rtol=0)
 
 
+@pytest.mark.skipif(CACHE_NAME != "cache", reason="this transformers has one name for the cache")
+def test_old_name_of_the_cache(model):
+    """Since transformers 5.24 it is deprecated, and goes on working as for transformers' own models."""
+    inputs = prepare([2], m=4)
+    config = model.config.get_text_config()
+    for call in (model, model.model):
+        with torch.no_grad():
+            expected = call(**inputs, cache=DynamicCache(config=config))
+            with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"):
+                outputs = call(**inputs, past_key_values=DynamicCache(config=config))
+        torch.testing.assert_close(outputs[0], expected[0])
+        assert outputs.past_key_values is outputs.cache and outputs["past_key_values"] is outputs.cache
+        assert outputs.cache.get_seq_length() == expected.cache.get_seq_length() > 0
+    old, new = DynamicCache(config=config), DynamicCache(config=config)
+    with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"):
+        answer = model.generate(**inputs, **FIXED, past_key_values=old, num_visual_tokens=3)
+    assert answer.tolist() == model.generate(**inputs, **FIXED, cache=new, num_visual_tokens=3).tolist()
+    assert old.get_seq_length() == new.get_seq_length() > 0
+
+
 @pytest.mark.parametrize("m", BUDGETS)
 @pytest.mark.parametrize("passed", ["whole", "new tokens", "static"])
 def test_second_turn_from_the_cache(model, processor, m, passed):
@@ -167,13 +183,13 @@ def test_second_turn_from_the_cache(model, processor, m, passed):
     first = prepare(rows, m=m)
     images = {name: first[name] for name in ("pixel_values", "visual_token_counts")}
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=120) if passed == "static" else None
-    answer = model.generate(**first, **FIXED, **WITH_LOGITS, past_key_values=cache)
+    answer = model.generate(**first, **FIXED, **WITH_LOGITS, **{CACHE_NAME: cache})
     prompt = second_prompt(first, answer.sequences, tokens(processor, "USER: and now?", len(rows)))
     scratch = model.generate(**prompt, **images, **FIXED, **WITH_LOGITS)
-    cache, counter = cache_of(answer), CountVision(model)
+    cache, counter = answer[CACHE_NAME], CountVision(model)
     if passed == "new tokens":
         prompt["input_ids"] = prompt["input_ids"][:, cache.get_seq_length() :]
-    continued = model.generate(**prompt, **FIXED, **WITH_LOGITS, past_key_values=cache)
+    continued = model.generate(**prompt, **FIXED, **WITH_LOGITS, **{CACHE_NAME: cache})
     assert_same_turn(continued, scratch)
     assert counter.images == 0
 
@@ -186,7 +202,7 @@ def test_second_turn_with_a_new_image(model, processor, m, passed, rebudget):
     first = prepare([0, 2], m=5)
     new_pixels = -first["pixel_values"][[0, 2]]
     answer = model.generate(**first, **FIXED, **WITH_LOGITS)
-    cache = cache_of(answer)
+    cache = answer[CACHE_NAME]
     scratch = model.generate(
         **second_prompt(first, answer.sequences, tokens(processor, "USER: <image> and now?", 2, m)),
         pixel_values=torch.cat([first["pixel_values"], new_pixels])[[0, 1, 4, 2, 3, 5]],  # images go row by row
@@ -208,7 +224,7 @@ def test_second_turn_with_a_new_image(model, processor, m, passed, rebudget):
         prompt["visual_token_counts"] = torch.tensor([prepared_m] * 2)
     counter = CountVision(model)
     settings = FIXED | WITH_LOGITS | ({"num_visual_tokens": m} if rebudget else {})
-    continued = model.generate(**prompt, **settings, past_key_values=cache)
+    continued = model.generate(**prompt, **settings, **{CACHE_NAME: cache})
     assert_same_turn(continued, scratch)
     assert continued.sequences[:, : prompt["input_ids"].shape[1]].tolist() == prompt["input_ids"].tolist()
     assert counter.images == (0 if passed == "features" else 2)
@@ -229,7 +245,7 @@ def test_new_image_in_some_rows_alone(model, processor):
     prompt = second_prompt(first, answer.sequences, second_turn(9))
     settings = {**FIXED, **WITH_LOGITS, "num_visual_tokens": m}
     continued = model.generate(
-        **prompt, **settings, pixel_values=new_pixels, past_key_values=copy.deepcopy(cache_of(answer))
+        **prompt, **settings, pixel_values=new_pixels, **{CACHE_NAME: copy.deepcopy(answer[CACHE_NAME])}
     )
     for row in range(2):
         alone = {name: value[row : row + 1] for name, value in prompt.items()}
@@ -252,7 +268,7 @@ def test_first_image_in_the_second_turn(model, processor, image):
     answer = model.generate(**first, **FIXED, **WITH_LOGITS)
     prompt = second_prompt(first, answer.sequences, tokens(processor, "USER: <image> and now?", 1, 5))
     scratch = model.generate(**prompt, **pixels, **FIXED, **WITH_LOGITS)
-    continued = model.generate(**prompt, **pixels, **FIXED, **WITH_LOGITS, past_key_values=cache_of(answer))
+    continued = model.generate(**prompt, **pixels, **FIXED, **WITH_LOGITS, **{CACHE_NAME: answer[CACHE_NAME]})
     assert_same_turn(continued, scratch)
 
 
@@ -263,7 +279,7 @@ def test_second_turn_of_padded_rows(model, processor):
     answer = model.generate(**first, **FIXED, **WITH_LOGITS)
     prompt = second_prompt(first, answer.sequences, tokens(processor, "USER: and now?", len(ROWS)))
     scratch = model.generate(**prompt, **images, **FIXED, **WITH_LOGITS)
-    continued = model.generate(**prompt, **FIXED, **WITH_LOGITS, past_key_values=cache_of(answer))
+    continued = model.generate(**prompt, **FIXED, **WITH_LOGITS, **{CACHE_NAME: answer[CACHE_NAME]})
     assert_same_turn(continued, scratch)
 
 
@@ -279,14 +295,14 @@ def test_cached_images_keep_their_visual_tokens(model, processor):
 
     answer = model.generate(**first, **FIXED, **WITH_LOGITS, num_visual_tokens=4)
     assert answer.sequences[:, -6:].tolist() == scratch_answer[:, -6:].tolist()
-    cache = cache_of(answer)
+    cache = answer[CACHE_NAME]
     whole = second_prompt(first, answer.sequences, turn)
     for settings in ({}, {"num_visual_tokens": 4}):
         with pytest.raises(ValueError, match="those of cached images cannot be changed"):
-            model.generate(**whole, **settings, past_key_values=cache, max_new_tokens=2)
+            model.generate(**whole, **settings, **{CACHE_NAME: cache}, max_new_tokens=2)
     new = torch.cat([answer.sequences[:, -1:], turn], dim=1)
     mask = torch.ones(1, cache.get_seq_length() + new.shape[1], dtype=torch.long)
-    continued = model.generate(new, attention_mask=mask, **FIXED, **WITH_LOGITS, past_key_values=cache)
+    continued = model.generate(new, attention_mask=mask, **FIXED, **WITH_LOGITS, **{CACHE_NAME: cache})
     assert_same_turn(continued, scratch)
 
 
@@ -297,7 +313,7 @@ def test_images_that_the_cache_holds_are_not_passed_again(model, processor):
     prompt = second_prompt(first, answer.sequences, tokens(processor, "USER: and now?", 2))
     for passed in (images, {"pixel_values": images["pixel_values"]}, images | {"num_visual_tokens": 5}):
         with pytest.raises(ValueError, match="do not match"):
-            model.generate(**prompt, **passed, max_new_tokens=2, past_key_values=cache_of(answer))
+            model.generate(**prompt, **passed, max_new_tokens=2, **{CACHE_NAME: answer[CACHE_NAME]})
 
 
 @pytest.mark.parametrize("m", [None, 4])
@@ -305,9 +321,9 @@ def test_a_cache_that_holds_the_prompt_is_refused(model, m):
     """Its positions would be taken for those of the prompt, and the answer would be wrong."""
     inputs = prepare([2], m=5)
     cache = DynamicCache(config=model.config.get_text_config())
-    model.generate(**inputs, past_key_values=cache, max_new_tokens=3)
+    model.generate(**inputs, **{CACHE_NAME: cache}, max_new_tokens=3)
     with pytest.raises(ValueError, match="nothing to go on with"):
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=3, num_visual_tokens=m)
+        model.generate(**inputs, **{CACHE_NAME: cache}, max_new_tokens=3, num_visual_tokens=m)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +332,7 @@ def test_a_cache_that_holds_the_prompt_is_refused(model, m):
 def test_what_transformers_gets_wrong_with_a_filled_cache_is_refused(model, wrong):
     first = model.generate(**prepare([3], m=5), max_new_tokens=3, return_dict_in_generate=True)
     with pytest.raises(ValueError, match=f"cannot go on from a cache with {next(iter(wrong))}"):
-        model.generate(first.sequences, past_key_values=cache_of(first), max_new_tokens=3, **wrong)
+        model.generate(first.sequences, **{CACHE_NAME: first[CACHE_NAME]}, max_new_tokens=3, **wrong)
 
 
 # Beams, samples, the vision tower -------------------------------------------------------------------------------------
@@ -763,7 +779,7 @@ def test_one_graph_decodes_prompts_of_any_length_with_any_budget(model, processo
         options = {"num_visual_tokens": m, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
         expected = model.generate(**inputs, **options)
         cache.reset()
-        sequences = model.generate(**inputs, **options, past_key_values=cache, compile_config=compile_config)
+        sequences = model.generate(**inputs, **options, **{CACHE_NAME: cache}, compile_config=compile_config)
         assert sequences.tolist() == expected.tolist()
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
@@ -794,7 +810,7 @@ def test_compiled_parts_prefill_prompts_of_any_length_with_any_budget(model, pro
     num_graphs = []
     for row, settings, sequences in zip(inputs, options, expected):
         cache.reset()
-        answer = model.generate(**row, **settings, past_key_values=cache, compile_config=compile_config)
+        answer = model.generate(**row, **settings, **{CACHE_NAME: cache}, compile_config=compile_config)
         assert answer.tolist() == sequences
         num_graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert num_graphs[0] >= 4  # tower, query transformer, prefill, decoding

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from benchmarks.measure import peak_memory
 from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration, cli
 from mqt_llava.cost import CostModel, DeviceSpeed, measure_device, num_visual_tokens_for
+from mqt_llava.modeling.budget_mqt_llava import CACHE_NAME
 from tests.mqt_llava.test_cli import restore_global_settings  # noqa: F401  the command silences transformers
 from tests.small_model import NUM_QUERY_TOKENS, make_config
 
@@ -88,9 +89,9 @@ def test_agrees_with_a_real_run(tower, text):
     inputs = {"input_ids": ids, "pixel_values": torch.randn(6, 3, 30, 30), "logits_to_keep": 1}
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as prefill:
-            cache = model(**inputs, use_cache=True).past_key_values
+            cache = model(**inputs, use_cache=True)[CACHE_NAME]
         with FlopCounterMode(display=False) as decode:
-            model(input_ids=ids[:, -1:], past_key_values=cache)
+            model(input_ids=ids[:, -1:], **{CACHE_NAME: cache})
     cost = CostModel(config)(6, num_text_tokens=10, num_images=2, batch_size=3, num_new_tokens=2, dtype="float32")
 
     assert sum(cost.prefill_flops.values()) == prefill.get_total_flops()
