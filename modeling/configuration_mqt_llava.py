@@ -2,6 +2,19 @@
 
 import math
 
+import transformers
+
+
+__version__ = "0.2.0"  # of this code and of the package mqt-llava
+OLDEST_TRANSFORMERS = "5.19.0"
+
+# The other files import this one first: what comes next is not in older releases, and the error would name that alone
+if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, OLDEST_TRANSFORMERS.split(".")[:2])):
+    raise ImportError(
+        f"MQT-LLaVA {__version__} needs transformers {OLDEST_TRANSFORMERS} or newer, and this is {transformers.__version__}: "
+        f"pip install -U 'transformers>={OLDEST_TRANSFORMERS}'"
+    )
+
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 

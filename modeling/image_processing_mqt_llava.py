@@ -1,5 +1,9 @@
 """Image processor class for MQT-LLaVA"""
 
+# isort: off
+from .configuration_mqt_llava import OLDEST_TRANSFORMERS  # noqa: F401  before all others: it says so where transformers is too old
+# isort: on
+
 import base64
 import binascii
 import io

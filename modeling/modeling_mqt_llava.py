@@ -1,5 +1,9 @@
 """PyTorch MQT-LLaVA model"""
 
+# isort: off
+from .configuration_mqt_llava import MQTLlavaConfig  # before all others: it says so where transformers is too old
+# isort: on
+
 import math
 import re
 from collections.abc import Callable
@@ -15,7 +19,6 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .budget_mqt_llava import CACHE_NAME, check_cache, count_visual_tokens, rebudget, resolve_visual_token_counts
-from .configuration_mqt_llava import MQTLlavaConfig
 
 
 class ImageOutputs:

@@ -1,5 +1,9 @@
 """Processor class for MQT-LLaVA"""
 
+# isort: off
+from .configuration_mqt_llava import AUTO_MAP  # before all others: it says so where transformers is too old
+# isort: on
+
 # No `from __future__ import annotations` here: vLLM reads the annotation of `__call__` to learn which keyword arguments a
 # request may set.
 from transformers import BatchFeature
@@ -8,7 +12,6 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 
 from .budget_mqt_llava import resolve_visual_token_counts
-from .configuration_mqt_llava import AUTO_MAP
 from .image_processing_mqt_llava import MQTLlavaImageProcessor, MQTLlavaImageProcessorKwargs
 
 

@@ -15,14 +15,12 @@ from transformers import (
     AutoProcessor,
 )
 
-from .modeling.configuration_mqt_llava import MQTLlavaConfig
+from .modeling.configuration_mqt_llava import MQTLlavaConfig, __version__
 from .modeling.image_processing_mqt_llava import MQTLlavaImageProcessor
 from .modeling.modeling_mqt_llava import MQTLlavaForConditionalGeneration, MQTLlavaModel
 from .modeling.processing_mqt_llava import MQTLlavaProcessor
 from .prefix_cache import PrefixCache
 
-
-__version__ = "0.1.0"
 
 TINY_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "mqt-llava-tiny")  # the one that the package ships
 
@@ -35,6 +33,7 @@ AutoImageProcessor.register(MQTLlavaConfig, image_processor_classes={"pil": MQTL
 AutoProcessor.register(MQTLlavaConfig, MQTLlavaProcessor)
 
 __all__ = [
+    "__version__",
     "MQTLlavaConfig",
     "MQTLlavaForConditionalGeneration",
     "MQTLlavaImageProcessor",

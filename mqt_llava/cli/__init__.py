@@ -14,6 +14,7 @@ from .errors import UsageError, print_error
 from .finetune import finetune
 from .serve import serve
 from .train import train
+from .update import update
 
 
 class OneLineErrors(TyperGroup):
@@ -35,6 +36,7 @@ app.command()(ask)
 app.command()(finetune)
 app.command()(convert)
 app.command()(cost)
+app.command()(update)
 for handed_on in (serve, train):
     settings = {"allow_extra_args": True, "ignore_unknown_options": True}
     app.command(add_help_option=False, context_settings=settings)(handed_on)
