@@ -1,12 +1,15 @@
 """A conversation about images, answered token by token."""
 
+import contextlib
 import time
 
+from ..modeling.budget_mqt_llava import CACHE_NAME
 from .errors import UsageError
 
 
 class Conversation:
-    """Questions about the same images: each is asked with all turns before it, the images are encoded once.
+    """Questions about the same images: each is asked with all turns before it. The images are encoded once, and what the
+    conversation has in common with the question before is not computed again.
 
     Args:
         processor, model: as the Auto classes load them.
@@ -23,6 +26,10 @@ class Conversation:
         self.max_new_tokens = max_new_tokens
         self.messages = []
         self.image_features = None
+        self.cache, self.cached_ids = (
+            None,
+            None,
+        )  # keys and values, and the ids of shape `(1, length)` that they are of
 
     def prepare(self, question: str):
         """The messages up to the question, and the model's inputs for them."""
@@ -66,16 +73,22 @@ class Conversation:
                 self.image_features = self.model.get_image_features(
                     inputs["pixel_values"], inputs["visual_token_counts"]
                 )
-        length = inputs["input_ids"].shape[1]
-        self.model.generate(
-            input_ids=inputs["input_ids"],
+        input_ids = inputs["input_ids"]
+        length = input_ids.shape[1]
+        cache, num_cached = self.cache_for(input_ids)
+        self.cache = None  # not to be gone on from, should this be interrupted
+        has_images = bool((input_ids[:, num_cached:] == self.processor.image_token_id).any())
+        sequences = self.model.generate(
+            input_ids=input_ids,
             attention_mask=inputs["attention_mask"],
-            mm_encoder_outputs={"image": self.image_features},
+            **({"mm_encoder_outputs": {"image": self.image_features}} if has_images else {}),
+            **{CACHE_NAME: cache},
             max_new_tokens=min(self.max_new_tokens, self.context_length() - length),
             do_sample=False,
             num_beams=1,  # more cannot stream
             streamer=streamer,
         )
+        self.cache, self.cached_ids = cache, sequences[:, : cache.get_seq_length()]
         seconds = time.perf_counter() - start
 
         # a token that spells the placeholder would stand for an image in the next prompt
@@ -88,6 +101,22 @@ class Conversation:
             "new_tokens": len(streamer.ids),
             "seconds": round(seconds, 4),
         }
+
+    def cache_for(self, input_ids):
+        """A cache to go on from with this prompt, and how many of its positions it holds."""
+        from transformers import DynamicCache
+
+        if self.cache is not None:
+            shorter = min(self.cached_ids.shape[1], input_ids.shape[1] - 1)  # one token at least is to be computed
+            same = self.cached_ids[0, :shorter] == input_ids[0, :shorter]
+            num_common = int(same.cumprod(0).sum())
+            is_image = input_ids[0] == self.processor.image_token_id
+            with contextlib.suppress(RuntimeError, ValueError):  # a cache of a sliding window cannot go back
+                if not is_image[num_common:].any():
+                    if num_common < self.cached_ids.shape[1]:
+                        self.cache.crop(num_common - self.cached_ids.shape[1])
+                    return self.cache, num_common
+        return DynamicCache(config=self.model.config.get_text_config()), 0
 
     def count_flops(self, question: str) -> int:
         """Floating point operations of one forward pass over images and prompt: what precedes the first token."""

@@ -283,6 +283,39 @@ def test_chat_encodes_the_images_once(ask, files):
     assert batches == [2]
 
 
+def test_chat_computes_what_is_new_alone(ask, files):
+    """The second question prefills itself and the last token of the answer before it, not the conversation again."""
+    prefills = []
+
+    def record(module, args, kwargs, output):
+        if type(module).__name__ == "LlamaModel" and kwargs["inputs_embeds"].shape[1] > 1:
+            prefills.append(kwargs["inputs_embeds"].shape[1])
+
+    hook = torch.nn.modules.module.register_module_forward_hook(record, with_kwargs=True)
+    questions = "List everything.\nIs there a cat?\nWhat colour is the background?"
+    result = ask("examples/scene.png", "--json", stdin=questions, model=None)
+    hook.remove()
+    lengths = [json.loads(line)["prompt_tokens"] for line in result.stdout.splitlines()]
+    answers = [json.loads(line)["new_tokens"] for line in result.stdout.splitlines()]
+    assert prefills[0] == lengths[0]
+    for turn in (1, 2):
+        assert prefills[turn] == lengths[turn] - (lengths[turn - 1] + answers[turn - 1] - 1)
+
+
+def test_chat_goes_back_where_the_answer_reads_otherwise(ask, files, monkeypatch):
+    """What is remembered of an answer may be tokenized in another way than it was generated."""
+    put = conversation.AnswerStreamer.put
+
+    def shorten(self, ids):
+        put(self, ids)
+        self.text = self.text[:2]
+
+    monkeypatch.setattr(conversation.AnswerStreamer, "put", shorten)
+    result = ask(files[0], "--json", stdin="What?\nWhy?")
+    first, second = (json.loads(line)["answer"] for line in result.stdout.splitlines())
+    assert second == expected_answer(make_images(1), ["What?", first, "Why?"], NUM_QUERY_TOKENS)[:2]
+
+
 def test_answer_that_spells_the_placeholder_does_not_end_the_chat(ask, files, monkeypatch):
     put = conversation.AnswerStreamer.put
 
