@@ -87,7 +87,7 @@ def benchmark(preset: dict) -> tuple[list[dict], str]:
     """The rows of the table, in seconds and bytes, and the setting in words."""
     device, dtype = torch.device(preset["device"]), resolve_dtype(preset["dtype"])
     ways = [WAYS[name] for name in preset.get("ways", ["sdpa"])]
-    chosen = variants(preset["batch_sizes"], preset["budgets"], ways)
+    chosen = variants(preset["batch_sizes"], preset["num_visual_tokens"], ways)
     costs = CostModel(configs(preset)[1])
     full_flops = llava_flops(preset, costs)
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -185,7 +185,7 @@ def main():
     parser.add_argument("--new_tokens", type=int, help="decoded behind the first one; default: the preset's")
     parser.add_argument("--ways", nargs="+", choices=WAYS, help="default: the preset's")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--budgets", type=int, nargs="+", default=[256, 144, 64, 36, 16, 4, 1])
+    parser.add_argument("--num_visual_tokens", type=int, nargs="+", default=[256, 144, 64, 36, 16, 4, 1])
     parser.add_argument("--output_dir", type=Path, help="where to write table, CSV and figure")
     parser.add_argument("--name", help="of these files, behind `generation_`; default: the preset's")
     arguments = parser.parse_args()

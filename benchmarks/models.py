@@ -56,14 +56,14 @@ class Variant:
         return self.num_text_tokens + self.num_visual_tokens
 
 
-def variants(batch_sizes: list[int], budgets: list[int], ways: list[dict]) -> list[Variant]:
+def variants(batch_sizes: list[int], num_visual_tokens: list[int], ways: list[dict]) -> list[Variant]:
     rows = []
     for way in ways:
         for batch_size in batch_sizes:
             rows.append(Variant("LLaVA-1.5", batch_size, LLAVA_TOKENS, **way))
             # text up to the length of LLaVA's prompt: what is left are the models' own ways
             rows.append(Variant("MQT", batch_size, 256, TEXT_TOKENS + LLAVA_TOKENS - 256, **way))
-            rows += [Variant("MQT", batch_size, m, **way) for m in budgets]
+            rows += [Variant("MQT", batch_size, m, **way) for m in num_visual_tokens]
     return rows
 
 

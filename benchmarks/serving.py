@@ -43,7 +43,7 @@ from tests.serving.test_server import as_url, content
 
 
 CLIENTS = 16
-BUDGETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+NUM_VISUAL_TOKENS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 VISION = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 6}
 TEXT = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
 REQUESTS, WARMUPS = 64, 16
@@ -76,7 +76,7 @@ def load(folder: Path, seconds: float) -> list[str]:
         scene.crop(box).save(folder / f"{number}.png")
         paths.append(str(folder / f"{number}.png"))
     questions = ["List everything.", "What colour is the background?", "How many things are there?"]
-    cases = [([path], question, m) for path in paths for question in questions for m in BUDGETS]
+    cases = [([path], question, m) for path in paths for question in questions for m in NUM_VISUAL_TOKENS]
     cases += [([], question, None) for question in ["Hello.", "What is a dog?", "Name a colour.", *questions]]
     samples = [
         {
@@ -227,7 +227,7 @@ def speed(folder: Path) -> list[str]:
         ("LLaVA", "llava", ["--model-impl", "transformers"], [None]),
         ("MQT-LLaVA", "mqt", ["--trust-request-mm-kwargs"], [256, 64, 16, 4]),
     ]
-    for name, model, options, budgets in served:
+    for name, model, options, num_visual_tokens in served:
         options = [
             *options,
             "--dtype",
@@ -241,7 +241,7 @@ def speed(folder: Path) -> list[str]:
         started = time.perf_counter()
         with server(folder / model, *options, environment={"OMP_NUM_THREADS": "2"}) as (address, pid):
             startup = time.perf_counter() - started
-            for m in budgets:
+            for m in num_visual_tokens:
                 result = bench_serve(address, folder / model, m)
                 lines.append(
                     f"| {name} | {m or 576} | {result['request_throughput']:.2f} | {result['p50_e2el_ms'] / 1e3:.2f} s | "

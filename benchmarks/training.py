@@ -5,8 +5,9 @@
 Both models share one language model with random weights, and have the same vision tower, dtype, attention and machine. A
 step is forward, backward and AdamW under autocast to bfloat16, as `Trainer` makes it. `full` is the paper's stage 2: the
 language model trains, and the query transformer or LLaVA's projector. `lora` and `qlora` are adapters on the language
-model. m = 129 is the mean of the paper's draw from {2, 4, ..., 256}. The presets are those of `benchmarks.generation`:
-`7b` is for a GPU, without one its rows are written as not measured; `tiny` takes seconds and is for the tests.
+model. m = 129 is the mean of {2, 4, ..., 256}, from which the paper draws it. The presets are those of
+`benchmarks.generation`: `7b` is for a GPU, without one its rows are written as not measured; `tiny` takes seconds and
+is for the tests.
 """
 
 import argparse
@@ -117,7 +118,7 @@ def benchmark(preset: dict) -> tuple[list[dict], str]:
         checkpointing = "with" if preset["gradient_checkpointing"] else "without"
         setting = f"{machine(device)}, {preset['dtype']}, {checkpointing} gradient checkpointing, "
         setting += f"medians of {preset['repeats']} rounds"
-    variants = [("LLaVA-1.5", LLAVA_TOKENS), *(("MQT", m) for m in preset["budgets"])]
+    variants = [("LLaVA-1.5", LLAVA_TOKENS), *(("MQT", m) for m in preset["num_visual_tokens"])]
     rows = []
     for way in preset["ways"]:
         times, peaks = measure(preset, way, variants, device, dtype) if measured else ({}, {})
@@ -141,7 +142,7 @@ def main():
     parser.add_argument("--repeats", type=int, help="rounds whose median is taken; default: the preset's")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--text_tokens", type=int, default=TEXT_TOKENS)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[256, 129, 64, 16, 1])
+    parser.add_argument("--num_visual_tokens", type=int, nargs="+", default=[256, 129, 64, 16, 1])
     parser.add_argument("--gradient_checkpointing", action="store_true", help="always so at 7b")
     parser.add_argument("--output_dir", type=Path, help="where to write table and CSV, named after the preset")
     arguments = parser.parse_args()

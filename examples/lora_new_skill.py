@@ -41,8 +41,11 @@ NEW_OBJECTS = {
 }  # fmt: skip
 NEW_KINDS = tuple(NEW_OBJECTS)
 NEW_SEED = 7_000_000  # scenes of the training data have others, and evaluation too
-BUDGETS = (1, 4, 16, 64)
-DRAWS = {"elastic": [1, 1, 1, 2, 4, 4, 4, 8, 16, 16, 32, 64, 64, 64], **{f"m = {m}": m for m in BUDGETS}}
+NUM_VISUAL_TOKENS = (1, 4, 16, 64)
+DISTRIBUTIONS = {
+    "elastic": [1, 1, 1, 2, 4, 4, 4, 8, 16, 16, 32, 64, 64, 64],
+    **{f"m = {m}": m for m in NUM_VISUAL_TOKENS},
+}
 scenes.OBJECTS.update(NEW_OBJECTS)  # drawn like the others, but `make_scene` does not know them
 scenes.PLURALS["cherry"] = "cherries"
 
@@ -109,11 +112,11 @@ def accuracy(model, processor, samples):
     """`{m: percentage}` of exact answers. Each process asks its share of the questions."""
     state = PartialState()
     share = samples[state.process_index :: state.num_processes]
-    return {m: 100 * float(np.mean(gather_object(is_right(model, processor, share, m)))) for m in BUDGETS}
+    return {m: 100 * float(np.mean(gather_object(is_right(model, processor, share, m)))) for m in NUM_VISUAL_TOKENS}
 
 
 def tune(model, processor, name, arguments, folder):
-    """The adapter of this name, trained with m drawn as `DRAWS` says."""
+    """The adapter of this name, trained with m drawn as `DISTRIBUTIONS` says."""
     set_seed(0)
     # The tokenizer has only the old names as words. The pieces that spell new ones were never seen: they train too
     names = [f" {scenes.PLURALS.get(name, name + end)}" for name in NEW_KINDS for end in ("", "s")] + [" cherry"]
@@ -145,7 +148,9 @@ def tune(model, processor, name, arguments, folder):
             logging_steps=10,
             report_to="none",
         ),
-        data_collator=MQTLlavaDataCollator(processor, VisualTokenSampler(DRAWS[name], model.config.num_query_tokens)),
+        data_collator=MQTLlavaDataCollator(
+            processor, VisualTokenSampler(DISTRIBUTIONS[name], model.config.num_query_tokens)
+        ),
         train_dataset=NewSkill(max_steps * arguments.batch_size, arguments.rehearsal),
     )
     trainer.train()
@@ -156,7 +161,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=mqt_llava.TINY_CHECKPOINT)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--draws", nargs="+", choices=DRAWS, default=list(DRAWS))
+    parser.add_argument("--adapters", nargs="+", choices=DISTRIBUTIONS, default=list(DISTRIBUTIONS))
     parser.add_argument("--elastic_steps", type=int, default=1250)
     parser.add_argument("--steps", type=int, default=450, help="of each of the others")
     parser.add_argument("--batch_size", type=int, default=32)
@@ -174,7 +179,7 @@ def main():
     processor = AutoProcessor.from_pretrained(arguments.model)
     new, old = evaluation_of_new(arguments.pictures), evaluation_set(arguments.pictures // 2)
     results = {
-        name: arguments.output_dir / name.replace(" ", "") / "result.json" for name in ["before", *arguments.draws]
+        name: arguments.output_dir / name.replace(" ", "") / "result.json" for name in ["before", *arguments.adapters]
     }
     missing = [name for name, result in results.items() if not result.exists()]
     state.wait_for_everyone()  # so that all find the same ones missing
@@ -198,10 +203,10 @@ def main():
         return
 
     rows = {name: json.loads(result.read_text()) for name, result in results.items()}
-    columns = [f"{skill}, m = {m}" for skill in ("new", "old") for m in BUDGETS]
+    columns = [f"{skill}, m = {m}" for skill in ("new", "old") for m in NUM_VISUAL_TOKENS]
     lines = ["| tuned at | " + " | ".join(columns) + " | MB | minutes |", "| --- |" + " ---: |" * (len(columns) + 2)]
     for name, row in rows.items():
-        cells = [f"{row[skill][str(m)]:.1f}" for skill in ("new", "old") for m in BUDGETS]
+        cells = [f"{row[skill][str(m)]:.1f}" for skill in ("new", "old") for m in NUM_VISUAL_TOKENS]
         cells += [f"{row[key]:.1f}" if key in row else "" for key in ("MB", "minutes")]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     table = "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
 """Ask a vLLM server about a picture, at several numbers of visual tokens.
 
     vllm serve my-mqt-llava --trust-remote-code --trust-request-mm-kwargs
-    python examples/serve_vllm.py examples/scene.png "List everything." --budgets 64 4
+    python examples/serve_vllm.py examples/scene.png "List everything." --num_visual_tokens 64 4
 
 Needs `pip install openai`. README.md says how `my-mqt-llava` is made and who may be let in.
 """
@@ -18,7 +18,7 @@ from openai import OpenAI
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("image", type=Path)
 parser.add_argument("question")
-parser.add_argument("--budgets", type=int, nargs="+", default=[64, 4], help="visual tokens per image")
+parser.add_argument("--num_visual_tokens", type=int, nargs="+", default=[64, 4], help="per image")
 parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
 arguments = parser.parse_args()
 
@@ -30,7 +30,7 @@ kind = mimetypes.guess_type(arguments.image)[0] or "image/png"
 url = f"data:{kind};base64,{base64.b64encode(arguments.image.read_bytes()).decode()}"
 content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": arguments.question}]
 
-for m in arguments.budgets:
+for m in arguments.num_visual_tokens:
     start = time.perf_counter()
     completion = client.chat.completions.create(
         model=model,
@@ -54,7 +54,7 @@ stream = client.chat.completions.create(
     temperature=0,
     max_tokens=64,
     stream=True,
-    extra_body={"mm_processor_kwargs": {"num_visual_tokens": arguments.budgets[-1]}},
+    extra_body={"mm_processor_kwargs": {"num_visual_tokens": arguments.num_visual_tokens[-1]}},
 )
 for chunk in stream:
     print(chunk.choices[0].delta.content or "", end="", flush=True)

@@ -45,15 +45,15 @@ train stage1 --stage 1 --model "$runs/start" --data_path "$runs/data/captions.js
 train stage2-even --stage 2 --model "$runs/stage1" --data_path "$runs/data/conversations.json" \
     --lr_scheduler_type constant_with_warmup --max_steps 1200 --learning_rate 1e-3 --warmup_steps 100 --save_steps 300
 
-budgets=1,1,2,2,4,4,8,8,16,16,24,32,32,48,64,64,64
-# Stage 2 once more, with small budgets drawn as often as large ones: the paper's draw hardly ever meets them, and never
+num_visual_tokens=1,1,2,2,4,4,8,8,16,16,24,32,32,48,64,64,64
+# Stage 2 once more, with small m drawn as often as large ones: the paper's stage hardly ever meets them, and never
 # m = 1 (40 minutes)
 train stage2-small --stage 2 --model "$runs/stage2-even" --data_path "$runs/data/conversations.json" --seed 43 \
-    --num_visual_tokens "$budgets" --max_steps 1900 --learning_rate 1e-3 --warmup_steps 50 --save_steps 300
+    --num_visual_tokens "$num_visual_tokens" --max_steps 1900 --learning_rate 1e-3 --warmup_steps 50 --save_steps 300
 
 # And with fewer questions in any order: "List everything." has come last so far, after answers that help (13 minutes)
 train stage2 --stage 2 --model "$runs/stage2-small" --data_path "$runs/data/short.json" --seed 44 \
-    --num_visual_tokens "$budgets" --max_steps 1300 --learning_rate 7e-4 --warmup_steps 30 --save_steps 400
+    --num_visual_tokens "$num_visual_tokens" --max_steps 1300 --learning_rate 7e-4 --warmup_steps 30 --save_steps 400
 
 $python -m mqt_llava.training.export --model "$runs/stage2" --output_dir "$runs/mqt-llava-tiny"
 $python -m mqt_llava.training.evaluate --model "$runs/mqt-llava-tiny" --output_dir "$runs/accuracy"

@@ -231,10 +231,10 @@ class CostModel:
             "memory_bytes": lambda cost: cost.memory_bytes,
             "latency_s": lambda cost: cost.latency(speed),
         }
-        choices = range(1, self.config.num_query_tokens + 1)
+        num_visual_tokens = range(1, self.config.num_query_tokens + 1)
         fitting = []
         for name, budget in budgets.items():
-            fits = bisect.bisect_right(choices, budget, key=lambda m: measures[name](self(m, **request)))
+            fits = bisect.bisect_right(num_visual_tokens, budget, key=lambda m: measures[name](self(m, **request)))
             if not fits:
                 least = measures[name](self(1, **request))
                 raise ValueError(

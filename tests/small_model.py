@@ -61,7 +61,7 @@ def make_config(**overrides):
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        initializer_range=0.2,  # large enough for images and budgets to show in the logits
+        initializer_range=0.2,  # large enough for images and m to show in the logits
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,

@@ -20,7 +20,7 @@ def run_benchmark(name, *options):
 
 
 def test_generation_measures_every_row(tmp_path):
-    options = "--preset tiny --batch_sizes 1 2 --budgets 16 1 --output_dir".split()
+    options = "--preset tiny --batch_sizes 1 2 --num_visual_tokens 16 1 --output_dir".split()
     result = run_benchmark("generation", *options, tmp_path)
     assert result.stdout.count("| MQT, sdpa | ") == 6
     assert result.stdout.count("| LLaVA-1.5, sdpa | ") == 2
@@ -36,7 +36,7 @@ def test_generation_measures_every_row(tmp_path):
 @pytest.mark.slow
 def test_generation_measures_compiled_rows(tmp_path):
     """As at 7B, except that `generate` compiles decoding on GPUs alone."""
-    options = "--preset tiny --ways sdpa compiled --batch_sizes 1 2 --budgets 16 1 --output_dir".split()
+    options = "--preset tiny --ways sdpa compiled --batch_sizes 1 2 --num_visual_tokens 16 1 --output_dir".split()
     result = run_benchmark("generation", *options, tmp_path, "--minutes", "0")
     assert "round 1 of 1" in result.stderr
     assert "recompile_limit" not in result.stderr
@@ -47,8 +47,8 @@ def test_generation_measures_compiled_rows(tmp_path):
 
 
 def test_training_measures_every_row(tmp_path):
-    options = "--preset tiny --ways full lora qlora --budgets 16 1 --gradient_checkpointing --output_dir".split()
-    result = run_benchmark("training", *options, tmp_path)
+    options = "--preset tiny --ways full lora qlora --num_visual_tokens 16 1 --output_dir".split()
+    result = run_benchmark("training", *options, tmp_path, "--gradient_checkpointing")
     with (tmp_path / "training_tiny.csv").open() as file:
         rows = list(csv.DictReader(file))
     ways = ("full", "lora", "qlora")
@@ -62,7 +62,8 @@ def test_generation_marks_what_is_not_measured():
     from benchmarks.generation import PRESETS, benchmark
 
     ways = PRESETS["7b"]["ways"]
-    rows, setting = benchmark(PRESETS["tiny"] | {"device": "cuda", "ways": ways, "batch_sizes": [1], "budgets": [16]})
+    options = {"device": "cuda", "ways": ways, "batch_sizes": [1], "num_visual_tokens": [16]}
+    rows, setting = benchmark(PRESETS["tiny"] | options)
     if "Not measured" in setting:
         assert {row["first token"] for row in rows} == {"not measured"}
         assert {row["way"] for row in rows} == {"sdpa", "flash_attention_2", "sdpa, compiled"}

@@ -17,12 +17,12 @@ from .images import is_url, load_image
 from .models import (
     Dtype,
     ModelOption,
-    check_budget,
+    check_num_visual_tokens,
     load_config,
     load_model,
     name_base,
     name_checkpoint,
-    parse_budget,
+    parse_num_visual_tokens,
     silence_libraries,
 )
 
@@ -44,7 +44,9 @@ def ask(
     num_visual_tokens: Annotated[
         int | None,
         typer.Option(
-            metavar="M", parser=parse_budget, help="Visual tokens per image. Default: as many as the model has."
+            metavar="M",
+            parser=parse_num_visual_tokens,
+            help="Visual tokens per image. Default: as many as the model has.",
         ),
     ] = None,
     compare: Annotated[
@@ -79,13 +81,15 @@ def ask(
         raise UsageError("--compare and --num-visual-tokens exclude each other")
     if compare is not None and question is None:
         raise UsageError("--compare needs a question as an argument")
-    budgets = [num_visual_tokens] if compare is None else [parse_budget(text) for text in compare.split(",")]
+    budgets = (
+        [num_visual_tokens] if compare is None else [parse_num_visual_tokens(text) for text in compare.split(",")]
+    )
     images = [load_image(source) for source in sources]
 
     silence_libraries()
     checkpoint = name_base(adapter) if adapter and model is None else name_checkpoint(model)
     config = load_config(checkpoint)
-    budgets = [check_budget(budget, config.num_query_tokens) for budget in budgets]
+    budgets = [check_num_visual_tokens(budget, config.num_query_tokens) for budget in budgets]
     processor, network = load_model(checkpoint, device, dtype.value, adapter)
     setting = {
         "model": checkpoint,

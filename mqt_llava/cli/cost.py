@@ -12,11 +12,11 @@ from .errors import UsageError
 from .models import (
     Dtype,
     ModelOption,
-    check_budget,
+    check_num_visual_tokens,
     load_config,
     loading,
     name_checkpoint,
-    parse_budget,
+    parse_num_visual_tokens,
     resolve_device,
     silence_libraries,
 )
@@ -74,16 +74,20 @@ def cost(
     mqt-llava cost --model DIR --num-visual-tokens 1,16,256 --batch-size 8 --device cuda
     mqt-llava cost --model DIR --flops 2.5T --memory 16GB
     """
-    chosen = None if num_visual_tokens is None else [parse_budget(text) for text in num_visual_tokens.split(",")]
+    if num_visual_tokens is not None:
+        num_visual_tokens = [parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")]
     silence_libraries()
     checkpoint = name_checkpoint(model)
     config = load_config(checkpoint)
     accuracy = load_accuracy(checkpoint)
     if plot is not None and accuracy is None:
         raise UsageError(f"no accuracy to draw: the model {checkpoint} carries no readable accuracy.json")
-    largest = config.num_query_tokens
-    chosen = chosen or list(accuracy or [2**i for i in range(largest.bit_length()) if 2**i < largest] + [largest])
-    chosen = [check_budget(m, largest) for m in chosen]
+    num_query_tokens = config.num_query_tokens
+    num_visual_tokens = num_visual_tokens or list(
+        accuracy
+        or [2**i for i in range(num_query_tokens.bit_length()) if 2**i < num_query_tokens] + [num_query_tokens]
+    )
+    num_visual_tokens = [check_num_visual_tokens(m, num_query_tokens) for m in num_visual_tokens]
 
     from ..cost import CostModel, measure_device
 
@@ -107,14 +111,14 @@ def cost(
             fitting = costs.num_visual_tokens_for(**budgets, speed=speed, **request)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        chosen = sorted({*chosen, fitting})
-    rows = [describe(costs(m, **request), speed, (accuracy or {}).get(m)) for m in chosen]
+        num_visual_tokens = sorted({*num_visual_tokens, fitting})
+    rows = [describe(costs(m, **request), speed, (accuracy or {}).get(m)) for m in num_visual_tokens]
 
     if as_json:
         result = {"model": checkpoint, "device": str(device), **request, **vars(speed), **budgets}
         print(json.dumps(result | {"largest_num_visual_tokens": fitting, "costs": rows}))
     else:
-        print_table(rows, full_flops=costs(largest, **request).flops, fitting=fitting)
+        print_table(rows, full_flops=costs(num_query_tokens, **request).flops, fitting=fitting)
         print(
             f"Prompts: {batch_size} of {text_tokens} text tokens and {images} image{'s' * (images > 1)}. Answers of "
             f"{new_tokens} token{'s' * (new_tokens > 1)}. {dtype} on {device}.\nTimes are floors at "

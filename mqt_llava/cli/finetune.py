@@ -23,7 +23,7 @@ def finetune(
     ] = None,
     model: ModelOption = None,
     eval_data: Annotated[Path | None, typer.Option(metavar="FILE", help="Evaluate on this after each epoch.")] = None,
-    eval_budgets: Annotated[
+    eval_num_visual_tokens: Annotated[
         str, typer.Option(metavar="M,M,...", help="... at these numbers of visual tokens. Default: 1, a quarter, all.")
     ] = "",
     targets: Annotated[
@@ -44,7 +44,7 @@ def finetune(
     num_visual_tokens: Annotated[
         str,
         typer.Option(
-            metavar="DRAW",
+            metavar="DISTRIBUTION",
             help="How m is drawn for each step: even (2, 4, ..., M: the paper's), uniform, log-uniform, fixed (M), a "
             "number, or numbers M,M,...",
         ),
@@ -67,7 +67,7 @@ def finetune(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory for more compute.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of weights, order and draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of weights, order and m.")] = 0,
     save_steps: Annotated[int, typer.Option(min=1, help="A checkpoint every so many steps.")] = 500,
     logging_steps: Annotated[int, typer.Option(min=1, help="A line every so many steps.")] = 10,
     report_to: Annotated[str, typer.Option(help="none, tensorboard, wandb ...")] = "none",
@@ -99,7 +99,7 @@ def finetune(
         from ..training.data import load_conversations, refuse_broken, with_num_visual_tokens
         from ..training.lora import check_targets, load_quantized, make_lora_config, with_exact_weights
         from ..training.output import prepare_output_dir, remove_checkpoints
-        from ..training.sampling import VisualTokenSampler, evaluation_budgets, parse_draw
+        from ..training.sampling import VisualTokenSampler, evaluation_num_visual_tokens, parse_distribution
         from ..training.trainer import MQTLlavaTrainer
     except ImportError as error:
         raise UsageError(f"{error.name} is missing: pip install 'mqt-llava[train]'") from None
@@ -131,15 +131,15 @@ def finetune(
             report_to=report_to,
             **({"gradient_checkpointing": True} if gradient_checkpointing else {}),  # newer releases rename it
         )
-        sampler = VisualTokenSampler(parse_draw(num_visual_tokens), num_query_tokens, seed)
+        sampler = VisualTokenSampler(parse_distribution(num_visual_tokens), num_query_tokens, seed)
         with training.main_process_first():  # the others find in the cache what the first one has read
             last_checkpoint = prepare_output_dir(output_dir, resume, overwrite)
             train_dataset = load_conversations(data, image_folder)
             eval_dataset = None
             if eval_data is not None:
-                budgets = evaluation_budgets(eval_budgets, num_query_tokens)
+                eval_num_visual_tokens = evaluation_num_visual_tokens(eval_num_visual_tokens, num_query_tokens)
                 rows = load_conversations(eval_data, image_folder)
-                eval_dataset = {f"m{m}": with_num_visual_tokens(rows, m) for m in budgets}
+                eval_dataset = {f"m{m}": with_num_visual_tokens(rows, m) for m in eval_num_visual_tokens}
             if not skip_broken:
                 for rows in (train_dataset, *([rows] if eval_data is not None else [])):
                     refuse_broken(rows)

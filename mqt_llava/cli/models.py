@@ -26,14 +26,14 @@ class Dtype(str, Enum):
     float32 = "float32"
 
 
-def parse_budget(text: str) -> int:
+def parse_num_visual_tokens(text: str) -> int:
     try:
         return int(text)
     except ValueError:
         raise UsageError(f"a number of visual tokens is an integer; got {text!r}") from None
 
 
-def check_budget(num_visual_tokens: int | None, num_query_tokens: int) -> int:
+def check_num_visual_tokens(num_visual_tokens: int | None, num_query_tokens: int) -> int:
     """m, from 1 to M; `None` stands for M."""
     if num_visual_tokens is None:
         return num_query_tokens

@@ -49,13 +49,13 @@ class StageArguments:
     eval_data_path: list[str] | None = field(
         default=None, metadata={"help": "Evaluate on this, after each epoch unless eval_strategy is given."}
     )
-    eval_budgets: list[str] | None = field(
+    eval_num_visual_tokens: list[str] | None = field(
         default=None,
         metadata={"help": "Numbers of visual tokens to evaluate at: M,M,... Default: 1, a quarter, all."},
     )
     distill_weight: float = field(
         default=0.0,
-        metadata={"help": "Above 0: a second, smaller budget in every step, which learns from the larger one."},
+        metadata={"help": "Above 0: a second, smaller m in every step, which learns from the larger one."},
     )
     distill_temperature: float = field(default=1.0, metadata={"help": "Softens the answers that it learns from."})
     dtype: str = field(

@@ -22,7 +22,7 @@ class MQTLlavaDataCollator:
     Makes batches for MQT-LLaVA, for a `Trainer`, TRL's `SFTTrainer` or a bare loop. Answers and their end-of-sequence are
     the labels; system text, questions, visual tokens and padding are masked with -100.
 
-    Samples have one of the forms that [`load_conversations`] describes, or come from it. One may have its own budget as
+    Samples have one of the forms that [`load_conversations`] describes, or come from it. One may have its own m as
     `num_visual_tokens`; all others of a batch share one m. A `Trainer` must be told `remove_unused_columns=False`.
 
     Args:
@@ -53,8 +53,8 @@ class MQTLlavaDataCollator:
         shape `(num_images,)`.
 
     Raises:
-        `ValueError`: for budgets that are not integers from 1 to M, for settings that are unknown, and for broken
-        samples, unless they are skipped.
+        `ValueError`: for `num_visual_tokens` that are not integers from 1 to M, for settings that are unknown, and for
+        broken samples, unless they are skipped.
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class MQTLlavaDataCollator:
                 "The processor's chat template does not mark answers with `{% generation %}` and `{% endgeneration %}`, so "
                 "there would be no labels."
             )
-        largest = num_visual_tokens
+        m = num_visual_tokens
         if isinstance(num_visual_tokens, VisualTokenSampler):
-            largest = num_visual_tokens.largest
-        (self.largest,) = resolve_visual_token_counts(largest, 1, processor.num_query_tokens)
+            m = num_visual_tokens.max_num_visual_tokens
+        (self.max_num_visual_tokens,) = resolve_visual_token_counts(m, 1, processor.num_query_tokens)
         self.processor = processor
         self.num_visual_tokens = num_visual_tokens
         self.max_length = max_length
@@ -89,7 +89,7 @@ class MQTLlavaDataCollator:
         self.last_good = None
 
     def __call__(self, samples) -> dict:
-        m = self.largest
+        m = self.max_num_visual_tokens
         if isinstance(self.num_visual_tokens, VisualTokenSampler):
             if any(sample.get("num_visual_tokens") is None for sample in samples):
                 m = self.num_visual_tokens.next()
@@ -121,10 +121,11 @@ class MQTLlavaDataCollator:
         own = sample.get("num_visual_tokens")
         canonical = canonical_sample(sample)
         input_ids, labels = self.tokenize(canonical["messages"])
-        limit = self.largest
+        max_num_visual_tokens = self.max_num_visual_tokens
         if own is not None:
-            (num_visual_tokens,) = (limit,) = resolve_visual_token_counts(own, 1, self.processor.num_query_tokens)
-        length = self.fit(input_ids, labels, limit)
+            (num_visual_tokens,) = resolve_visual_token_counts(own, 1, self.processor.num_query_tokens)
+            max_num_visual_tokens = num_visual_tokens
+        length = self.fit(input_ids, labels, max_num_visual_tokens)
         input_ids, labels = input_ids[:length], labels[:length]
         images = canonical["images"][: input_ids.count(self.processor.image_token_id)]
         return {

@@ -231,7 +231,7 @@ def open_image(image) -> Image.Image:
 
 
 def with_num_visual_tokens(dataset, num_visual_tokens: int):
-    """The same rows at a budget of their own: `eval_dataset={"m16": with_num_visual_tokens(dataset, 16)}`.
+    """The same rows with an m of their own: `eval_dataset={"m16": with_num_visual_tokens(dataset, 16)}`.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): rows as [`MQTLlavaDataCollator`] takes them.

@@ -1,4 +1,4 @@
-"""Two budgets in every step, of which the smaller one learns from the larger one."""
+"""Two numbers of visual tokens in every step, of which the smaller one learns from the larger one."""
 
 from torch.nn import functional as F
 
@@ -9,18 +9,18 @@ from .trainer import MQTLlavaTrainer
 
 class DistillationTrainer(MQTLlavaTrainer):
     r"""
-    A [`MQTLlavaTrainer`] whose loss has, beside the cross-entropy at the m that was drawn, a part for a second budget m'
-    drawn below it ([`VisualTokenSampler.draw_below`]):
+    A [`MQTLlavaTrainer`] whose loss has, beside the cross-entropy at the m that was drawn, a part for a second m',
+    drawn below it ([`VisualTokenSampler.sample_below`]):
 
         loss = cross_entropy(m) + weight * (cross_entropy(m') + temperature**2 * KL(answers at m || answers at m'))
 
     The divergence is a mean over labels and trains the answers at m' alone, as in Hinton et al. (arXiv 1503.02531). Both
-    budgets share one pass through vision tower and query transformer: the first m' of m visual tokens are those of the
-    smaller budget. A step with m = 1 has the plain loss, and so has evaluation. Logs have the smaller budget of the step
-    and the divergence of its last batch as `num_visual_tokens_below` and `divergence`.
+    share one pass through vision tower and query transformer: the first m' of m visual tokens are those that an image
+    has with m'. A step with m = 1 has the plain loss, and so has evaluation. Logs have m' of the step and the
+    divergence of its last batch as `num_visual_tokens_below` and `divergence`.
 
     Args:
-        weight (`float`, *optional*, defaults to 1): of the smaller budget. 0 is the plain loss.
+        weight (`float`, *optional*, defaults to 1): of the part for m'. 0 is the plain loss.
         temperature (`float`, *optional*, defaults to 1): divides the logits of both in the divergence.
 
     Raises:
@@ -34,16 +34,16 @@ class DistillationTrainer(MQTLlavaTrainer):
             )
         super().__init__(*args, **kwargs)
         self.weight, self.temperature, self.distillation_log = weight, temperature, {}
-        self.draws = self.sampler or VisualTokenSampler(
-            self.data_collator.largest, self.model.config.num_query_tokens, self.args.seed
+        self.distillation_sampler = self.sampler or VisualTokenSampler(
+            self.data_collator.max_num_visual_tokens, self.model.config.num_query_tokens, self.args.seed
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         step = self.state.global_step
-        m = self.draws.draw(step)
+        m = self.distillation_sampler.sample(step)
         if model.training and self.weight and m > 1:
-            below = self.draws.draw_below(step, m)
+            below = self.distillation_sampler.sample_below(step, m)
             small_inputs = self.with_fewer_tokens(below, inputs, outputs.image_outputs)
             small_loss, small_outputs = super().compute_loss(model, small_inputs, True, num_items_in_batch)
             divergence, num_labels = divergence_at_labels(
@@ -78,11 +78,11 @@ class DistillationTrainer(MQTLlavaTrainer):
 
 def divergence_at_labels(teacher_logits, teacher_labels, logits, labels, temperature=1.0):
     """
-    The Kullback-Leibler divergence of two budgets' answers. Their labels are the same, at places of their own.
+    The Kullback-Leibler divergence of the answers at two m. Their labels are the same, at places of their own.
 
     Args:
         teacher_logits, logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
-            At either budget, each with its sequence length.
+            At either m, each with its sequence length.
         teacher_labels, labels (`torch.Tensor` of shape `(batch_size, sequence_length)`):
             -100 where there is none.
 

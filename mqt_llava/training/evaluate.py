@@ -22,7 +22,7 @@ from . import scenes
 from .pretrain_vision import EVALUATION_SEED
 
 
-BUDGETS = (1, 2, 4, 8, 16, 32, 64)
+NUM_VISUAL_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def evaluation_set(num_pictures, image_size=96):
@@ -82,7 +82,7 @@ def accuracy_by_type(samples, right):
 
 
 def markdown_table(accuracy):
-    """One row for each budget or control, one column for each type of question."""
+    """One row for each m or control, one column for each type of question."""
     columns = list(next(iter(accuracy.values())))
     lines = ["| m | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     lines += [f"| {m} | " + " | ".join(f"{row[c]:.1f}" for c in columns) + " |" for m, row in accuracy.items()]
@@ -96,14 +96,14 @@ def figure(accuracy, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    budgets = [m for m in accuracy if isinstance(m, int)]
+    num_visual_tokens = [m for m in accuracy if isinstance(m, int)]
     axes = plt.subplots(figsize=(7, 4.2), layout="constrained")[1]
-    for kind in accuracy[budgets[0]]:
+    for kind in accuracy[num_visual_tokens[0]]:
         bold = kind in ("coarse", "fine-grained", "all")
         style = {"linewidth": 2.5, "marker": "o"} if bold else {"linewidth": 1, "alpha": 0.55, "linestyle": "--"}
-        axes.plot(budgets, [accuracy[m][kind] for m in budgets], label=kind, **style)
+        axes.plot(num_visual_tokens, [accuracy[m][kind] for m in num_visual_tokens], label=kind, **style)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(budgets, budgets)
+    axes.set_xticks(num_visual_tokens, num_visual_tokens)
     axes.set(xlabel="visual tokens per image (m)", ylabel="exact match, %", ylim=(0, 102))
     axes.set_title("mqt-llava-tiny: one checkpoint, any number of visual tokens", fontsize=11)
     axes.grid(alpha=0.3)
@@ -116,19 +116,19 @@ def main():
     parser.add_argument("--model", required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--pictures", type=int, default=1000)
-    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
+    parser.add_argument("--num_visual_tokens", type=int, nargs="+", default=NUM_VISUAL_TOKENS)
     arguments = parser.parse_args()
 
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(arguments.model)
     samples = evaluation_set(arguments.pictures)
     accuracy = {}
-    for m in arguments.budgets:
+    for m in arguments.num_visual_tokens:
         accuracy[m] = accuracy_by_type(samples, is_right(model, processor, samples, m))
         print(m, accuracy[m], flush=True)
 
     # A fifth of the questions is enough to see that nothing but guessing is left
-    largest, samples = max(arguments.budgets), samples[: len(samples) // 5]
+    m, samples = max(arguments.num_visual_tokens), samples[: len(samples) // 5]
     blank = Image.new("RGB", samples[0][0].size, (128, 128, 128))
     shift = len(samples) // 2
     controls = {
@@ -136,7 +136,7 @@ def main():
         "another picture": [(samples[i - shift][0], *rest) for i, (_, *rest) in enumerate(samples)],
     }
     for name, control in controls.items():
-        accuracy[f"{largest}, {name}"] = accuracy_by_type(control, is_right(model, processor, control, largest))
+        accuracy[f"{m}, {name}"] = accuracy_by_type(control, is_right(model, processor, control, m))
 
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     (arguments.output_dir / "accuracy.json").write_text(json.dumps(accuracy, indent=1) + "\n")

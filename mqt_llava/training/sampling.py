@@ -22,8 +22,8 @@ class VisualTokenSampler(TrainerCallback):
     r"""
     Draws m, the number of visual tokens per image, for every training step.
 
-    A draw depends on the seed and the step alone. So it is the same on every rank, and after a resume. A collator does
-    not know the step: it counts its batches, and this object, among the `callbacks` of a `Trainer`, tells it from which
+    It depends on the seed and the step alone. So it is the same on every rank, and after a resume. A collator does not
+    know the step: it counts its batches, and this object, among the `callbacks` of a `Trainer`, tells it from which
     step of which epoch to count. That is exact with gradient accumulation (one m for all batches of a step), with
     workers, persistent or not, and with a resume in mid-epoch. m is logged as `num_visual_tokens`.
 
@@ -39,7 +39,7 @@ class VisualTokenSampler(TrainerCallback):
         num_query_tokens (`int`, *optional*, defaults to 256):
             M of the model.
         seed (`int`, *optional*, defaults to 0):
-            Draws of another seed are others.
+            m of every step follows from it.
 
     Raises:
         `ValueError`: for an unknown distribution, an empty list, and numbers that are not integers from 1 to M.
@@ -50,7 +50,7 @@ class VisualTokenSampler(TrainerCallback):
     >>> from mqt_llava.training.sampling import VisualTokenSampler
 
     >>> sampler = VisualTokenSampler("even", num_query_tokens=64)
-    >>> [sampler.draw(step) for step in range(5)]
+    >>> [sampler.sample(step) for step in range(5)]
     [56, 34, 64, 34, 30]
 
     ```"""
@@ -76,23 +76,23 @@ class VisualTokenSampler(TrainerCallback):
             if not numbers:
                 raise ValueError("`distribution` is an empty list: there is no m to draw.")
             resolve_visual_token_counts(numbers, len(numbers), num_query_tokens)
-        self.choices = [int(number) for number in numbers]
+        self.num_visual_tokens = [int(number) for number in numbers]
         # The epoch's serial number, its first step and the batches per step: in shared memory, since workers collate
         self.shared = torch.tensor([0, 0, 1]).share_memory_()
         self.epoch = self.count = 0  # of the process that collates
 
     @property
-    def largest(self) -> int:
+    def max_num_visual_tokens(self) -> int:
         """The largest m that can be drawn."""
-        return max(self.choices)
+        return max(self.num_visual_tokens)
 
-    def draw(self, step: int) -> int:
+    def sample(self, step: int) -> int:
         """m of a step (the number of optimizer steps before it)."""
-        return int(np.random.default_rng([self.seed, step]).choice(self.choices, p=self.weights))
+        return int(np.random.default_rng([self.seed, step]).choice(self.num_visual_tokens, p=self.weights))
 
-    def draw_below(self, step: int, num_visual_tokens: int) -> int:
-        """A second m for a step, below another: drawn from the smaller choices, or from 1 up to it where there are none."""
-        smaller = [m for m in self.choices if m < num_visual_tokens] or range(1, num_visual_tokens)
+    def sample_below(self, step: int, m: int) -> int:
+        """A second m for a step, below the first: drawn from the smaller ones, or from 1 up where there are none."""
+        smaller = [number for number in self.num_visual_tokens if number < m] or range(1, m)
         return int(np.random.default_rng([self.seed, step, 1]).choice(smaller))
 
     def set_step(self, step: int, gradient_accumulation_steps: int = 1):
@@ -109,7 +109,7 @@ class VisualTokenSampler(TrainerCallback):
         if worker is not None:  # batches go round the workers
             batch = worker.id + self.count * _num_active_workers(worker)
         self.count += 1
-        return self.draw(first_step + batch // batches_per_step)
+        return self.sample(first_step + batch // batches_per_step)
 
     # ------------------------------------------------------------------------------------ events of a `Trainer`
 
@@ -136,27 +136,27 @@ class VisualTokenSampler(TrainerCallback):
         expected = (state.global_step - first_step + 1) * batches_per_step + 1  # accelerate looks one batch ahead
         if self.epoch == int(self.shared[0]) and self.count > expected:
             logger.warning_once(
-                "Evaluation took its numbers of visual tokens from the sampler, and upset the draw of the training step "
+                "Evaluation took its numbers of visual tokens from the sampler, and upset m of the training step "
                 "after it. Give evaluation samples their own, see `mqt_llava.training.data.with_num_visual_tokens`."
             )
             self.count = expected
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs and "num_visual_tokens" not in logs:
-            logs["num_visual_tokens"] = self.draw(state.global_step - 1)
+            logs["num_visual_tokens"] = self.sample(state.global_step - 1)
             state.log_history[-1]["num_visual_tokens"] = logs["num_visual_tokens"]
 
 
-def parse_draw(text: str) -> str | list[int]:
+def parse_distribution(text: str) -> str | list[int]:
     """A distribution as a command line has it: `"1,4,16"` as numbers; other words as they are."""
     parts = text.split(",")
     return [int(part) for part in parts] if all(part.strip().isdecimal() for part in parts) else text
 
 
-def evaluation_budgets(text: str | None, num_query_tokens: int) -> list[int]:
+def evaluation_num_visual_tokens(text: str | None, num_query_tokens: int) -> list[int]:
     """Numbers of visual tokens to evaluate at, `"1,4,16"` as a list. Default: 1, a quarter of M, and M."""
-    budgets = parse_draw(text) if text else sorted({1, max(num_query_tokens // 4, 1), num_query_tokens})
-    return VisualTokenSampler(budgets, num_query_tokens).choices
+    distribution = parse_distribution(text) if text else sorted({1, max(num_query_tokens // 4, 1), num_query_tokens})
+    return VisualTokenSampler(distribution, num_query_tokens).num_visual_tokens
 
 
 def _is_stream(dataset) -> bool:

@@ -18,7 +18,7 @@ from .data import load_conversations, refuse_broken, with_num_visual_tokens
 from .distillation import DistillationTrainer
 from .lengths import with_lengths
 from .output import prepare_output_dir, remove_checkpoints
-from .sampling import VisualTokenSampler, evaluation_budgets, parse_draw
+from .sampling import VisualTokenSampler, evaluation_num_visual_tokens, parse_distribution
 from .trainer import MQTLlavaTrainer
 
 
@@ -34,12 +34,17 @@ def train(arguments: StageArguments, training: TrainingArguments, callbacks=None
         [`MQTLlavaTrainer`]: with the trained model and the log.
 
     Raises:
-        `ValueError`: before any work for budgets, files and folders that cannot be used; later for a sample that cannot.
+        `ValueError`: before any work for `num_visual_tokens`, files and folders that cannot be used; later for a
+        sample that cannot.
     """
     config = MQTLlavaConfig.from_pretrained(arguments.model)
-    draw = parse_draw(",".join(arguments.num_visual_tokens or ["fixed" if arguments.stage == 1 else "even"]))
-    sampler = VisualTokenSampler(draw, config.num_query_tokens, training.seed)
-    budgets = evaluation_budgets(",".join(arguments.eval_budgets or []), config.num_query_tokens)
+    distribution = parse_distribution(
+        ",".join(arguments.num_visual_tokens or ["fixed" if arguments.stage == 1 else "even"])
+    )
+    sampler = VisualTokenSampler(distribution, config.num_query_tokens, training.seed)
+    eval_num_visual_tokens = evaluation_num_visual_tokens(
+        ",".join(arguments.eval_num_visual_tokens or []), config.num_query_tokens
+    )
     trainer_class, losses = MQTLlavaTrainer, {}
     if arguments.distill_weight:
         trainer_class = DistillationTrainer
@@ -57,10 +62,10 @@ def train(arguments: StageArguments, training: TrainingArguments, callbacks=None
             for dataset in filter(None, (train_dataset, eval_dataset)):
                 refuse_broken(dataset)
         if training.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-            train_dataset = with_lengths(train_dataset, processor, sampler.largest)
-            eval_dataset = eval_dataset and with_lengths(eval_dataset, processor, sampler.largest)
+            train_dataset = with_lengths(train_dataset, processor, sampler.max_num_visual_tokens)
+            eval_dataset = eval_dataset and with_lengths(eval_dataset, processor, sampler.max_num_visual_tokens)
         if eval_dataset is not None:
-            eval_dataset = {f"m{m}": with_num_visual_tokens(eval_dataset, m) for m in budgets}
+            eval_dataset = {f"m{m}": with_num_visual_tokens(eval_dataset, m) for m in eval_num_visual_tokens}
 
     model = MQTLlavaForConditionalGeneration.from_pretrained(
         arguments.model, dtype=arguments.dtype, attn_implementation=arguments.attn_implementation

@@ -1,4 +1,4 @@
-"""A `Trainer` with what MQT-LLaVA wants: budgets drawn and logged, samples named where a loss is not finite."""
+"""A `Trainer` with what MQT-LLaVA wants: m drawn and logged, samples named where a loss is not finite."""
 
 import copy
 
@@ -18,7 +18,7 @@ class MQTLlavaTrainer(Trainer):
 
     - makes the sampler one of its callbacks, and writes `num_visual_tokens` to all logs;
     - gives batches without images a blank one, so that several processes can train together, whatever their batches;
-    - evaluates at the largest m that is drawn where samples have no budget of their own, so that evaluation takes no draws;
+    - evaluates at the largest m that is drawn where samples have none of their own, and leaves the sampler alone;
     - groups samples by length in an order that a resume goes on with;
     - stops at a loss that is not finite with a `FloatingPointError` that names the samples;
     - turns the key-value cache on again when training is done. `Trainer` turns it off in the model's config.
@@ -95,7 +95,7 @@ class MQTLlavaTrainer(Trainer):
 
     def log(self, logs, *args, **kwargs):
         if self.sampler is not None and "loss" in logs:
-            logs["num_visual_tokens"] = self.sampler.draw(self.state.global_step - 1)
+            logs["num_visual_tokens"] = self.sampler.sample(self.state.global_step - 1)
         super().log(logs, *args, **kwargs)
 
     def train(self, *args, **kwargs):

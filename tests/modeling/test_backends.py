@@ -11,17 +11,17 @@ from mqt_llava import MQTLlavaForConditionalGeneration
 from tests.small_model import NUM_QUERY_TOKENS, make_images, make_model, make_processor
 
 
-BUDGETS = [1, 7, NUM_QUERY_TOKENS]
+NUM_VISUAL_TOKENS = [1, 7, NUM_QUERY_TOKENS]
 
 
 @pytest.fixture
 def inputs():
-    """Two rows of different lengths, left-padded, with one image and with two adjacent ones of other budgets."""
+    """Two rows of different lengths, left-padded, with one image and with two adjacent ones of other m."""
     first, *others = make_images(3)
     return make_processor()(
         images=[[first], others],
         text=["a <image>b", "<image><image> a longer text"],
-        num_visual_tokens=BUDGETS,
+        num_visual_tokens=NUM_VISUAL_TOKENS,
         padding=True,
         return_tensors="pt",
     )
@@ -135,7 +135,7 @@ def spy():
     AttentionMaskInterface._global_mapping.pop("spy")
 
 
-@pytest.mark.parametrize("m", BUDGETS)
+@pytest.mark.parametrize("m", NUM_VISUAL_TOKENS)
 def test_a_registered_backend_reaches_all_three_parts(m, spy, image):
     model = make_model(attn_implementation="spy")
     inputs = make_processor()(
@@ -229,7 +229,7 @@ def test_flash_attention_2_reaches_all_three_parts(flash, inputs, expected):
     tokens = int(inputs["attention_mask"].sum())
     assert flash == [
         *[("dense", (3, 37, 4, 8), False)] * 2,
-        ("dense", (3, max(BUDGETS), 4, 8), False),
+        ("dense", (3, max(NUM_VISUAL_TOKENS), 4, 8), False),
         *[("varlen", (tokens, 4, 8), True)] * 2,
     ]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)

@@ -1,4 +1,4 @@
-"""Budgets: m said to the processor, to `generate` or to `forward` means the same, per image, in any mix of rows."""
+"""m said to the processor, to `generate` or to `forward` means the same, per image, in any mix of rows."""
 
 import numpy as np
 import pytest
@@ -11,10 +11,11 @@ from tests.small_model import NUM_QUERY_TOKENS, make_images, make_model, make_pr
 
 M = NUM_QUERY_TOKENS
 MODEL, PROCESSOR = make_model(), make_processor()
-budgets = st.integers(1, M)
-# A row: text chunks with a budget for the image between any two of them; empty chunks make images adjacent
+num_visual_tokens = st.integers(1, M)
+# A row: text chunks with m of the image between any two of them; empty chunks make images adjacent
 rows = st.tuples(
-    st.lists(budgets, max_size=3), st.lists(st.sampled_from(["", "a", "b c", "\nWhy?"]), min_size=4, max_size=4)
+    st.lists(num_visual_tokens, max_size=3),
+    st.lists(st.sampled_from(["", "a", "b c", "\nWhy?"]), min_size=4, max_size=4),
 )
 
 
@@ -24,13 +25,13 @@ def row_text(row):
 
 
 def prepare(batch, prepared=None, **kwargs):
-    """Inputs for rows, each image with its budget, or with `prepared` for all."""
+    """Inputs for rows, each image with its m, or with `prepared` for all."""
     counts = [m for row in batch for m in row[0]]
     images = make_images(len(counts)) or None
     texts = [row_text(row) for row in batch]
-    budget = (counts if prepared is None else prepared) if images else None
+    num_visual_tokens = (counts if prepared is None else prepared) if images else None
     inputs = PROCESSOR(
-        images=images, text=texts, num_visual_tokens=budget, padding=True, return_tensors="pt", **kwargs
+        images=images, text=texts, num_visual_tokens=num_visual_tokens, padding=True, return_tensors="pt", **kwargs
     )
     return inputs, counts
 
@@ -44,10 +45,10 @@ def row_logits(logits, attention_mask):
 @given(
     batch=st.lists(rows, min_size=1, max_size=4),
     padding_side=st.sampled_from(["left", "right"]),
-    prepared=st.one_of(st.none(), budgets),
+    prepared=st.one_of(st.none(), num_visual_tokens),
 )
 def test_any_mix_equals_each_row_alone(batch, padding_side, prepared):
-    """Rows with any number of images, adjacent or not, of any budgets, prepared with whatever m, padded on any side."""
+    """Rows with any number of images, adjacent or not, of any m, prepared with whatever m, padded on any side."""
     inputs, counts = prepare(batch, prepared, padding_side=padding_side)
     kwargs = {} if prepared is None or not counts else {"num_visual_tokens": counts}
     # Where the prepared rows were equally long, nothing tells `forward` the side, and it pads on the right
@@ -66,8 +67,8 @@ def test_any_mix_equals_each_row_alone(batch, padding_side, prepared):
 
 
 @settings(max_examples=30, deadline=None)
-@given(batch=st.lists(rows, min_size=1, max_size=3), prepared=budgets)
-def test_generate_with_budget_equals_processor_with_budget(batch, prepared):
+@given(batch=st.lists(rows, min_size=1, max_size=3), prepared=num_visual_tokens)
+def test_generate_with_num_visual_tokens_equals_processor_with_num_visual_tokens(batch, prepared):
     """`generate(num_visual_tokens=...)` gives the answers of a prompt prepared so, after the caller's own ids."""
     inputs, counts = prepare(batch, prepared)
     if not counts:
@@ -82,15 +83,20 @@ def test_generate_with_budget_equals_processor_with_budget(batch, prepared):
 
 
 @settings(max_examples=25, deadline=None)
-@given(m=budgets, prepared=budgets, batch_size=st.integers(1, 3), padding_side=st.sampled_from(["left", "right"]))
-def test_labels_follow_the_budget(m, prepared, batch_size, padding_side):
+@given(
+    m=num_visual_tokens,
+    prepared=num_visual_tokens,
+    batch_size=st.integers(1, 3),
+    padding_side=st.sampled_from(["left", "right"]),
+)
+def test_labels_follow_num_visual_tokens(m, prepared, batch_size, padding_side):
     texts = [f"Q<image>{'why ' * i}? A: {'yes' * (i + 1)}" for i in range(batch_size)]
     losses = []
-    for budget, kwargs in ((m, {}), (prepared, {"num_visual_tokens": m})):
+    for first, kwargs in ((m, {}), (prepared, {"num_visual_tokens": m})):
         inputs = PROCESSOR(
             images=make_images(batch_size),
             text=texts,
-            num_visual_tokens=budget,
+            num_visual_tokens=first,
             padding=True,
             padding_side=padding_side,
             return_tensors="pt",
@@ -102,7 +108,7 @@ def test_labels_follow_the_budget(m, prepared, batch_size, padding_side):
     torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)
 
 
-def test_position_ids_follow_the_budget():
+def test_position_ids_follow_num_visual_tokens():
     batch = [([3], ["x", "yes", "", ""]), ([5, 2], ["", "", "no", ""])]
     inputs, counts = prepare(batch, 7)
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -114,7 +120,7 @@ def test_position_ids_follow_the_budget():
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_tokens_of_a_small_budget_are_a_prefix():
+def test_tokens_of_a_small_m_are_a_prefix():
     pixel_values = PROCESSOR(images=make_images(2), text="<image><image>", return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         all_tokens = MODEL.get_image_features(pixel_values).pooler_output
@@ -132,7 +138,7 @@ def test_only_the_tokens_asked_for_are_computed():
     assert shapes == [(2, 5, 32)]
 
 
-def test_the_budget_changes_the_answer_and_the_image_matters():
+def test_m_changes_the_answer_and_the_image_matters():
     """Guards the tests above: on this model, logits do depend on m and on the image."""
     first, second = (PROCESSOR(images=make_images(1, seed), text="Q<image>A:", return_tensors="pt") for seed in (0, 1))
     with torch.no_grad():
@@ -144,7 +150,7 @@ def test_the_budget_changes_the_answer_and_the_image_matters():
     assert min(differences) > 1e-2
 
 
-BAD_BUDGETS = [
+BAD_NUM_VISUAL_TOKENS = [
     0,
     -1,
     M + 1,
@@ -161,8 +167,8 @@ BAD_BUDGETS = [
 ]
 
 
-@pytest.mark.parametrize("bad", BAD_BUDGETS, ids=repr)
-def test_bad_budgets_are_refused_everywhere(bad):
+@pytest.mark.parametrize("bad", BAD_NUM_VISUAL_TOKENS, ids=repr)
+def test_bad_num_visual_tokens_are_refused_everywhere(bad):
     texts, images = "<image> and <image>", make_images(2)
     inputs = PROCESSOR(images=images, text=texts, return_tensors="pt")
     calls = [
@@ -178,7 +184,7 @@ def test_bad_budgets_are_refused_everywhere(bad):
 
 
 @pytest.mark.parametrize("bad", [0, M + 1, [1]])
-def test_bad_budgets_are_refused_without_images(bad):
+def test_bad_num_visual_tokens_are_refused_without_images(bad):
     with pytest.raises(ValueError, match="num_visual_tokens"):
         PROCESSOR(text="no image", num_visual_tokens=bad)
     inputs = PROCESSOR(text="no image", return_tensors="pt")
@@ -186,17 +192,26 @@ def test_bad_budgets_are_refused_without_images(bad):
         MODEL(**inputs, num_visual_tokens=bad)
 
 
-GOOD_BUDGETS = [3, np.int64(3), [3, 3], (3, 3), np.array(3), np.array([3, 3]), torch.tensor(3), torch.tensor([3, 3])]
+GOOD_NUM_VISUAL_TOKENS = [
+    3,
+    np.int64(3),
+    [3, 3],
+    (3, 3),
+    np.array(3),
+    np.array([3, 3]),
+    torch.tensor(3),
+    torch.tensor([3, 3]),
+]
 
 
-@pytest.mark.parametrize("good", GOOD_BUDGETS, ids=repr)
+@pytest.mark.parametrize("good", GOOD_NUM_VISUAL_TOKENS, ids=repr)
 def test_kinds_of_integers(good):
     inputs = PROCESSOR(images=make_images(2), text="<image> and <image>", num_visual_tokens=good, return_tensors="pt")
     assert inputs["visual_token_counts"].tolist() == [3, 3]
     assert (inputs["input_ids"] == PROCESSOR.image_token_id).sum() == 6
 
 
-def test_budgets_are_not_swallowed_where_they_are_not_taken():
+def test_num_visual_tokens_are_not_swallowed_where_they_are_not_taken():
     inputs = PROCESSOR(images=make_images(1), text="<image>", return_tensors="pt")
     for call in (MODEL.model, lambda **kwargs: MODEL.get_image_features(inputs["pixel_values"], num_visual_tokens=4)):
         with pytest.raises(ValueError, match=r"`num_visual_tokens` is not taken here.* Got 4"):
@@ -255,18 +270,18 @@ def test_position_ids_of_the_caller(prepared):
     for m in (None, prepared):
         inputs, counts = prepare(batch, m, padding_side="left")
         positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0) + 7
-        budget = {} if m is None else {"num_visual_tokens": counts}
+        kwargs = {} if m is None else {"num_visual_tokens": counts}
         with torch.no_grad():
-            logits = MODEL(**inputs, position_ids=positions, **budget).logits
-        sequences = MODEL.generate(**inputs, position_ids=positions, **budget, **options)
+            logits = MODEL(**inputs, position_ids=positions, **kwargs).logits
+        sequences = MODEL.generate(**inputs, position_ids=positions, **kwargs, **options)
         results.append((logits[:, -1], sequences[:, -5:]))
     torch.testing.assert_close(results[0][0], results[1][0], atol=1e-4, rtol=1e-4)
     assert results[0][1].tolist() == results[1][1].tolist()
 
 
 @pytest.mark.parametrize("m", [1, 7, M, [2, 9, 4]])
-def test_features_of_all_tokens_do_for_every_budget(m):
-    """Images are encoded once; a budget takes the first visual tokens of each."""
+def test_features_of_all_tokens_do_for_every_m(m):
+    """Images are encoded once; the first m visual tokens of each are taken."""
     batch = [([3, 5], ["", "a", "b c", ""]), ([2], ["a", "", "", ""])]
     inputs, _ = prepare(batch, padding_side="left")
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_visual_tokens": m}

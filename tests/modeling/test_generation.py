@@ -1,4 +1,4 @@
-"""Generating with a budget: streaming, caches, chats, beams, helpers of transformers, checkpointing, compilation."""
+"""Generating at any m: streaming, caches, chats, beams, helpers of transformers, checkpointing, compilation."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ from mqt_llava.modeling.budget_mqt_llava import CACHE_NAME
 from tests.small_model import NUM_QUERY_TOKENS, make_images, make_model, make_processor
 
 
-BUDGETS = [1, 7, NUM_QUERY_TOKENS]
+NUM_VISUAL_TOKENS = [1, 7, NUM_QUERY_TOKENS]
 IMAGE_TOKEN_ID = 3
 # Rows with two images (adjacent in one, apart in the other), without any, with one
 ROWS = ["<image><image> which one?", "no picture", "<image> first, then <image>, go", "look: <image>"]
@@ -70,7 +70,7 @@ class CollectingStreamer(TextStreamer):
         self.text += text
 
 
-@pytest.mark.parametrize("m", [None, *BUDGETS])
+@pytest.mark.parametrize("m", [None, *NUM_VISUAL_TOKENS])
 def test_text_streamer(model, processor, image, m):
     inputs = processor(images=image, text="<image>Q: what?", num_visual_tokens=7, return_tensors="pt")
     streamer = CollectingStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -81,7 +81,7 @@ def test_text_streamer(model, processor, image, m):
     assert answer and streamer.text == answer
 
 
-@pytest.mark.parametrize("m", BUDGETS)
+@pytest.mark.parametrize("m", NUM_VISUAL_TOKENS)
 def test_text_iterator_streamer_in_a_thread(model, processor, image, m):
     inputs = processor(images=image, text="<image>Q: what?", return_tensors="pt")
     streamer = TextIteratorStreamer(processor, skip_prompt=True, timeout=30, skip_special_tokens=True)
@@ -97,7 +97,7 @@ def test_text_iterator_streamer_in_a_thread(model, processor, image, m):
 # Caches ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("m", [None, *BUDGETS])
+@pytest.mark.parametrize("m", [None, *NUM_VISUAL_TOKENS])
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_static_cache_is_as_good_as_a_dynamic_one(model, m, num_beams):
     inputs = prepare(m=7)
@@ -120,7 +120,7 @@ def test_without_a_cache(model):
     not hasattr(transformers.generation.utils, "_slice_mm_encoder_output"),
     reason="this transformers drops the images of every model when it prefills in chunks",
 )
-@pytest.mark.parametrize("m", [None, *BUDGETS])
+@pytest.mark.parametrize("m", [None, *NUM_VISUAL_TOKENS])
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_prefill_in_chunks(model, m, num_beams):
     """The chunks cut through the visual tokens of an image."""
@@ -175,7 +175,7 @@ def test_old_name_of_the_cache(model):
     assert old.get_seq_length() == new.get_seq_length() > 0
 
 
-@pytest.mark.parametrize("m", BUDGETS)
+@pytest.mark.parametrize("m", NUM_VISUAL_TOKENS)
 @pytest.mark.parametrize("passed", ["whole", "new tokens", "static"])
 def test_second_turn_from_the_cache(model, processor, m, passed):
     """The cache of the first turn gives the same second turn as a run from scratch; nothing is encoded again."""
@@ -195,7 +195,7 @@ def test_second_turn_from_the_cache(model, processor, m, passed):
 
 
 @pytest.mark.parametrize("rebudget", [False, True], ids=["prepared", "num_visual_tokens"])
-@pytest.mark.parametrize("m", BUDGETS)
+@pytest.mark.parametrize("m", NUM_VISUAL_TOKENS)
 @pytest.mark.parametrize("passed", ["whole", "whole, no counts", "new tokens", "features"])
 def test_second_turn_with_a_new_image(model, processor, m, passed, rebudget):
     """It alone is passed and encoded, and its visual tokens alone follow `num_visual_tokens`."""
@@ -338,7 +338,7 @@ def test_what_transformers_gets_wrong_with_a_filled_cache_is_refused(model, wron
 # Beams, samples, the vision tower -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("m", [None, *BUDGETS])
+@pytest.mark.parametrize("m", [None, *NUM_VISUAL_TOKENS])
 @pytest.mark.parametrize("num_beams, num_return_sequences", [(1, 1), (3, 1), (3, 2)])
 def test_rows_of_a_batch_are_answered_as_each_alone(model, m, num_beams, num_return_sequences):
     settings = {"max_new_tokens": 8, "do_sample": False, "num_visual_tokens": m}
@@ -353,19 +353,19 @@ def test_rows_of_a_batch_are_answered_as_each_alone(model, m, num_beams, num_ret
     assert len({tuple(answer) for answer in alone}) > 1
 
 
-def test_each_image_of_a_batch_may_have_its_own_budget(model):
-    budgets = [1, 16, 3, 7, 2]
+def test_each_image_of_a_batch_may_have_its_own_m(model):
+    counts = [1, 16, 3, 7, 2]
     settings = {"max_new_tokens": 8, "do_sample": False, "num_beams": 2, "num_return_sequences": 2}
     inputs = prepare(m=5)
-    together = new_tokens(model.generate(**inputs, **settings, num_visual_tokens=budgets), inputs)
+    together = new_tokens(model.generate(**inputs, **settings, num_visual_tokens=counts), inputs)
     alone = []
     for row, images in enumerate(IMAGES_OF_ROWS):
-        inputs = prepare([row], m=[budgets[i] for i in images] or None)
+        inputs = prepare([row], m=[counts[i] for i in images] or None)
         alone += new_tokens(model.generate(**inputs, **settings), inputs)
     assert together == alone
 
 
-@pytest.mark.parametrize("m", [None, *BUDGETS])
+@pytest.mark.parametrize("m", [None, *NUM_VISUAL_TOKENS])
 def test_samples_belong_to_their_own_row_and_images(model, m):
     """Every returned sample has the probabilities of its own row: checked by a forward pass of that row alone."""
     inputs = prepare(m=7)
@@ -464,7 +464,7 @@ def test_image_token_is_never_generated_by_a_loaded_model(checkpoint, tmp_path, 
 # What generate returns --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("m", [None, *BUDGETS])
+@pytest.mark.parametrize("m", [None, *NUM_VISUAL_TOKENS])
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_return_dict_in_generate(model, m, num_beams):
     inputs = prepare(m=7)
@@ -526,7 +526,7 @@ def expected_answer(model, processor, messages, m, **kwargs):
     return processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("m", [None, *BUDGETS])
+@pytest.mark.parametrize("m", [None, *NUM_VISUAL_TOKENS])
 def test_pipeline_with_chat_messages(model, processor, image, m):
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
     settings = {"do_sample": False, "max_new_tokens": 8, "num_visual_tokens": m}
@@ -541,7 +541,7 @@ def test_pipeline_with_chat_messages(model, processor, image, m):
     }
 
 
-@pytest.mark.parametrize("m", [None, *BUDGETS])
+@pytest.mark.parametrize("m", [None, *NUM_VISUAL_TOKENS])
 def test_pipeline_with_text_and_image(model, processor, image, m):
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
     settings = {"do_sample": False, "max_new_tokens": 8, "num_visual_tokens": m}
@@ -555,7 +555,7 @@ def test_pipeline_with_text_and_image(model, processor, image, m):
     assert result["generated_text"] == text + answer
 
 
-def test_pipeline_with_a_budget_of_the_processor(model, processor, image):
+def test_pipeline_with_num_visual_tokens_of_the_processor(model, processor, image):
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
     messages, settings = ask(image), {"do_sample": False, "max_new_tokens": 8}
     (result,) = pipe(
@@ -604,7 +604,7 @@ def test_pipeline_from_a_folder(checkpoint, image):
 # Assisted decoding ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("m", [None, *BUDGETS])
+@pytest.mark.parametrize("m", [None, *NUM_VISUAL_TOKENS])
 @pytest.mark.parametrize("row", [0, 2, 3])
 def test_assisted_decoding(model, m, row):
     """A draft model changes nothing about the answer, be it another model or one just like this."""
@@ -714,7 +714,7 @@ def assert_same_logits(compiled, model, inputs):
 def test_forward_is_one_graph(model, compile_model, with_counts):
     """The traced graph is run as it is here, not compiled any further."""
     compiled = compile_model(model, "eager")
-    for m in BUDGETS:
+    for m in NUM_VISUAL_TOKENS:
         assert_same_logits(compiled, model, compilable(m, with_counts))
 
 
@@ -722,15 +722,15 @@ def test_forward_is_one_graph(model, compile_model, with_counts):
 @pytest.mark.parametrize("with_counts", [True, False], ids=["counts", "no_counts"])
 def test_compiled_forward(model, compile_model, with_counts):
     compiled = compile_model(model, "inductor")
-    for m in BUDGETS:
+    for m in NUM_VISUAL_TOKENS:
         assert_same_logits(compiled, model, compilable(m, with_counts))
 
 
 @pytest.mark.parametrize("row, with_counts", [(0, True), (2, True), (2, False)])
-def test_budgets_of_the_same_total_share_one_graph(model, compile_model, row, with_counts):
+def test_counts_of_the_same_total_share_one_graph(model, compile_model, row, with_counts):
     compiled = compile_model(model, "eager")
-    for budgets in ([7, 7], [1, 13], [12, 2]):
-        inputs = prepare([row], m=budgets)
+    for counts in ([7, 7], [1, 13], [12, 2]):
+        inputs = prepare([row], m=counts)
         if not with_counts:
             del inputs["visual_token_counts"]
         assert_same_logits(compiled, model, inputs)
@@ -769,7 +769,7 @@ def test_generate_with_a_compiled_forward(model, compile_model, m):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
-def test_one_graph_decodes_prompts_of_any_length_with_any_budget(model, processor, compile_model, image):
+def test_one_graph_decodes_prompts_of_any_length_with_any_m(model, processor, compile_model, image):
     """With a static cache of the caller's, which is reset for every prompt, nothing is compiled again."""
     compile_config = CompileConfig(backend="eager", fullgraph=True, dynamic=False)
     compile_config._compile_all_devices = True  # as transformers does by itself on a GPU
@@ -784,7 +784,7 @@ def test_one_graph_decodes_prompts_of_any_length_with_any_budget(model, processo
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_compiled_parts_prefill_prompts_of_any_length_with_any_budget(model, processor, compile_model, image):
+def test_compiled_parts_prefill_prompts_of_any_length_with_any_m(model, processor, compile_model, image):
     """README's way to compile the prefill too: after three prompts nothing is compiled again, and answers are the same."""
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=160)
     texts = (
@@ -819,10 +819,10 @@ def test_compiled_parts_prefill_prompts_of_any_length_with_any_budget(model, pro
 
 @pytest.mark.parametrize("with_counts", [True, False], ids=["counts", "no_counts"])
 def test_export(model, with_counts):
-    """An exported program answers for other images and other budgets of the same shapes, too."""
+    """An exported program answers for other images and other counts of the same shapes, too."""
     exported = None
-    for budgets in ([5, 5, 7], [2, 8, 7]):
-        inputs = prepare([2, 3], m=budgets)
+    for counts in ([5, 5, 7], [2, 8, 7]):
+        inputs = prepare([2, 3], m=counts)
         if not with_counts:
             del inputs["visual_token_counts"]
         inputs["pixel_values"] = inputs["pixel_values"] * (1 if exported is None else -1)

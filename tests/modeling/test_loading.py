@@ -27,7 +27,7 @@ from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration, MQTLlava
 from tests.small_model import NUM_QUERY_TOKENS, SIGLIP, make_config, make_images, make_model, make_processor
 
 
-BUDGETS = [1, 7, NUM_QUERY_TOKENS]
+NUM_VISUAL_TOKENS = [1, 7, NUM_QUERY_TOKENS]
 PARTS = ("model.vision_tower.", "model.query_transformer.", "model.language_model.", "lm_head.")
 
 
@@ -269,7 +269,7 @@ def test_base_model_and_head_model_load_each_others_folders(tmp_path):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("m", BUDGETS)
+@pytest.mark.parametrize("m", NUM_VISUAL_TOKENS)
 def test_backbones_save_load_and_generate(name, m, tmp_path):
     model = make_model(**backbone(name))
     expected = answers(model, m)
@@ -409,7 +409,7 @@ def test_half_precision(dtype, how, checkpoint, tmp_path):
     error = (logits.float() - expected).abs().mean() / expected.std()
     assert error < (0.05 if dtype == torch.bfloat16 else 0.01)
     torch.testing.assert_close(real_logits(model, inputs.to(dtype)), logits)  # half-precision pixels
-    for m in BUDGETS:
+    for m in NUM_VISUAL_TOKENS:
         assert torch.tensor(answers(model, m)).shape == torch.tensor(answers(exact, m)).shape
     features = model.get_image_features(inputs["pixel_values"], return_dict=True)
     assert {tokens.dtype for tokens in features.pooler_output} == {dtype}
@@ -574,7 +574,7 @@ def test_quantised_loading(kind, tmp_path):
     assert {type(rounded.get_submodule(name)) for name in linears} == {nn.Linear}
     expected = real_logits(rounded.float(), inputs)
     assert (logits - expected).abs().mean() < 0.02 * expected.std()
-    for m in BUDGETS:
+    for m in NUM_VISUAL_TOKENS:
         answer = torch.tensor(answers(model, m))
         assert answer.shape == (2, inputs["input_ids"].shape[1] + 6)
         assert answer[:, : inputs["input_ids"].shape[1]].tolist() == inputs["input_ids"].tolist()

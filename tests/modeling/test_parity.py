@@ -152,7 +152,7 @@ processor = AutoProcessor.from_pretrained(task["folder"], trust_remote_code=True
 model = AutoModelForImageTextToText.from_pretrained(task["folder"], dtype=torch.float32, trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules.")
 input_ids = torch.tensor([task["input_ids"]])
-for m in task["budgets"]:
+for m in task["num_visual_tokens"]:
     output = model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
@@ -177,13 +177,13 @@ def test_fresh_process_without_the_package(folder, pixel_values, tmp_path):
         "images": [str(tmp_path / "photo.png")],
         "input_ids": expand(reference["input_ids"], 1),
         "pixel_values": str(tmp_path / "pixel_values.pt"),
-        "budgets": [2, 16, 256],
+        "num_visual_tokens": [2, 16, 256],
         "max_new_tokens": reference["max_new_tokens"],
         "prompt": entry["prompt"],
     }
     result = fresh_process(FRESH, task, tmp_path)
     assert result["prompt_ids"] == [IMAGE_TOKEN if token == -200 else token for token in entry["ids"]]
-    for m in task["budgets"]:
+    for m in task["num_visual_tokens"]:
         assert result[str(m)] == reference["outputs"][f"m{m}"]["new_ids"]
 
 

@@ -74,7 +74,7 @@ def test_outputs(processor):
     assert "visual_token_counts" not in processor(text="none", return_tensors="pt")
 
 
-def test_default_budget_is_all_tokens(processor, image):
+def test_default_is_all_tokens(processor, image):
     assert processor(images=image, text="<image>")["visual_token_counts"] == [NUM_QUERY_TOKENS]
 
 
@@ -154,7 +154,7 @@ def test_chat_template_takes_placeholders_from_image_parts_alone(processor):
     assert "<image>\nWhat?" in processor.apply_chat_template([{"role": "user", "content": "<image>\nWhat?"}])
 
 
-def test_chat_template_with_images_and_budget(processor):
+def test_chat_template_with_images_and_num_visual_tokens(processor):
     picture = make_images(1)[0]
     messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
     inputs = processor.apply_chat_template(
@@ -192,7 +192,7 @@ def test_serving_reads_the_annotations(processor):
     )
 
 
-def test_serving_sizes_by_the_largest_budget(processor):
+def test_serving_sizes_by_the_largest_m(processor):
     counted = processor._get_num_multimodal_tokens([(30, 30), (50, 9)], num_visual_tokens=2)
     assert counted["num_image_tokens"] == [NUM_QUERY_TOKENS] * 2 and counted["num_image_patches"] == [1, 1]
 
@@ -205,15 +205,15 @@ def test_serving_finds_the_placeholders(processor):
     assert list(processed["visual_token_counts"]) == [2, 4]
 
 
-def test_serving_takes_one_budget_for_all_images(processor):
-    """Each image is cached under the request's arguments: lists would give other images' budgets in another order."""
+def test_serving_takes_one_m_for_all_images(processor):
+    """Each image is cached under the request's arguments: lists would give other images' m in another order."""
     options = {"images": make_images(2), "text": "<image><image>", "return_text_replacement_offsets": True}
     assert processor(**options, num_visual_tokens=3)["visual_token_counts"] == [3, 3]
-    for budget in ([3, 3], [3, 4], "3", 3.0):
+    for bad in ([3, 3], [3, 4], "3", 3.0):
         with pytest.raises(ValueError, match="one integer for all images"):
-            processor(**options, num_visual_tokens=budget)
+            processor(**options, num_visual_tokens=bad)
         with pytest.raises(ValueError, match="one integer for all images"):
-            processor(**options, images_kwargs={"num_visual_tokens": budget})
+            processor(**options, images_kwargs={"num_visual_tokens": bad})
     with pytest.raises(ValueError, match="return_tensors"):
         processor(**options, return_tensors="np")
 

@@ -25,7 +25,7 @@ from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration, MQTLlava
 from tests.small_model import NUM_QUERY_TOKENS, make_images, make_model, make_processor
 
 
-BUDGETS = [1, 7, NUM_QUERY_TOKENS, [2, 16, 5], None]
+NUM_VISUAL_TOKENS = [1, 7, NUM_QUERY_TOKENS, [2, 16, 5], None]
 PROMPTS = ["USER: <image>\nWhat? ASSISTANT:", "USER: <image><image>\nWhich one? ASSISTANT:"]
 CODE = {
     "budget_mqt_llava.py",
@@ -45,13 +45,13 @@ AUTO_MAP = {
 }
 REPO_ID = "someone/mqt-llava-tiny"
 
-# What both sides do: answers for all budgets, one after the other
+# What both sides do: answers for every m, one after the other
 ANSWER = '''
-def answer(model, processor, images, prompts, budgets):
-    """Generated ids with the budget said to `generate`, and with the budget said to the processor."""
+def answer(model, processor, images, prompts, num_visual_tokens):
+    """Generated ids with `num_visual_tokens` said to `generate`, and said to the processor."""
     rows, settings = [images[:1], images[1:]], {"max_new_tokens": 8, "do_sample": False}
     results = []
-    for m in budgets:
+    for m in num_visual_tokens:
         inputs = processor(images=rows, text=prompts, padding=True, return_tensors="pt")
         results.append(model.generate(**inputs, num_visual_tokens=m, **settings).tolist())
         inputs = processor(images=rows, text=prompts, padding=True, return_tensors="pt", num_visual_tokens=m)
@@ -112,7 +112,7 @@ for source, destination in task["sources"].items():
     processor, model = parts["AutoProcessor"], parts["AutoModelForImageTextToText"]
     result[source] = {
         "classes": {name: type(part).__name__ for name, part in parts.items()},
-        "answers": answer(model, processor, images, task["prompts"], task["budgets"]),
+        "answers": answer(model, processor, images, task["prompts"], task["num_visual_tokens"]),
         "causal_lm_answers": answer(parts["AutoModelForCausalLM"], processor, images, task["prompts"], [3]),
         "same_base": all(
             torch.equal(weight, model.model.state_dict()[name]) for name, weight in parts["AutoModel"].state_dict().items()
@@ -218,7 +218,7 @@ def chain(tmp_path_factory, checkpoint, pushed):
     (pushed.folder / REPO_ID).rename(cached / "snapshots" / ("0" * 40))
     (pushed.folder / REPO_ID).symlink_to(cached / "snapshots" / ("0" * 40))
 
-    task = {"images": images, "prompts": PROMPTS, "budgets": BUDGETS, "refused": str(checkpoint)}
+    task = {"images": images, "prompts": PROMPTS, "num_visual_tokens": NUM_VISUAL_TOKENS, "refused": str(checkpoint)}
     second, third, from_hub = (str(folder / name) for name in ("second", "third", "from_hub"))
     first_result = fresh_process(REFUSE + LOAD, task | {"sources": {str(checkpoint): second}}, folder)
     second_sources = {second: third, REPO_ID: from_hub}
@@ -250,17 +250,17 @@ FOLDERS = [
 ]
 
 
-def expected_answers(budgets):
+def expected_answers(num_visual_tokens):
     scope = {}
     exec(ANSWER, scope)
-    return scope["answer"](make_model(), make_processor(), make_images(3), PROMPTS, budgets)
+    return scope["answer"](make_model(), make_processor(), make_images(3), PROMPTS, num_visual_tokens)
 
 
 @pytest.mark.parametrize("who", LOADED)
 def test_fresh_process_answers_token_for_token_as_this_one(chain, who):
     result = chain.loaded[who]
-    assert result["answers"] == expected_answers(BUDGETS)
-    assert len({str(answer) for answer in result["answers"]}) > 4  # budgets matter
+    assert result["answers"] == expected_answers(NUM_VISUAL_TOKENS)
+    assert len({str(answer) for answer in result["answers"]}) > 4  # m matters
     assert result["causal_lm_answers"] == expected_answers([3])
     assert result["same_base"]
     assert result["classes"] == {name: reference.split(".")[1] for name, reference in AUTO_MAP.items()}

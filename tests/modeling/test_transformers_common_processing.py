@@ -33,10 +33,10 @@ class CommonTests(processing_common.ProcessorTesterMixin):
         return {"num_query_tokens": NUM_QUERY_TOKENS}
 
     def setUp(self):
-        """The tests themselves say no budget, so another one than M becomes the default."""
-        self.patch_default_budget(self.num_visual_tokens)
+        """The tests themselves say no m, so another one than M becomes the default."""
+        self.patch_default_num_visual_tokens(self.num_visual_tokens)
 
-    def patch_default_budget(self, default):
+    def patch_default_num_visual_tokens(self, default):
         def resolve(num_visual_tokens, *args):
             return resolve_visual_token_counts(default if num_visual_tokens is None else num_visual_tokens, *args)
 
@@ -44,15 +44,15 @@ class CommonTests(processing_common.ProcessorTesterMixin):
         patcher.start()
         self.addCleanup(patcher.stop)
 
-    def test_default_budget(self):
+    def test_default_num_visual_tokens(self):
         processor = self.get_processor()
         inputs = processor(images=self.prepare_images_inputs(), text="<image>", return_tensors="pt")
         self.assertEqual(inputs["visual_token_counts"].tolist(), [self.num_visual_tokens])
         self.assertEqual((inputs["input_ids"] == processor.image_token_id).sum(), self.num_visual_tokens)
 
     def test_get_num_multimodal_tokens_matches_processor_call(self):
-        """Compares with a call at M: the helper sizes vLLM's buffers and counts M whatever budget a request has."""
-        self.patch_default_budget(NUM_QUERY_TOKENS)
+        """Compares with a call at M: the helper sizes vLLM's buffers and counts M whatever m a request has."""
+        self.patch_default_num_visual_tokens(NUM_QUERY_TOKENS)
         super().test_get_num_multimodal_tokens_matches_processor_call()
 
 

@@ -108,7 +108,7 @@ def test_answer_is_that_of_the_model_with_m_visual_tokens(ask, files, m):
     assert result.stderr == ""
 
 
-def test_answers_of_these_tests_tell_budgets_and_images_apart():
+def test_answers_of_these_tests_tell_m_and_images_apart():
     one, two = make_images(2)
     answers = [expected_answer([one], [QUESTION], m) for m in (1, 4, 16)]
     answers += [expected_answer(images, [QUESTION], 4) for images in ([two], [one, two], [two, one])]
@@ -365,15 +365,15 @@ def flops_of_products(m, length):
     return tower + query + text + 2 * width * 264
 
 
-def test_compare_has_one_answer_for_each_budget(ask, files):
-    budgets = [1, 4, 16]
+def test_compare_has_one_answer_for_each_m(ask, files):
+    num_visual_tokens = [1, 4, 16]
     result = ask(files[0], QUESTION, "--compare", "1,4, 16", "--json")
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
     rows = record["compare"]
     assert record["question"] == QUESTION
-    assert [row["num_visual_tokens"] for row in rows] == budgets
-    for row, m in zip(rows, budgets):
+    assert [row["num_visual_tokens"] for row in rows] == num_visual_tokens
+    for row, m in zip(rows, num_visual_tokens):
         assert row["answer"] == expected_answer(make_images(1), [QUESTION], m)
         assert row["seconds"] > 0
         # rotary positions are a product too, so a little more than by hand

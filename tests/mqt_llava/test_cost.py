@@ -148,7 +148,7 @@ def test_latency_is_the_slower_of_computing_and_reading():
 
 
 @pytest.mark.parametrize("budget", ["flops", "memory_bytes", "latency_s"])
-def test_finds_the_largest_budget(budget):
+def test_finds_the_largest_m(budget):
     config, speed = make_config(), DeviceSpeed(1e9, 1e9)
     measure = {
         "flops": lambda c: c.flops,

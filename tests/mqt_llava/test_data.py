@@ -243,14 +243,14 @@ def test_batches_equal_the_processor_and_rebudgeting():
     torch.testing.assert_close(model(**at_one, num_visual_tokens=7).loss, model(**at_seven).loss)
 
 
-def test_samples_may_have_budgets_of_their_own():
+def test_samples_may_have_m_of_their_own():
     sampler = VisualTokenSampler("uniform", M)
     collator = MQTLlavaDataCollator(make_processor(), sampler)
     row = chat("<image>?", "A cat.", images=make_images(1))
     batch = collator([row, row | {"num_visual_tokens": 5}, row | {"num_visual_tokens": M}])
-    assert batch["visual_token_counts"].tolist() == [sampler.draw(0), 5, M]
+    assert batch["visual_token_counts"].tolist() == [sampler.sample(0), 5, M]
     collator([row | {"num_visual_tokens": 5}])  # draws nothing
-    assert collator([row])["visual_token_counts"].tolist() == [sampler.draw(1)]
+    assert collator([row])["visual_token_counts"].tolist() == [sampler.sample(1)]
     with pytest.raises(ValueError, match=f"from 1 to {M}"):
         collator([row | {"num_visual_tokens": M + 1}])
 

@@ -1,4 +1,4 @@
-"""Two budgets in a step: one vision pass, and a loss that is what its docstring says."""
+"""Two m in a step: one vision pass, and a loss that is what its docstring says."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def gradients(model):
 def test_loss_and_gradients_equal_a_computation_by_hand(temperature, num_items, tmp_path):
     trainer = make_trainer(tmp_path, m=9, weight=0.3, temperature=temperature)
     trainer.state.global_step = 4
-    small = VisualTokenSampler(9, M, trainer.args.seed).draw_below(4, 9)
+    small = VisualTokenSampler(9, M, trainer.args.seed).sample_below(4, 9)
     assert 1 <= small < 9
     passes = []
     trainer.model.model.vision_tower.register_forward_hook(lambda *_: passes.append(1))
@@ -102,23 +102,23 @@ def test_equal_answers_do_not_diverge():
     assert divergence == 0 and count == 6
 
 
-def test_training_logs_both_budgets(tmp_path):
+def test_training_logs_both_m(tmp_path):
     trainer = make_trainer(tmp_path, m=VisualTokenSampler([2, 8], M), weight=0.5)
     trainer.args.logging_steps = trainer.state.logging_steps = 1
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 2
     for step, entry in enumerate(logs):
-        m = trainer.sampler.draw(step)
+        m = trainer.sampler.sample(step)
         assert entry["num_visual_tokens"] == m and entry["divergence"] > 0
-        assert entry["num_visual_tokens_below"] == trainer.sampler.draw_below(step, m) < m
+        assert entry["num_visual_tokens_below"] == trainer.sampler.sample_below(step, m) < m
 
 
-def test_smaller_budgets_come_from_the_choices():
+def test_the_smaller_m_comes_from_num_visual_tokens():
     sampler = VisualTokenSampler([1, 4, 4, M], M, seed=2)
-    assert {sampler.draw_below(step, M) for step in range(40)} == {1, 4}
-    assert {sampler.draw_below(step, 4) for step in range(40)} == {1}
-    assert {VisualTokenSampler("fixed", M).draw_below(step, M) for step in range(400)} == set(range(1, M))
+    assert {sampler.sample_below(step, M) for step in range(40)} == {1, 4}
+    assert {sampler.sample_below(step, 4) for step in range(40)} == {1}
+    assert {VisualTokenSampler("fixed", M).sample_below(step, M) for step in range(400)} == set(range(1, M))
 
 
 @pytest.mark.parametrize("bad", [{"weight": -1.0}, {"weight": float("nan")}, {"temperature": 0.0}])

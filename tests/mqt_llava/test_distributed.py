@@ -86,11 +86,11 @@ def test_two_processes_train_as_one(config, scenario, checkpoint, data, tmp_path
         assert rank["gradients"].keys() == one.gradients.keys() and len(one.gradients) > 10
         for name, gradient in one.gradients.items():
             torch.testing.assert_close(rank["gradients"][name], gradient, atol=1e-4, rtol=0)
-    draw = 9 if "--distill_weight" in scenario else "even" if scenario[1] == 2 else "fixed"
-    sampler = VisualTokenSampler(draw, M, seed=3)
+    distribution = 9 if "--distill_weight" in scenario else "even" if scenario[1] == 2 else "fixed"
+    sampler = VisualTokenSampler(distribution, M, seed=3)
     for rank in ranks:
         times = len(rank["batches"]) // 3
-        expected = [sampler.draw(step) for step in range(3) for _ in range(times)]
+        expected = [sampler.sample(step) for step in range(3) for _ in range(times)]
         assert all(set(counts) <= {m, 1} for counts, m in zip(rank["batches"], expected))  # 1 is a blank image's
     if scenario[3] == "sequential":
         assert [1] in ranks[1]["batches"] and [1] not in ranks[0]["batches"]

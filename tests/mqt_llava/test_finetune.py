@@ -31,7 +31,7 @@ from tests.small_model import NUM_QUERY_TOKENS, make_images, make_model, make_pr
 
 M = NUM_QUERY_TOKENS
 ROOT = Path(__file__).parents[2]
-BUDGETS = [1, 5, M]
+NUM_VISUAL_TOKENS = [1, 5, M]
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +91,12 @@ def make_inputs(**settings):
 
 def answers(model):
     settings = {"do_sample": False, "max_new_tokens": 6}
-    return [model.generate(**make_inputs(), num_visual_tokens=m, **settings).tolist() for m in BUDGETS]
+    return [model.generate(**make_inputs(), num_visual_tokens=m, **settings).tolist() for m in NUM_VISUAL_TOKENS]
 
 
 @torch.no_grad()
 def all_logits(model):
-    return [model(**make_inputs(), num_visual_tokens=m).logits for m in BUDGETS]
+    return [model(**make_inputs(), num_visual_tokens=m).logits for m in NUM_VISUAL_TOKENS]
 
 
 VARIANTS = {
@@ -112,7 +112,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_adapters_of_every_kind(options, checkpoint, data, tmp_path):
-    """Trained, saved, loaded and merged: the same logits at every budget, and others than the base model's."""
+    """Trained, saved, loaded and merged: the same logits at every m, and others than the base model's."""
     tuned = tune(load_base(checkpoint), data, tmp_path, **options)
     expected, base = all_logits(tuned), all_logits(load_base(checkpoint))
     assert all((new - old).abs().max() > 0.01 for new, old in zip(expected, base))
@@ -173,7 +173,8 @@ model = PeftModel.from_pretrained(base, task["adapters"] + "/one", "one")
 model.load_adapter(task["adapters"] + "/two", "two")
 for name in ("one", "two"):
     model.set_adapter(name)
-    result[name] = [model.generate(**inputs, num_visual_tokens=m, **settings).tolist() for m in task["budgets"]]
+    answers = (model.generate(**inputs, num_visual_tokens=m, **settings) for m in task["num_visual_tokens"])
+    result[name] = [answer.tolist() for answer in answers]
 model.merge_and_unload().save_pretrained(task["merged"])
 """
 
@@ -229,7 +230,12 @@ def test_where_the_package_is_not_installed(checkpoint, adapters, tmp_path):
     images = [str(tmp_path / f"{i}.png") for i in range(2)]
     for path, image in zip(images, make_images(2)):
         image.save(path)
-    task = {"base": str(checkpoint), "images": images, "budgets": BUDGETS, "merged": str(tmp_path / "merged")}
+    task = {
+        "base": str(checkpoint),
+        "images": images,
+        "num_visual_tokens": NUM_VISUAL_TOKENS,
+        "merged": str(tmp_path / "merged"),
+    }
     result = fresh_process(LOAD_ADAPTER, task | {"adapters": str(adapters)}, tmp_path)
     for name in ("one", "two"):
         assert result[name] == answers(load_adapter(load_base(checkpoint), adapters / name))
@@ -323,7 +329,8 @@ def test_command_tunes_resumes_and_overwrites(checkpoint, data, tmp_path, monkey
     adapter = tmp_path / "adapter"
     options = ["--model", checkpoint, "--output-dir", adapter, "--batch-size", 2, "--use-cpu", "--save-steps", 1]
     run = {"monkeypatch": monkeypatch, "data": data}
-    evaluation = ["--eval-data", data, "--eval-budgets", "1,16", "--num-visual-tokens", "1,16", "--logging-steps", 1]
+    evaluation = ["--eval-data", data, "--eval-num-visual-tokens", "1,16", "--num-visual-tokens", "1,16"]
+    evaluation += ["--logging-steps", 1]
     assert not finetune(*options, *evaluation, "--epochs", 1, **run)
     output = capfd.readouterr().out
     assert "trainable params: " in output and "eval_m1_loss" in output and "eval_m16_loss" in output
@@ -373,9 +380,9 @@ MISTAKES = {
     "no data": (["nowhere.json"], "no data file nowhere.json"),
     "image folder": (["--image-folder", "nowhere"], "no image folder nowhere"),
     "target": (["--targets", "lm_head"], "LoRA targets are language_model"),
-    "draw": (["--num-visual-tokens", "evn"], "`distribution` must be one of even"),
-    "budget": (["--num-visual-tokens", "1,17"], "from 1 to 16"),
-    "evaluation budget": (["--eval-budgets", "0", "--eval-data", "DATA"], "from 1 to 16"),
+    "distribution": (["--num-visual-tokens", "evn"], "`distribution` must be one of even"),
+    "num_visual_tokens": (["--num-visual-tokens", "1,17"], "from 1 to 16"),
+    "eval_num_visual_tokens": (["--eval-num-visual-tokens", "0", "--eval-data", "DATA"], "from 1 to 16"),
     "too long": (["--max-length", "3"], "cannot be trained on"),
     "too long, in a worker": (["--max-length", "3", "--num-workers", "1"], "Sample rows.json["),
     "no epochs": (["--epochs", "0"], "--epochs"),
@@ -433,7 +440,7 @@ def test_qlora(data, tmp_path):
 
 @pytest.mark.slow
 def test_sft_trainer_of_trl(checkpoint, data, tmp_path):
-    """TRL's trainer with the same collator; its `max_length` cuts nothing, and m is the draw of the step."""
+    """TRL's trainer with the same collator; its `max_length` cuts nothing, and m is that of the step."""
     trl = pytest.importorskip("trl")
     base, sampler, seen = load_base(checkpoint), VisualTokenSampler("uniform", M), []
     base.register_forward_pre_hook(
@@ -461,7 +468,7 @@ def test_sft_trainer_of_trl(checkpoint, data, tmp_path):
         callbacks=[sampler],
     )
     trainer.train()
-    assert seen == [[sampler.draw(step)] * 2 for step in range(5)]
+    assert seen == [[sampler.sample(step)] * 2 for step in range(5)]
     assert [entry["num_visual_tokens"] for entry in trainer.state.log_history if "loss" in entry]
     trainer.save_model(tmp_path / "adapter")
     assert answers(load_adapter(load_base(checkpoint), tmp_path / "adapter"))

@@ -1,4 +1,4 @@
-"""Matryoshka sampling: m is the draw of the step, however batches are collated."""
+"""Matryoshka sampling: m is that of the step, however batches are collated."""
 
 import json
 import os
@@ -24,26 +24,28 @@ M = NUM_QUERY_TOKENS
 
 
 def test_distributions():
-    choices = {name: VisualTokenSampler(name, M).choices for name in ("even", "uniform", "log-uniform", "fixed")}
-    assert choices["even"] == list(range(2, M + 1, 2))
-    assert choices["uniform"] == choices["log-uniform"] == list(range(1, M + 1))
-    assert choices["fixed"] == [M]
-    assert VisualTokenSampler(4, M).choices == [4] and VisualTokenSampler([1, 4, 4], M).choices == [1, 4, 4]
-    assert VisualTokenSampler("even", 1).choices == [1]
+    names = ("even", "uniform", "log-uniform", "fixed")
+    num_visual_tokens = {name: VisualTokenSampler(name, M).num_visual_tokens for name in names}
+    assert num_visual_tokens["even"] == list(range(2, M + 1, 2))
+    assert num_visual_tokens["uniform"] == num_visual_tokens["log-uniform"] == list(range(1, M + 1))
+    assert num_visual_tokens["fixed"] == [M]
+    assert VisualTokenSampler(4, M).num_visual_tokens == [4]
+    assert VisualTokenSampler([1, 4, 4], M).num_visual_tokens == [1, 4, 4]
+    assert VisualTokenSampler("even", 1).num_visual_tokens == [1]
     for distribution in ("even", "uniform", [1, 16]):
         sampler = VisualTokenSampler(distribution, M)
-        counts = Counter(map(sampler.draw, range(4000)))
-        assert set(counts) == set(sampler.choices)
+        counts = Counter(map(sampler.sample, range(4000)))
+        assert set(counts) == set(sampler.num_visual_tokens)
         assert max(counts.values()) < 1.5 * min(counts.values())
-    counts = Counter(map(VisualTokenSampler("log-uniform", M).draw, range(4000)))
+    counts = Counter(map(VisualTokenSampler("log-uniform", M).sample, range(4000)))
     assert abs(counts[1] / 4000 - 0.245) < 0.03 and abs(counts[16] / 4000 - 0.021) < 0.01
 
 
-def test_draws_depend_on_seed_and_step_alone():
+def test_m_depends_on_seed_and_step_alone():
     first, second = (VisualTokenSampler("uniform", M, seed=3) for _ in range(2))
-    expected = [first.draw(step) for step in range(50)]
-    assert [second.draw(step) for step in reversed(range(50))] == expected[::-1]
-    assert [VisualTokenSampler("uniform", M, seed=4).draw(step) for step in range(50)] != expected
+    expected = [first.sample(step) for step in range(50)]
+    assert [second.sample(step) for step in reversed(range(50))] == expected[::-1]
+    assert [VisualTokenSampler("uniform", M, seed=4).sample(step) for step in range(50)] != expected
 
 
 @pytest.mark.parametrize("bad", ["evn", "", [], 0, True, 2.0, M + 1, [1, M + 1], [1, 2.5]])
@@ -80,15 +82,15 @@ def test_bare_loop(workers, persistent):
     )
     for epoch in range(3):
         sampler.set_step(7 * epoch)
-        assert list(loader) == [sampler.draw(7 * epoch + i) for i in range(7)]
+        assert list(loader) == [sampler.sample(7 * epoch + i) for i in range(7)]
     sampler.set_step(100, gradient_accumulation_steps=2)
-    assert list(loader) == [sampler.draw(100 + i // 2) for i in range(7)]
+    assert list(loader) == [sampler.sample(100 + i // 2) for i in range(7)]
 
 
 def test_without_workers_a_bare_loop_counts_on():
     sampler = VisualTokenSampler("uniform", M)
     loader = DataLoader(Numbers(), 2, collate_fn=Collate(sampler))
-    assert [*loader, *loader] == [sampler.draw(i) for i in range(14)]
+    assert [*loader, *loader] == [sampler.sample(i) for i in range(14)]
 
 
 def numbers(shards):
@@ -101,7 +103,7 @@ def test_streams_whose_shards_are_fewer_than_workers(num_shards):
     sampler = VisualTokenSampler("uniform", M)
     stream = IterableDataset.from_generator(numbers, gen_kwargs={"shards": list(range(num_shards))})
     loader = DataLoader(stream, 2, collate_fn=Collate(sampler), num_workers=2)
-    assert list(loader) == [sampler.draw(i) for i in range(3 * num_shards)]
+    assert list(loader) == [sampler.sample(i) for i in range(3 * num_shards)]
 
 
 # With a `Trainer` ---------------------------------------------------------------------------------------------------------
@@ -191,16 +193,16 @@ def test_trainer_draws_by_the_step_and_after_a_kill(settings, tmp_path, monkeypa
     steps_per_epoch = -(-7 // settings.get("gradient_accumulation_steps", 1))
     sizes = [min(settings.get("gradient_accumulation_steps", 1), 7)] * (steps_per_epoch - 1)
     sizes.append(7 - sum(sizes))
-    expected = [(step, sampler.draw(step)) for step in range(10) for _ in range(sizes[step % steps_per_epoch])]
+    expected = [(step, sampler.sample(step)) for step in range(10) for _ in range(sizes[step % steps_per_epoch])]
     assert [m for m, _ in whole] == [m for _, m in expected]
     logged = [entry["num_visual_tokens"] for entry in trainer.state.log_history if "loss" in entry]
-    assert logged == [sampler.draw(step) for step in range(10)]
+    assert logged == [sampler.sample(step) for step in range(10)]
 
     with pytest.raises(Killed):
         train(tmp_path / "broken", monkeypatch, kill_at=8, **settings)
     resumed, _, rest = train(tmp_path / "broken", monkeypatch, resume=tmp_path / "broken/checkpoint-5", **settings)
     if "ignore_data_skip" in settings:
-        assert [m for m, _ in rest] == [sampler.draw(step) for step in range(5, 10)]
+        assert [m for m, _ in rest] == [sampler.sample(step) for step in range(5, 10)]
         return
     assert rest == whole[-len(rest) :] and len(rest) == sum(step >= 5 for step, _ in expected)
     weights = trainer.model.state_dict()
@@ -216,7 +218,7 @@ def test_streams_and_their_resume(workers, tmp_path, monkeypatch):
         "save_steps": 3,
     }
     _, sampler, whole = train(tmp_path, monkeypatch, **settings)
-    assert [m for m, _ in whole] == [sampler.draw(step) for step in range(10)]
+    assert [m for m, _ in whole] == [sampler.sample(step) for step in range(10)]
     _, _, rest = train(tmp_path, monkeypatch, resume=tmp_path / "checkpoint-3", **settings)
     assert rest == whole[3:]
 
@@ -226,7 +228,7 @@ def test_streams_that_accelerate_would_cut_up_are_refused(tmp_path, monkeypatch)
         train(tmp_path, monkeypatch, stream=True)
 
 
-def test_evaluation_at_several_budgets_takes_no_draws(tmp_path, monkeypatch):
+def test_evaluation_at_several_m_leaves_the_sampler_alone(tmp_path, monkeypatch):
     rows = Dataset.from_generator(samples)
     trainer, sampler, seen = train(
         tmp_path,
@@ -235,7 +237,7 @@ def test_evaluation_at_several_budgets_takes_no_draws(tmp_path, monkeypatch):
         eval_strategy="steps",
         eval_steps=2,
     )
-    assert [m for m, _ in seen] == [sampler.draw(step) for step in range(10)]
+    assert [m for m, _ in seen] == [sampler.sample(step) for step in range(10)]
     losses = trainer.evaluate()
     assert losses["eval_m1_loss"] != losses["eval_m16_loss"]
 
@@ -245,17 +247,17 @@ def test_own_trainer_evaluates_at_all_tokens(tmp_path, monkeypatch):
     trainer, sampler, seen = train(
         tmp_path, monkeypatch, cls=MQTLlavaTrainer, eval_dataset=rows, eval_strategy="steps", eval_steps=2, max_steps=6
     )
-    assert [m for m, _ in seen] == [sampler.draw(step) for step in range(6)]
+    assert [m for m, _ in seen] == [sampler.sample(step) for step in range(6)]
     loss = trainer.evaluate()["eval_loss"]
     assert loss == pytest.approx(trainer.evaluate(with_num_visual_tokens(rows, M))["eval_loss"])
-    assert trainer.model.config.use_cache and trainer.state.log_history[0]["num_visual_tokens"] == sampler.draw(0)
+    assert trainer.model.config.use_cache and trainer.state.log_history[0]["num_visual_tokens"] == sampler.sample(0)
 
 
 def test_evaluation_by_the_sampler_upsets_one_step_at_most(tmp_path, monkeypatch):
     _, sampler, seen = train(
         tmp_path, monkeypatch, eval_dataset=Dataset.from_generator(samples), eval_strategy="steps", eval_steps=5
     )
-    wrong = [step for step, (m, _) in enumerate(seen) if m != sampler.draw(step)]
+    wrong = [step for step, (m, _) in enumerate(seen) if m != sampler.sample(step)]
     assert set(wrong) <= {6}  # the fifth step's successor was collated before
 
 
@@ -268,7 +270,7 @@ import json, os
 folder = Path(sys.argv[1])
 with pytest.MonkeyPatch.context() as monkeypatch:
     trainer, sampler, seen = train(folder / "run", monkeypatch, dataloader_num_workers=int(sys.argv[2]), gradient_accumulation_steps=2)
-(folder / f"{os.environ['RANK']}.json").write_text(json.dumps([seen, [sampler.draw(step) for step in range(10)]]))
+(folder / f"{os.environ['RANK']}.json").write_text(json.dumps([seen, [sampler.sample(step) for step in range(10)]]))
 """
 
 
@@ -287,6 +289,6 @@ def test_all_ranks_of_a_step_draw_the_same(workers, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    (first, draws), (second, _) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert [m for m, _ in first] == [m for m, _ in second] == [draws[step] for step in range(10) for _ in range(2)]
+    (first, expected), (second, _) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert [m for m, _ in first] == [m for m, _ in second] == [expected[step] for step in range(10) for _ in range(2)]
     assert all(a[1] != b[1] for a, b in zip(first, second))  # of other samples

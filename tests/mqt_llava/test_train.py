@@ -38,8 +38,8 @@ def data(tmp_path_factory):
 # What it is told ------------------------------------------------------------------------------------------------------------
 
 PAPER = {  # arXiv 2405.19315, section 3
-    1: {"learning_rate": 1e-3, "num_train_epochs": 1, "draw": ["fixed"], "global_batch_size": 256},
-    2: {"learning_rate": 2e-5, "num_train_epochs": 2, "draw": ["even"], "global_batch_size": 128},
+    1: {"learning_rate": 1e-3, "num_train_epochs": 1, "num_visual_tokens": ["fixed"], "global_batch_size": 256},
+    2: {"learning_rate": 2e-5, "num_train_epochs": 2, "num_visual_tokens": ["even"], "global_batch_size": 128},
 }
 
 
@@ -47,7 +47,7 @@ PAPER = {  # arXiv 2405.19315, section 3
 def test_defaults_are_the_papers(stage, monkeypatch):
     arguments, training = parse_arguments(["--stage", str(stage), *NEEDED])
     paper = PAPER[stage]
-    assert arguments.stage == stage and arguments.num_visual_tokens == paper["draw"]
+    assert arguments.stage == stage and arguments.num_visual_tokens == paper["num_visual_tokens"]
     assert training.learning_rate == paper["learning_rate"] and training.num_train_epochs == paper["num_train_epochs"]
     assert training.lr_scheduler_type == "cosine" and training.warmup_steps == 0.03 and training.weight_decay == 0
     assert training.bf16 and training.gradient_checkpointing
@@ -80,7 +80,7 @@ MISTAKES = {
         [],
         r"config\.yaml: there is no argument lerning_rate; the closest one is learning_rate",
     ),
-    "unknown option": ("", ["--eval-budget", "1"], "no argument --eval-budget; the closest one is eval_budgets"),
+    "unknown option": ("", ["--eval-num-visual", "1"], "--eval-num-visual; the closest one is eval_num_visual_tokens"),
     "unknown option before missing ones": ("", ["--stag", "1"], "the closest one is stage"),
     "number": ("max_steps: 2.5", [], "max_steps.*invalid int value: '2.5'"),
     "choice": ("train_sampling_strategy: lengthwise", [], "invalid choice: 'lengthwise'"),
@@ -90,9 +90,9 @@ MISTAKES = {
     "batch": ("global_batch_size: 100", [], "multiple of .*16 x 1; got 100"),
     "small batch": ("global_batch_size: 8", [], "16 x 1; got 8"),
     "stray words": ("", ["--seed", "1", "2"], "belong to no argument: 2"),
-    "budget": ("num_visual_tokens: [1, 17]", [], "from 1 to 16"),
-    "evaluation budget": ("eval_budgets: 0", [], "from 1 to 16"),
-    "draw": ("num_visual_tokens: evn", [], "must be one of even"),
+    "num_visual_tokens": ("num_visual_tokens: [1, 17]", [], "from 1 to 16"),
+    "eval_num_visual_tokens": ("eval_num_visual_tokens: 0", [], "from 1 to 16"),
+    "distribution": ("num_visual_tokens: evn", [], "must be one of even"),
     "no data": ("data_path: nowhere.json", [], "no data file nowhere.json"),
     "no model": ("model: nowhere", [], "cannot load the model nowhere"),
     "distillation": ("distill_weight: -1", [], "Distillation needs a weight"),
@@ -138,7 +138,7 @@ def changed_parts(folder, start):
 
 def test_both_stages_one_after_the_other(checkpoint, data, tmp_path, monkeypatch, capfd):
     one, two = tmp_path / "one", tmp_path / "two"
-    evaluation = ["--eval_data_path", data, "--eval_budgets", "1,4,16", "--report_to", "tensorboard"]
+    evaluation = ["--eval_data_path", data, "--eval_num_visual_tokens", "1,4,16", "--report_to", "tensorboard"]
     stage1 = ["--stage", 1, "--model", checkpoint, "--data_path", data, "--output_dir", one, *SMALL]
     assert command(monkeypatch, *stage1, *evaluation) == 0
     output = capfd.readouterr().out

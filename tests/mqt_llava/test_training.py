@@ -143,11 +143,11 @@ def test_every_stage_runs_resumes_and_ships(tmp_path):
         run(export, "--model", tmp_path / "unbroken", "--output_dir", tmp_path / "shipped")
 
 
-@pytest.mark.parametrize("budgets", [[0], [1, 17]])
-def test_bad_budgets_are_refused_before_training(budgets, checkpoint, tmp_path):
+@pytest.mark.parametrize("num_visual_tokens", [[0], [1, 17]])
+def test_bad_num_visual_tokens_are_refused_before_training(num_visual_tokens, checkpoint, tmp_path):
     with pytest.raises(ValueError, match="num_visual_tokens"):
         run(
             train,
             *("--stage", 2, "--model", checkpoint, "--data_path", "none", "--image_folder", "none"),
-            *("--output_dir", tmp_path, "--use_cpu", "--num_visual_tokens", *budgets),
+            *("--output_dir", tmp_path, "--use_cpu", "--num_visual_tokens", *num_visual_tokens),
         )

@@ -30,8 +30,8 @@ OPTIONS = {"dtype": "float32", "max_model_len": 1024, "limit_mm_per_prompt": {"i
 MAX_NEW_TOKENS = 24
 
 
-def make_requests(pictures, budgets):
-    """One picture at every budget, several, adjacent ones, none, and a conversation that goes on."""
+def make_requests(pictures, num_visual_tokens):
+    """One picture at every m, several, adjacent ones, none, and a conversation that goes on."""
     first, second, third = pictures
 
     def request(*turns, images=(), m=None, separator="\n"):
@@ -41,9 +41,9 @@ def make_requests(pictures, budgets):
             prompt += f"USER: {turn} ASSISTANT:" if number % 2 else f" {turn}</s>"
         return {"prompt": prompt, "turns": turns, "images": images, "num_visual_tokens": m}
 
-    few, some = budgets[1], budgets[3]
+    few, some = num_visual_tokens[1], num_visual_tokens[3]
     return [
-        *(request("List everything.", images=[first], m=m) for m in budgets),
+        *(request("List everything.", images=[first], m=m) for m in num_visual_tokens),
         *(request("What colour is the background?", images=[second], m=m) for m in (few, some)),
         request("List everything.", images=[first, second], m=some),
         request("List everything.", images=[third, first, first], m=few),

@@ -14,7 +14,7 @@ from tests.serving.common import server
 from tests.serving.test_server import as_url, content
 
 
-BUDGETS = (1, 4, 16, 64)
+NUM_VISUAL_TOKENS = (1, 4, 16, 64)
 
 
 @pytest.mark.vllm
@@ -40,7 +40,7 @@ def test_accuracy_through_the_server(tiny):
             )
             return completion.choices[0].message.content.strip() == answer
 
-        for m in BUDGETS:
+        for m in NUM_VISUAL_TOKENS:
             with ThreadPoolExecutor(16) as pool:
                 served = list(pool.map(lambda sample, m=m: is_right_through_the_server(sample, m), samples))
             here = is_right(model, processor, samples, m)
@@ -49,5 +49,5 @@ def test_accuracy_through_the_server(tiny):
             accuracy[f"{m}, vLLM"] = accuracy_by_type(samples, served)
             accuracy[f"{m}, transformers"] = accuracy_by_type(samples, here)
     print(markdown_table(accuracy))
-    for m in BUDGETS:
+    for m in NUM_VISUAL_TOKENS:
         assert abs(accuracy[f"{m}, vLLM"]["all"] - accuracy[f"{m}, transformers"]["all"]) <= 1

@@ -37,7 +37,7 @@ def test_converted_checkpoint(tmp_path, pictures):
     train_tokenizer(tmp_path / "tokenizer.model")
     layout = {"hidden": 128, "intermediate": 64, "heads": 4, "kv_heads": 2}  # vLLM on CPU wants heads of 32 or more
     convert(str(write_authors(tmp_path, tmp_path / "tokenizer.model", **layout)), tmp_path / "converted")
-    requests = make_requests(pictures, budgets=(1, 2, 16, 100, 256, None))
+    requests = make_requests(pictures, num_visual_tokens=(1, 2, 16, 100, 256, None))
     found = answer_with_vllm(tmp_path / "converted", requests, passes=(ONE_BY_ONE, TOGETHER))
     assert found["passes"] == [answer_with_transformers(tmp_path / "converted", requests)] * 2
     assert {1, 2, 16, 100, 256} == set(found["rows"])
@@ -62,6 +62,6 @@ def test_another_tower_and_language_model(tmp_path, pictures):
     MQTLlavaForConditionalGeneration(make_config(text_config=text_config, **SIGLIP)).save_pretrained(tmp_path)
     make_processor().save_pretrained(tmp_path)
     assert AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True).num_query_tokens == 16
-    requests = make_requests(pictures, budgets=(1, 2, 7, 9, 16, None))
+    requests = make_requests(pictures, num_visual_tokens=(1, 2, 7, 9, 16, None))
     found = answer_with_vllm(tmp_path, requests, passes=(ONE_BY_ONE, TOGETHER))
     assert found["passes"] == [answer_with_transformers(tmp_path, requests)] * 2

@@ -1,4 +1,4 @@
-"""vLLM's greedy tokens are those of `generate`, for every budget and in every way that vLLM runs a model."""
+"""vLLM's greedy tokens are those of `generate`, for every m and in every way that vLLM runs a model."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from tests.serving.common import answer_with_transformers, answer_with_vllm, mak
 
 
 pytestmark = pytest.mark.vllm
-BUDGETS = (1, 2, 7, 16, 64, None)
+NUM_VISUAL_TOKENS = (1, 2, 7, 16, 64, None)
 ONE_BY_ONE, TOGETHER, CHAT = "one by one", "together", "chat"
 COLD = {"enable_prefix_caching": False, "mm_processor_cache_gb": 0}
 
@@ -18,27 +18,27 @@ def rows_of(requests):
 
 @pytest.fixture(scope="module")
 def requests(pictures):
-    return make_requests(pictures, BUDGETS)
+    return make_requests(pictures, NUM_VISUAL_TOKENS)
 
 
 @pytest.fixture(scope="module")
 def expected(tiny, requests):
     answers = answer_with_transformers(tiny, requests)
-    assert len({tuple(answer) for answer in answers[: len(BUDGETS)]}) > 2  # budgets make a difference
+    assert len({tuple(answer) for answer in answers[: len(NUM_VISUAL_TOKENS)]}) > 2  # m makes a difference
     return answers
 
 
 def test_one_by_one_and_in_a_batch_with_warm_caches(tiny, requests, expected):
     found = answer_with_vllm(tiny, requests, passes=(ONE_BY_ONE, ONE_BY_ONE, TOGETHER))
     assert found["passes"] == [expected] * 3
-    # Each picture once for each budget it was asked at: nothing is shared between budgets, nothing is made twice
+    # Each picture once for each m it was asked at: nothing is shared between them, nothing is made twice
     once = {(image, r["num_visual_tokens"]): r["num_visual_tokens"] or 64 for r in requests for image in r["images"]}
     assert sorted(found["rows"]) == sorted(once.values())
 
 
 def test_chat(tiny, pictures):
     """Images stand on lines of their own there."""
-    requests = make_requests(pictures, BUDGETS)[:-1]
+    requests = make_requests(pictures, NUM_VISUAL_TOKENS)[:-1]
     found = answer_with_vllm(tiny, requests, passes=(CHAT,))
     assert found["passes"] == [answer_with_transformers(tiny, requests)]
 
@@ -60,9 +60,9 @@ def test_without_caches_and_with_chunked_prefill(tiny, requests, expected):
 
 
 def test_server_wide_default(tiny, requests, expected):
-    """A request's own budget goes before it."""
+    """A request's own m goes before it."""
     found = answer_with_vllm(tiny, requests, mm_processor_kwargs={"num_visual_tokens": 7})
-    assert found["passes"][0][BUDGETS.index(None)] == expected[BUDGETS.index(7)]
+    assert found["passes"][0][NUM_VISUAL_TOKENS.index(None)] == expected[NUM_VISUAL_TOKENS.index(7)]
     said = [i for i, request in enumerate(requests) if request["num_visual_tokens"] or not request["images"]]
     assert [found["passes"][0][i] for i in said] == [expected[i] for i in said]
 

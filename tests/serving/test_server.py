@@ -1,4 +1,4 @@
-"""The OpenAI-compatible server: right answers at every budget, and 4xx for whatever is wrong with a request."""
+"""The OpenAI-compatible server: right answers at every m, and 4xx for whatever is wrong with a request."""
 
 import base64
 import io
@@ -16,7 +16,7 @@ from tests.serving.common import MAX_NEW_TOKENS, ROOT, answer_with_transformers,
 
 
 pytestmark = pytest.mark.vllm
-BUDGETS = (1, 2, 7, 16, 64, None)
+NUM_VISUAL_TOKENS = (1, 2, 7, 16, 64, None)
 QUESTION = "List everything."
 
 
@@ -73,25 +73,25 @@ def expected_answers(tiny, prompts):
 
 @pytest.fixture(scope="module")
 def expected(tiny, pictures):
-    prompts = [(f"USER: <image>\n{QUESTION} ASSISTANT:", pictures[:1], m) for m in BUDGETS]
-    return dict(zip(BUDGETS, expected_answers(tiny, prompts)))
+    prompts = [(f"USER: <image>\n{QUESTION} ASSISTANT:", pictures[:1], m) for m in NUM_VISUAL_TOKENS]
+    return dict(zip(NUM_VISUAL_TOKENS, expected_answers(tiny, prompts)))
 
 
-def test_every_budget(client, urls, expected):
+def test_every_m(client, urls, expected):
     """The prompt's length tells that m arrived in the prompt, and tests.serving.test_engine that it did in the encoder."""
     messages = [{"role": "user", "content": content(urls[:1], QUESTION)}]
-    found = {m: ask(client, messages, m) for m in BUDGETS}
+    found = {m: ask(client, messages, m) for m in NUM_VISUAL_TOKENS}
     assert {m: answer for m, (answer, _) in found.items()} == expected
     shortest = found[1][1]
-    assert {m: tokens for m, (_, tokens) in found.items()} == {m: shortest + (m or 64) - 1 for m in BUDGETS}
+    assert {m: tokens for m, (_, tokens) in found.items()} == {m: shortest + (m or 64) - 1 for m in NUM_VISUAL_TOKENS}
 
 
 def test_many_at_once(client, urls, expected):
     messages = [{"role": "user", "content": content(urls[:1], QUESTION)}]
-    budgets = BUDGETS * 8
+    num_visual_tokens = NUM_VISUAL_TOKENS * 8
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda m: ask(client, messages, m)[0], budgets))
-    assert found == [expected[m] for m in budgets]
+        found = list(pool.map(lambda m: ask(client, messages, m)[0], num_visual_tokens))
+    assert found == [expected[m] for m in num_visual_tokens]
 
 
 def test_several_images_text_only_and_history(client, tiny, pictures, urls):
@@ -139,7 +139,7 @@ def test_an_image_is_served_after_a_request_with_it_was_refused(client, tiny, pi
 
 
 def test_the_example(address, pictures):
-    command = [sys.executable, "examples/serve_vllm.py", pictures[0], QUESTION, "--budgets", "64", "1"]
+    command = [sys.executable, "examples/serve_vllm.py", pictures[0], QUESTION, "--num_visual_tokens", "64", "1"]
     run = subprocess.run([*command, "--url", f"{address}/v1"], cwd=ROOT, capture_output=True, text=True, check=True)
     first, second, background = run.stdout.splitlines()
     assert first.startswith("m = 64: A dog, a bear,") and second.startswith("m = 1: A dog,") and background.strip()

@@ -40,15 +40,15 @@ def test_answers_are_those_of_generate(address, pictures):
         )
         return completion.choices[0].message.content
 
-    budgets = (1, 7, 64, None)
+    num_visual_tokens = (1, 7, 64, None)
     prompt = f"USER: <image>\n{QUESTION} ASSISTANT:"
-    samples = [{"prompt": prompt, "images": pictures[:1], "num_visual_tokens": m} for m in budgets]
+    samples = [{"prompt": prompt, "images": pictures[:1], "num_visual_tokens": m} for m in num_visual_tokens]
     processor = AutoProcessor.from_pretrained(mqt_llava.TINY_CHECKPOINT)
     expected = [
         processor.decode(answer, skip_special_tokens=True)
         for answer in answer_with_transformers(mqt_llava.TINY_CHECKPOINT, samples)
     ]
-    found = [ask(num_visual_tokens=m) if m else ask() for m in budgets]
+    found = [ask(num_visual_tokens=m) if m else ask() for m in num_visual_tokens]
     assert found == expected and len(set(found)) > 2
     with pytest.raises(InternalServerError):  # the server gives no reasons, but goes on
         ask(num_visual_tokens=0)
