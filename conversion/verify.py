@@ -198,8 +198,8 @@ def verify_ids(processor, tokenizer_model: Path) -> Check:
         prompt = processor.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
         prompt = prompt.removeprefix(processor.tokenizer.bos_token)
         images = [torch.zeros(3, 8, 8, dtype=torch.uint8).numpy()] * prompt.count("<image>") or None
-        budget = {} if images is None else {"num_visual_tokens": 1}
-        ids = processor(images=images, text=prompt, **budget)["input_ids"][0]
+        options = {} if images is None else {"num_visual_tokens": 1}
+        ids = processor(images=images, text=prompt, **options)["input_ids"][0]
         expected = [pieces.bos_id()]
         for i, chunk in enumerate(prompt.split("<image>")):
             expected += [processor.image_token_id] * (i > 0) + pieces.encode(chunk)
@@ -267,9 +267,9 @@ def verify_outputs(model, processor, source: Source, settings: dict) -> list[Che
     pixel_values = torch.randn(2, 3, vision.image_size, vision.image_size, generator=generator)
     tower = source.under(AUTHORS_VISION_TOWER + "vision_model.")
     features = clip_features(tower, pixel_values, vision, config.vision_feature_layer)
-    most = config.num_query_tokens
-    expected = query_features(source.under(AUTHORS_QUERY_TRANSFORMER), features, most)
-    for m in (1, 16, most):
+    num_query_tokens = config.num_query_tokens
+    expected = query_features(source.under(AUTHORS_QUERY_TRANSFORMER), features, num_query_tokens)
+    for m in (1, 16, num_query_tokens):
         ours = torch.stack(model.get_image_features(pixel_values, m).pooler_output)
         checks.append(compare("visual tokens", f"2 images, m = {m}", ours, expected[:, :m], VISUAL_TOLERANCE))
 

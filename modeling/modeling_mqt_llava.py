@@ -94,7 +94,7 @@ class MQTLlavaQueryTransformer(nn.Module):
 
     One cross-attention layer: the first m of M learned queries look at the patches, then a projection leads to the
     language model's width. Queries and keys are made of positions alone, the image enters through the values. So visual
-    token i is the same whatever m: the tokens of a small budget are a prefix of those of a large one.
+    token i is the same whatever m: the tokens of a small m are a prefix of those of a large one.
     """
 
     def __init__(self, config: MQTLlavaConfig):

@@ -148,7 +148,7 @@ class MQTLlavaProcessor(ProcessorMixin):
             `visual_token_counts` of shape `(num_images,)`, which says m for each image.
 
         Raises:
-            `ValueError`: for budgets that are not integers from 1 to M, images and `<image>` that differ in number,
+            `ValueError`: for anything but integers from 1 to M, images and `<image>` that differ in number,
             unknown keyword arguments, and arguments that give images a shape which the vision tower cannot take.
         """
         self._check_kwargs(kwargs)
@@ -172,7 +172,7 @@ class MQTLlavaProcessor(ProcessorMixin):
         return super().__call__(images=images if num_images else None, text=text, **kwargs)
 
     def _check_kwargs(self, kwargs):
-        """Refuse what transformers would drop with a warning: a misspelt budget must not become the default one."""
+        """Refuse what transformers would drop with a warning: a misspelt `num_visual_tokens` must not become the default."""
         structured = self.valid_processor_kwargs.__annotations__
         known = {"common_kwargs", "videos", "audio", "text_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs"}
         for name, kwargs_class in structured.items():
@@ -188,8 +188,8 @@ class MQTLlavaProcessor(ProcessorMixin):
             )
 
     def _check_serving_kwargs(self, kwargs):
-        """vLLM, which asks for offsets, caches each image under the arguments of its request: with a list of budgets, the same
-        images in another order would get those of the first. And it slices tensors."""
+        """vLLM, which asks for offsets, caches each image under the arguments of its request: with a list as `num_visual_tokens`
+        the same images in another order would get those of the first. And it slices tensors."""
         if kwargs.get("num_visual_tokens") is not None and not isinstance(kwargs["num_visual_tokens"], int):
             raise ValueError(
                 "`num_visual_tokens` must be one integer for all images of a request; got "
@@ -246,7 +246,7 @@ class MQTLlavaProcessor(ProcessorMixin):
         return start + self.image_token.join([first, *(" " + chunk if chunk else "" for chunk in others)])
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
-        """M placeholders for each image, whatever budget it will have: vLLM sizes its buffers by this.
+        """M placeholders for each image, whatever it will have: vLLM sizes its buffers by this.
 
         Args:
             image_sizes (`list[list[int]]`, *optional*):

@@ -15,6 +15,7 @@ from transformers import (
     AutoProcessor,
 )
 
+from .modeling.budget_mqt_llava import rebudget
 from .modeling.configuration_mqt_llava import MQTLlavaConfig, __version__
 from .modeling.image_processing_mqt_llava import MQTLlavaImageProcessor
 from .modeling.modeling_mqt_llava import MQTLlavaForConditionalGeneration, MQTLlavaModel
@@ -41,4 +42,5 @@ __all__ = [
     "MQTLlavaProcessor",
     "PrefixCache",
     "TINY_CHECKPOINT",
+    "rebudget",
 ]

@@ -99,7 +99,7 @@ def write_card(
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     base_models = [name for name in base_models or [] if is_repository(name)]
-    most = config.get("num_query_tokens", 256)
+    num_query_tokens = config.get("num_query_tokens", 256)
     card = ModelCard.from_template(
         ModelCardData(
             license=license,
@@ -113,8 +113,8 @@ def write_card(
         template_str=TEMPLATE,
         model_name=Path(repo_id).name,
         repo_id=repo_id,
-        num_query_tokens=most,
-        example_tokens=min(16, most),
+        num_query_tokens=num_query_tokens,
+        example_tokens=min(16, num_query_tokens),
         origin=origin,
         accuracy=accuracy_table(folder),
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from mqt_llava.cli import app
+from mqt_llava.modeling.budget_mqt_llava import CACHE_NAME
 
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +24,7 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace = {}
     for block in blocks("python"):
+        block = block.replace("cache=cache", f"{CACHE_NAME}=cache")  # README writes it as the newest transformers does
         exec(compile(block, "README.md", "exec"), namespace)
     assert namespace["logits"].equal(namespace["same"])
     printed = capsys.readouterr().out.splitlines()

@@ -81,15 +81,14 @@ def ask(
         raise UsageError("--compare and --num-visual-tokens exclude each other")
     if compare is not None and question is None:
         raise UsageError("--compare needs a question as an argument")
-    budgets = (
-        [num_visual_tokens] if compare is None else [parse_num_visual_tokens(text) for text in compare.split(",")]
-    )
+    compared = [] if compare is None else [parse_num_visual_tokens(text) for text in compare.split(",")]
     images = [load_image(source) for source in sources]
 
     silence_libraries()
     checkpoint = name_base(adapter) if adapter and model is None else name_checkpoint(model)
     config = load_config(checkpoint)
-    budgets = [check_num_visual_tokens(budget, config.num_query_tokens) for budget in budgets]
+    num_visual_tokens = check_num_visual_tokens(num_visual_tokens, config.num_query_tokens)
+    compared = [check_num_visual_tokens(m, config.num_query_tokens) for m in compared]
     processor, network = load_model(checkpoint, device, dtype.value, adapter)
     setting = {
         "model": checkpoint,
@@ -100,14 +99,14 @@ def ask(
     }
 
     if compare is not None:
-        rows = compare_budgets(processor, network, images, question, budgets, max_new_tokens)
+        rows = compare_answers(processor, network, images, question, compared, max_new_tokens)
         if as_json:
             print(json.dumps({"question": question, "compare": rows, **setting}))
         else:
             print_table(rows)
         return
 
-    conversation = Conversation(processor, network, images, budgets[0], max_new_tokens)
+    conversation = Conversation(processor, network, images, num_visual_tokens, max_new_tokens)
     if question is not None:
         answer_one(conversation, question, setting if as_json else None)
     else:
@@ -168,12 +167,12 @@ def read_questions(at_terminal: bool) -> Iterator[str]:
         print(file=sys.stderr)
 
 
-def compare_budgets(processor, model, images, question, budgets, max_new_tokens) -> list[dict]:
+def compare_answers(processor, model, images, question, compared, max_new_tokens) -> list[dict]:
     """One answer for each number of visual tokens, with its time and compute."""
-    Conversation(processor, model, images, budgets[0], 2).ask(question)  # the first run is slower than all others
+    Conversation(processor, model, images, compared[0], 2).ask(question)  # the first run is slower than all others
     rows = []
-    for budget in budgets:
-        conversation = Conversation(processor, model, images, budget, max_new_tokens)
+    for m in compared:
+        conversation = Conversation(processor, model, images, m, max_new_tokens)
         flops = conversation.count_flops(question)
         rows.append({**conversation.ask(question), "flops": flops})
     return rows

@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from tests.small_model import NUM_QUERY_TOKENS, make_images, make_model, make_processor
 
 
+pytestmark = pytest.mark.every_version
+
+
 M = NUM_QUERY_TOKENS
 MODEL, PROCESSOR = make_model(), make_processor()
 num_visual_tokens = st.integers(1, M)

@@ -97,6 +97,7 @@ def test_text_iterator_streamer_in_a_thread(model, processor, image, m):
 # Caches ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_version
 @pytest.mark.parametrize("m", [None, *NUM_VISUAL_TOKENS])
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_static_cache_is_as_good_as_a_dynamic_one(model, m, num_beams):
@@ -175,6 +176,7 @@ def test_old_name_of_the_cache(model):
     assert old.get_seq_length() == new.get_seq_length() > 0
 
 
+@pytest.mark.every_version
 @pytest.mark.parametrize("m", NUM_VISUAL_TOKENS)
 @pytest.mark.parametrize("passed", ["whole", "new tokens", "static"])
 def test_second_turn_from_the_cache(model, processor, m, passed):
@@ -194,6 +196,7 @@ def test_second_turn_from_the_cache(model, processor, m, passed):
     assert counter.images == 0
 
 
+@pytest.mark.every_version
 @pytest.mark.parametrize("rebudget", [False, True], ids=["prepared", "num_visual_tokens"])
 @pytest.mark.parametrize("m", NUM_VISUAL_TOKENS)
 @pytest.mark.parametrize("passed", ["whole", "whole, no counts", "new tokens", "features"])
@@ -283,6 +286,7 @@ def test_second_turn_of_padded_rows(model, processor):
     assert_same_turn(continued, scratch)
 
 
+@pytest.mark.every_version
 def test_cached_images_keep_their_visual_tokens(model, processor):
     """Sequences begin with the caller's own ids, the cache with fewer tokens: the whole conversation does not fit it."""
     first = prepare([2], m=NUM_QUERY_TOKENS)
@@ -338,6 +342,7 @@ def test_what_transformers_gets_wrong_with_a_filled_cache_is_refused(model, wron
 # Beams, samples, the vision tower -------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_version
 @pytest.mark.parametrize("m", [None, *NUM_VISUAL_TOKENS])
 @pytest.mark.parametrize("num_beams, num_return_sequences", [(1, 1), (3, 1), (3, 2)])
 def test_rows_of_a_batch_are_answered_as_each_alone(model, m, num_beams, num_return_sequences):
@@ -445,6 +450,7 @@ def test_image_token_is_never_generated(model, settings, m):
     assert rigged == [[IMAGE_TOKEN_ID] * 6] * len(ROWS)  # so the head would have chosen it
 
 
+@pytest.mark.every_version
 @pytest.mark.parametrize("file", ["as saved", "missing", "of the language model"])
 def test_image_token_is_never_generated_by_a_loaded_model(checkpoint, tmp_path, file):
     """Also where the generation config's file is missing, or came from the language model that a model was made of."""
@@ -526,6 +532,7 @@ def expected_answer(model, processor, messages, m, **kwargs):
     return processor.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+@pytest.mark.every_version
 @pytest.mark.parametrize("m", [None, *NUM_VISUAL_TOKENS])
 def test_pipeline_with_chat_messages(model, processor, image, m):
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
@@ -604,6 +611,7 @@ def test_pipeline_from_a_folder(checkpoint, image):
 # Assisted decoding ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_version
 @pytest.mark.parametrize("m", [None, *NUM_VISUAL_TOKENS])
 @pytest.mark.parametrize("row", [0, 2, 3])
 def test_assisted_decoding(model, m, row):
@@ -710,6 +718,7 @@ def assert_same_logits(compiled, model, inputs):
         torch.testing.assert_close(compiled(**inputs).logits, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.every_version
 @pytest.mark.parametrize("with_counts", [True, False], ids=["counts", "no_counts"])
 def test_forward_is_one_graph(model, compile_model, with_counts):
     """The traced graph is run as it is here, not compiled any further."""

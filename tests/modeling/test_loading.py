@@ -142,6 +142,7 @@ def test_initialisation_after_the_meta_device(model_class):
         torch.testing.assert_close(real_logits(other, prepare()), real_logits(model, prepare()))
 
 
+@pytest.mark.every_version
 @pytest.mark.parametrize(
     "missing",
     [
@@ -268,6 +269,7 @@ def test_base_model_and_head_model_load_each_others_folders(tmp_path):
 # Backbones ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_version
 @pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("m", NUM_VISUAL_TOKENS)
 def test_backbones_save_load_and_generate(name, m, tmp_path):

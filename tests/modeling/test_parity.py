@@ -23,6 +23,9 @@ from tests.modeling.test_remote_code import fresh_process
 from tests.reference import official_layout, parity_inputs
 
 
+pytestmark = pytest.mark.every_version
+
+
 REFERENCE = Path(__file__).parent.parent / "reference"
 DEV = REFERENCE / "dev"
 IMAGE_TOKEN = 32000  # ours; the authors write -200

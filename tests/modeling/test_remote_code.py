@@ -256,6 +256,7 @@ def expected_answers(num_visual_tokens):
     return scope["answer"](make_model(), make_processor(), make_images(3), PROMPTS, num_visual_tokens)
 
 
+@pytest.mark.every_version
 @pytest.mark.parametrize("who", LOADED)
 def test_fresh_process_answers_token_for_token_as_this_one(chain, who):
     result = chain.loaded[who]

@@ -13,6 +13,9 @@ from mqt_llava import MQTLlavaForConditionalGeneration, MQTLlavaModel
 from tests.small_model import SIGLIP, make_config, make_images, make_model, make_processor
 
 
+pytestmark = pytest.mark.every_version
+
+
 TOWERS = {"clip": ({}, CLIPVisionModel), "siglip": (SIGLIP, SiglipVisionModel)}
 
 

@@ -110,6 +110,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.every_version
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_adapters_of_every_kind(options, checkpoint, data, tmp_path):
     """Trained, saved, loaded and merged: the same logits at every m, and others than the base model's."""
