@@ -7,6 +7,7 @@ from numbers import Integral
 
 import torch
 from torch import nn
+from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
@@ -56,6 +57,19 @@ def resolve_visual_token_counts(num_visual_tokens, num_images: int, num_query_to
     return [int(count) for count in counts][:num_images]
 
 
+def placeholder_runs(is_placeholder: torch.Tensor) -> list[int]:
+    """Lengths of the runs of consecutive placeholders in a `(batch_size, sequence_length)` mask, row after row."""
+    edges = nn.functional.pad(is_placeholder.int(), (1, 1)).diff(dim=-1)
+    return ((edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]).tolist()
+
+
+def refuse_num_visual_tokens(kwargs: dict, instead: str):
+    """What no layer would read must not become the default, misspelt or not."""
+    for name in kwargs:
+        if name.startswith(("num_visual", "visual_token")):
+            raise ValueError(f"`{name}` is not taken here; pass {instead}. Got {kwargs[name]!r}.")
+
+
 def count_visual_tokens(is_placeholder: torch.Tensor, num_images: int, visual_token_counts=None) -> list[int]:
     """How many placeholders stand for each image of a prompt.
 
@@ -84,14 +98,31 @@ def count_visual_tokens(is_placeholder: torch.Tensor, num_images: int, visual_to
                 "`num_visual_tokens`."
             )
         return counts
-    edges = nn.functional.pad(is_placeholder.int(), (1, 1)).diff(dim=-1)
-    runs = ((edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]).tolist()
+    runs = placeholder_runs(is_placeholder)
     if len(runs) != num_images:
         raise ValueError(
             f"Image features and image tokens do not match: there are {num_images} images, the prompt has {len(runs)} runs of "
             f"image placeholders, of {runs} tokens. Adjacent images need `visual_token_counts` as the processor returns it."
         )
     return runs
+
+
+def rows_passed_over(is_placeholder, num_images: int, num_query_tokens: int, visual_token_counts=None) -> torch.Tensor:
+    """How many visual tokens that have no placeholder stand before that of each position, where every image has M of them.
+
+    Tensor operations alone, whose shapes do not depend on the counts, for `torch.compile` and `torch.export`.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch_size * sequence_length,)`.
+    """
+    if visual_token_counts is None:  # one run of placeholders is one image
+        starts = is_placeholder & ~nn.functional.pad(is_placeholder, (1, 0))[:, :-1]
+        image = (starts.flatten().cumsum(0) - 1).clamp(0, num_images - 1)
+        visual_token_counts = torch.zeros(num_images, dtype=torch.long, device=image.device)
+        visual_token_counts = visual_token_counts.scatter_add(0, image, is_placeholder.flatten().long())
+    ends = visual_token_counts.cumsum(0)
+    image = torch.searchsorted(ends, is_placeholder.flatten().cumsum(0)).clamp(max=num_images - 1)
+    return image * num_query_tokens - (ends - visual_token_counts)[image]
 
 
 def rebudget(inputs, num_visual_tokens, config, padding_side: str = "right", num_cached: int = 0) -> dict:
@@ -134,6 +165,10 @@ def rebudget(inputs, num_visual_tokens, config, padding_side: str = "right", num
     num_images = 0 if images is None else len(images)
     new_counts = resolve_visual_token_counts(num_visual_tokens, num_images, config.num_query_tokens)
     if num_images == 0:
+        if input_ids is not None and (input_ids[:, num_cached:] == config.image_token_id).any():
+            raise ValueError(
+                "`num_visual_tokens` is asked for, but no images stand behind the placeholders of the prompt."
+            )
         return inputs
     if input_ids is None or inputs.get("inputs_embeds") is not None:
         raise ValueError(
@@ -219,6 +254,49 @@ def _source_columns(is_placeholder, is_attended, old_counts, new_counts, padding
     return source
 
 
+class OwnPrompt:
+    """The caller's own prompt, where `generate` uses another one: what goes to the caller begins with it.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): the caller's.
+        used_length (`int`): of the prompt that is used.
+    """
+
+    def __init__(self, input_ids: torch.Tensor, used_length: int):
+        self.input_ids, self.used_length = input_ids, used_length
+
+    def before(self, sequences: torch.Tensor) -> torch.Tensor:
+        """Sequences, of beams and samples too, with this prompt for the one that was used."""
+        prompts = self.input_ids.repeat_interleave(len(sequences) // len(self.input_ids), dim=0)
+        return torch.cat([prompts, sequences[:, self.used_length :]], dim=1)
+
+    def wrap(self, logits_processor, stopping_criteria, prefix_allowed_tokens_fn) -> tuple:
+        """What the caller passes to `generate`, to be called with rows that begin with this prompt."""
+
+        def with_own_rows(function):
+            return lambda rows, *args, **kwargs: function(self.before(rows), *args, **kwargs)
+
+        def allowed_tokens(row_index, ids):
+            return prefix_allowed_tokens_fn(row_index, torch.cat([self.input_ids[row_index], ids[self.used_length :]]))
+
+        return (
+            LogitsProcessorList(map(with_own_rows, logits_processor or ())),
+            StoppingCriteriaList(map(with_own_rows, stopping_criteria or ())),
+            None if prefix_allowed_tokens_fn is None else allowed_tokens,
+        )
+
+    def restore(self, outputs, cache):
+        """What `generate` returns, with this prompt; the cache, which has the other one, is marked for [`check_cache`]."""
+        if isinstance(outputs, torch.Tensor):
+            outputs = self.before(outputs)
+        else:
+            outputs.sequences = self.before(outputs.sequences)
+            cache = outputs.get(CACHE_NAME)
+        if cache is not None:
+            cache.is_of_other_input_ids = True
+        return outputs
+
+
 def first_visual_tokens(visual_tokens: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
     """The first `counts[i]` visual tokens of image i, which are what the image has with fewer: token i is the same whatever m.
 
@@ -268,9 +346,13 @@ def check_cache(cache, inputs: dict) -> int:
 
 __all__ = [
     "CACHE_NAME",
+    "OwnPrompt",
     "check_cache",
     "count_visual_tokens",
     "first_visual_tokens",
+    "placeholder_runs",
     "rebudget",
+    "refuse_num_visual_tokens",
     "resolve_visual_token_counts",
+    "rows_passed_over",
 ]

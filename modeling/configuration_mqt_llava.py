@@ -55,6 +55,8 @@ class MQTLlavaConfig(PreTrainedConfig):
             Index of the vision tower's hidden state whose patch features are queried.
         vision_feature_select_strategy (`"default"` or `"full"`, *optional*, defaults to `"default"`):
             `"default"` drops the first feature (CLIP's class token), `"full"` keeps all (towers without one).
+        tie_word_embeddings (`bool`, *optional*):
+            Whether the head shares the weights of the token embeddings. Defaults to what `text_config` says.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of freshly initialised weights.
 
@@ -83,7 +85,7 @@ class MQTLlavaConfig(PreTrainedConfig):
     vision_feature_layer: int = -2
     vision_feature_select_strategy: str = "default"
     initializer_range: float = 0.02
-    tie_word_embeddings: bool = False
+    tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs):
         if self.vision_config is None:
@@ -105,9 +107,10 @@ class MQTLlavaConfig(PreTrainedConfig):
         elif isinstance(self.text_config, dict):
             self.text_config = CONFIG_MAPPING[self.text_config.get("model_type", "llama")](**self.text_config)
 
-        # Language models keep the flag in their own config; here the embeddings are tied at the top
-        if not self.tie_word_embeddings and getattr(self.text_config, "tie_word_embeddings", False):
-            self.tie_word_embeddings = True
+        # Language models have the flag in their own config; here the embeddings are tied at the top. Both say the same
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        self.text_config.tie_word_embeddings = self.tie_word_embeddings
 
         # Checked here and not in a `validate_...` method, whose errors are no `ValueError`
         queries, width = self.num_query_tokens, self.vision_config.hidden_size

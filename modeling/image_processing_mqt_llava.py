@@ -36,11 +36,15 @@ ORIENTATION = 0x0112  # the tag of EXIF
 
 class MQTLlavaImageProcessorKwargs(ImagesKwargs, total=False):
     """
+    num_visual_tokens (`int` or `list[int]`, *optional*):
+        m, the number of visual tokens of every image or of each, from 1 to M, for the processor: pixels do not depend on it.
+        Set for the image processor, it is the processor's default.
     draft (`bool`, *optional*, defaults to `False`):
         Decode large JPEG files at a reduced size, at least twice that of the vision tower. Faster, and the pixels differ a
         little. Files must not be decoded yet, as `PIL.Image.open` leaves them.
     """
 
+    num_visual_tokens: int | list[int] | None
     draft: bool | None
 
 
@@ -60,6 +64,7 @@ class MQTLlavaImageProcessor(LlavaImageProcessorPil):
     default_to_square = True
     do_pad = True
     do_center_crop = False
+    num_visual_tokens = None
     draft = False
 
     def __init__(self, **kwargs: Unpack[MQTLlavaImageProcessorKwargs]):
@@ -115,7 +120,7 @@ class MQTLlavaImageProcessor(LlavaImageProcessorPil):
                 prepared = dict(zip(distinct, pool.map(prepare, distinct.values())))
         else:
             prepared = dict(zip(distinct, map(prepare, distinct.values())))
-        kwargs.pop("draft", None)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("draft", "num_visual_tokens")}
         if settings["do_rescale"]:
             kwargs.pop("input_data_format", None)
         if does_geometry:

@@ -18,7 +18,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .budget_mqt_llava import CACHE_NAME, check_cache, count_visual_tokens, rebudget, resolve_visual_token_counts
+from .budget_mqt_llava import (
+    CACHE_NAME,
+    OwnPrompt,
+    check_cache,
+    count_visual_tokens,
+    rebudget,
+    refuse_num_visual_tokens,
+    resolve_visual_token_counts,
+    rows_passed_over,
+)
 
 
 class ImageOutputs:
@@ -49,14 +58,8 @@ MODEL_OUTPUT_NAMES = tuple(field.name for field in fields(MQTLlavaModelOutputWit
 
 @dataclass
 class MQTLlavaCausalLMOutputWithPast(ImageOutputs, CausalLMOutputWithPast):
-    r"""
-    [`~modeling_outputs.CausalLMOutputWithPast`], whose `logits` of shape `(batch_size, sequence_length, vocab_size)` count the
-    visual tokens that were used, and so follow `num_visual_tokens`; and:
-
-    Args:
-        image_outputs (`BaseModelOutputWithPooling`, *optional*):
-            Of the images: their visual tokens as `pooler_output`, and what they were made of.
-    """
+    """[`~modeling_outputs.CausalLMOutputWithPast`], whose `logits` of shape `(batch_size, sequence_length, vocab_size)` count
+    the visual tokens that were used, and so follow `num_visual_tokens`; and `image_outputs`, as above."""
 
     image_outputs: BaseModelOutputWithPooling | None = None
 
@@ -256,15 +259,18 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
         Returns:
             [`~modeling_outputs.BaseModelOutputWithPooling`]: as `last_hidden_state` the hidden state of the vision tower
             that is queried, of shape `(num_images, num_patches (+ 1), vision_hidden_size)`, and as `pooler_output` a list
-            of one tensor of shape `(m_i, text_hidden_size)` for each image. Its first rows are what fewer visual tokens
-            would be, so features of M tokens do for every m. To keep them, call this under `torch.no_grad()`: else they
-            hold what a backward pass through the vision tower would need.
+            of one tensor of shape `(m_i, text_hidden_size)` for each image (compiled without counts, one tensor). Its
+            first rows are what fewer visual tokens would be, so features of M tokens do for every m. To keep them, call
+            this under `torch.no_grad()`: else they hold what a backward pass through the vision tower would need.
 
         Raises:
             `ValueError`: for counts that are not one integer from 1 to M per image.
         """
         refuse_num_visual_tokens(kwargs, "`visual_token_counts`")
-        counts = resolve_visual_token_counts(visual_token_counts, len(pixel_values), self.config.num_query_tokens)
+        num_query_tokens = self.config.num_query_tokens
+        counts = None  # of all queries: an exported program takes any number of images
+        if visual_token_counts is not None or not torch.compiler.is_compiling():
+            counts = resolve_visual_token_counts(visual_token_counts, len(pixel_values), num_query_tokens)
         wanted = kwargs.pop("output_hidden_states", None)
         wanted = self.config.output_hidden_states if wanted is None else wanted
         outputs = self.vision_tower(
@@ -277,10 +283,13 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
         if not self.tower_ends_at_features:
             features = outputs.hidden_states[self.config.vision_feature_layer]
         drops_class_token = self.config.vision_feature_select_strategy == "default"
-        visual_tokens = self.query_transformer(features[:, int(drops_class_token) :], max(counts, default=0))
+        num_visual_tokens = num_query_tokens if counts is None else max(counts, default=0)
+        visual_tokens = self.query_transformer(features[:, int(drops_class_token) :], num_visual_tokens)
+        if counts is not None:
+            visual_tokens = [tokens[:count] for tokens, count in zip(visual_tokens, counts)]
         return BaseModelOutputWithPooling(
             last_hidden_state=features,
-            pooler_output=[tokens[:count] for tokens, count in zip(visual_tokens, counts)],
+            pooler_output=visual_tokens,
             hidden_states=outputs.hidden_states if wanted else None,
             attentions=outputs.attentions,
         )
@@ -337,14 +346,17 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
                 if (
                     torch.compiler.is_compiling()
                 ):  # the counts are data there, so M tokens are made, and some passed over
-                    row = row + self.rows_passed_over(is_placeholder, len(pixel_values), visual_token_counts)
+                    num_images, num_query_tokens = len(pixel_values), self.config.num_query_tokens
+                    row = row + rows_passed_over(is_placeholder, num_images, num_query_tokens, visual_token_counts)
                 else:
                     counts = count_visual_tokens(is_placeholder, len(pixel_values), visual_token_counts)
                 image_outputs = self.get_image_features(pixel_values, counts, return_dict=True)
             elif not torch.compiler.is_compiling():
                 counts = [len(tokens) for tokens in image_outputs.pooler_output]
                 count_visual_tokens(is_placeholder, len(counts), counts)
-            table = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            table = image_outputs.pooler_output
+            table = table.flatten(0, 1) if isinstance(table, torch.Tensor) else torch.cat(list(table))
+            table = table.to(inputs_embeds.device, inputs_embeds.dtype)
             table = nn.functional.pad(
                 table, (0, 0, 1, 0)
             )  # row 0 is where there is no placeholder, and has no gradient
@@ -357,24 +369,6 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
         )
         outputs = {name: value for name, value in outputs.items() if name in MODEL_OUTPUT_NAMES}
         return MQTLlavaModelOutputWithPast(**outputs, image_outputs=image_outputs)
-
-    def rows_passed_over(self, is_placeholder, num_images: int, visual_token_counts=None) -> torch.Tensor:
-        """How many tokens that have no placeholder stand before each position's own, where every image has M tokens."""
-        if visual_token_counts is None:  # one run of placeholders is one image
-            starts = is_placeholder & ~nn.functional.pad(is_placeholder, (1, 0))[:, :-1]
-            image = (starts.flatten().cumsum(0) - 1).clamp(0, num_images - 1)
-            visual_token_counts = torch.zeros(num_images, dtype=torch.long, device=image.device)
-            visual_token_counts = visual_token_counts.scatter_add(0, image, is_placeholder.flatten().long())
-        ends = visual_token_counts.cumsum(0)
-        image = torch.searchsorted(ends, is_placeholder.flatten().cumsum(0)).clamp(max=num_images - 1)
-        return image * self.config.num_query_tokens - (ends - visual_token_counts)[image]
-
-
-def refuse_num_visual_tokens(kwargs: dict, instead: str):
-    """What no layer would read must not become the default, misspelt or not."""
-    for name in kwargs:
-        if name.startswith(("num_visual", "visual_token")):
-            raise ValueError(f"`{name}` is not taken here; pass {instead}. Got {kwargs[name]!r}.")
 
 
 class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin):
@@ -471,7 +465,17 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         return MQTLlavaCausalLMOutputWithPast(loss=loss, logits=logits, **outputs)
 
     @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, *args, num_visual_tokens=None, **kwargs):
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config=None,
+        logits_processor=None,
+        stopping_criteria=None,
+        prefix_allowed_tokens_fn=None,
+        *args,
+        num_visual_tokens: int | list[int] | None = None,
+        **kwargs,
+    ):
         r"""
         Generate answers: [`~generation.GenerationMixin.generate`], with any number of visual tokens.
 
@@ -482,9 +486,11 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
 
         Args:
             num_visual_tokens (`int` or `list[int]`, *optional*):
-                m, for all images or for each, whatever the prompt was prepared with: see [`rebudget`]. Defaults to the number
-                of placeholders in the prompt. Whatever m, the returned sequences begin with the caller's own `input_ids`, so
-                `out[:, inputs["input_ids"].shape[1]:]` is the answer. `max_length` counts the prompt as it is used: say
+                m, for all images or for each, whatever the prompt was prepared with: see [`rebudget`]. Defaults to
+                `num_visual_tokens` of the generation config, where that has it, or the number of placeholders in the prompt.
+                Whatever m, the returned sequences begin with the caller's own `input_ids`, so
+                `out[:, inputs["input_ids"].shape[1]:]` is the answer, and so do the rows that stopping criteria, logits
+                processors and `prefix_allowed_tokens_fn` are called with. `max_length` counts the prompt as it is used: say
                 `max_new_tokens`.
 
         Raises:
@@ -497,25 +503,21 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         input_ids = kwargs.get("input_ids")
         cache = kwargs.get(CACHE_NAME, kwargs.get("past_key_values"))
         num_cached = check_cache(cache, kwargs)
+        if num_visual_tokens is None and kwargs.get("inputs_embeds") is None:
+            configs = (generation_config, self.generation_config)
+            counts = [getattr(config, "num_visual_tokens", None) for config in configs]
+            num_visual_tokens = next((count for count in counts if count is not None), None)
         if num_visual_tokens is not None:
             kwargs = rebudget(kwargs, num_visual_tokens, self.config, "left", num_cached)
         if self.generation_config.suppress_tokens is None:  # a generated placeholder would stand for no image
             self.generation_config.suppress_tokens = [self.config.image_token_id]
-        outputs = super().generate(None, *args, **self.encode_images(kwargs, num_cached))
-
-        prompt = kwargs.get("input_ids")
-        if prompt is input_ids:
-            return outputs
-        is_tensor = isinstance(outputs, torch.Tensor)
-        sequences = outputs if is_tensor else outputs.sequences
-        own_prompt = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)
-        sequences = torch.cat([own_prompt, sequences[:, prompt.shape[1] :]], dim=1)
-        if not is_tensor:
-            outputs.sequences = sequences
-            cache = outputs.get(CACHE_NAME)
-        if cache is not None:
-            cache.is_of_other_input_ids = True
-        return sequences if is_tensor else outputs
+        own_prompt, callbacks = None, (logits_processor, stopping_criteria, prefix_allowed_tokens_fn)
+        if kwargs.get("input_ids") is not input_ids:
+            own_prompt = OwnPrompt(input_ids, kwargs["input_ids"].shape[1])
+            callbacks = own_prompt.wrap(*callbacks)
+        kwargs = self.encode_images(kwargs, num_cached)
+        outputs = super().generate(None, generation_config, *callbacks, *args, **kwargs)
+        return outputs if own_prompt is None else own_prompt.restore(outputs, cache)
 
     def encode_images(self, inputs: dict, num_cached: int = 0) -> dict:
         """The inputs of `generate` with visual tokens for pixels, of the images behind the `num_cached` first positions."""

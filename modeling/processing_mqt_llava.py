@@ -6,12 +6,13 @@ from .configuration_mqt_llava import AUTO_MAP  # before all others: it says so w
 
 # No `from __future__ import annotations` here: vLLM reads the annotation of `__call__` to learn which keyword arguments a
 # request may set.
+import torch
 from transformers import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import PreTokenizedInput, TextInput
 
-from .budget_mqt_llava import resolve_visual_token_counts
+from .budget_mqt_llava import placeholder_runs, resolve_visual_token_counts
 from .image_processing_mqt_llava import MQTLlavaImageProcessor, MQTLlavaImageProcessorKwargs
 
 
@@ -24,18 +25,25 @@ SYSTEM_PROMPT = (
 # writes the BOS itself, since vLLM's chat adds no special tokens. Where content comes in parts, an `<image>` in a text would
 # stand for no image: servers tokenize what the template writes and never ask the processor whether the numbers fit.
 CHAT_TEMPLATE = (
+    "{% macro text_of(content) %}"
+    "{% if content is string %}{{ content }}{% else %}"
+    "{% for part in content if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{% endif %}"
+    "{% endmacro %}"
     "{% for message in messages if message['content'] is not string %}"
     "{% for part in message['content'] %}"
     "{% if part['type'] == 'text' and '<image>' in part['text'] %}"
     "{{ raise_exception('A text must not contain <image>, which stands for an image: send images as parts') }}"
     "{% elif part['type'] == 'image' and message['role'] != 'user' %}"
     "{{ raise_exception('Images belong to turns of the user; got one of the ' + message['role']) }}"
+    "{% elif part['type'] not in ('text', 'image') %}"
+    "{{ raise_exception('Parts of a turn are of type text or image; got ' + part['type']) }}"
     "{% endif %}"
     "{% endfor %}"
     "{% endfor %}"
     "{{ bos_token }}"
     "{% if messages[0]['role'] == 'system' %}"
-    "{% set system = messages[0]['content'] if messages[0]['content'] is string else messages[0]['content'][0]['text'] %}"
+    "{% set system = text_of(messages[0]['content']) %}"
     "{% set messages = messages[1:] %}"
     "{% else %}"
     "{% set system = '" + SYSTEM_PROMPT.replace("'", "\\'") + "' %}"
@@ -44,17 +52,13 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}"
     "USER: "
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% if message['content'] is not string %}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
     "{% endif %}"
+    "{{ text_of(message['content']) }}"
     " ASSISTANT:"
     "{% elif message['role'] == 'assistant' %}"
-    "{% generation %}{{ ' ' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{% endif %}"
-    "{{ eos_token }}{% endgeneration %}"
+    "{% generation %}{{ ' ' + text_of(message['content']) + eos_token }}{% endgeneration %}"
     "{% else %}"
     "{{ raise_exception('Roles are system (first), user and assistant; got ' + message['role']) }}"
     "{% endif %}"
@@ -62,18 +66,9 @@ CHAT_TEMPLATE = (
 )
 
 
-class MQTLlavaImagesKwargs(MQTLlavaImageProcessorKwargs, total=False):
-    """
-    num_visual_tokens (`int` or `list[int]`, *optional*):
-        m, the number of visual tokens of every image or of each, from 1 to M. Defaults to M.
-    """
-
-    num_visual_tokens: int | list[int] | None
-
-
 class MQTLlavaProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {}  # transformers 5.19 cannot do without
-    images_kwargs: MQTLlavaImagesKwargs
+    images_kwargs: MQTLlavaImageProcessorKwargs
 
 
 class MQTLlavaProcessor(ProcessorMixin):
@@ -87,7 +82,7 @@ class MQTLlavaProcessor(ProcessorMixin):
         tokenizer (`PreTrainedTokenizerBase`):
             A tokenizer that has `image_token` as a token of its own.
         num_query_tokens (`int`, *optional*, defaults to 256):
-            M, the number of queries of the model, and the default number of visual tokens per image.
+            M, the number of queries of the model.
         chat_template (`str`, *optional*):
             A Jinja template. Defaults to that of Vicuna v1 with images, as in LLaVA 1.5.
         image_token (`str`, *optional*, defaults to `"<image>"`):
@@ -140,12 +135,14 @@ class MQTLlavaProcessor(ProcessorMixin):
                 Prompts with one `<image>` for each image. Where all of them begin with the BOS, as those of the chat template
                 do, no other is added, unless `add_special_tokens` says so.
             num_visual_tokens (`int` or `list[int]`, *optional*):
-                m, the number of visual tokens of every image or of each, from 1 to M. Defaults to M.
+                m, the number of visual tokens of every image or of each, from 1 to M. Defaults to
+                `image_processor.num_visual_tokens`, where that is set, or M.
 
         Returns:
             [`BatchFeature`]: `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)` with m
-            placeholders for each image, `pixel_values` of shape `(num_images, 3, height, width)`, and
-            `visual_token_counts` of shape `(num_images,)`, which says m for each image.
+            placeholders for each image, and `pixel_values` of shape `(num_images, 3, height, width)`. Where placeholders
+            of two images are adjacent, or no text says where they stand, `visual_token_counts` of shape `(num_images,)`
+            tells m for each image.
 
         Raises:
             `ValueError`: for anything but integers from 1 to M, images and `<image>` that differ in number,
@@ -164,15 +161,27 @@ class MQTLlavaProcessor(ProcessorMixin):
                 kwargs.setdefault("add_special_tokens", False)
         images = _without_none(images)
         num_images = _count_images(images)
-        if kwargs.get("return_text_replacement_offsets"):
+        is_served = kwargs.get("return_text_replacement_offsets")
+        if is_served:
             self._check_serving_kwargs(kwargs)
+        if kwargs.get("num_visual_tokens") is None:
+            kwargs["num_visual_tokens"] = getattr(self.image_processor, "num_visual_tokens", None)
         kwargs["num_visual_tokens"] = resolve_visual_token_counts(
-            kwargs.get("num_visual_tokens"), num_images, self.num_query_tokens
+            kwargs["num_visual_tokens"], num_images, self.num_query_tokens
         )
-        return super().__call__(images=images if num_images else None, text=text, **kwargs)
+        inputs = super().__call__(images=images if num_images else None, text=text, **kwargs)
+        if num_images and text is not None and not is_served:
+            # Not to be handed on where the placeholders say the same: trainers such as TRL's know the names of tensors
+            rows = (torch.as_tensor(row) == self.image_token_id for row in inputs["input_ids"])
+            if sum(len(placeholder_runs(row[None])) for row in rows) == num_images:
+                inputs.pop("visual_token_counts")
+        return inputs
 
     def _check_kwargs(self, kwargs):
         """Refuse what transformers would drop with a warning: a misspelt `num_visual_tokens` must not become the default."""
+        for name in ("videos", "audio"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{type(self).__name__} takes images and text, no `{name}`.")
         structured = self.valid_processor_kwargs.__annotations__
         known = {"common_kwargs", "videos", "audio", "text_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs"}
         for name, kwargs_class in structured.items():
@@ -258,10 +267,6 @@ class MQTLlavaProcessor(ProcessorMixin):
         return MultiModalData(
             num_image_tokens=[self.num_query_tokens] * num_images, num_image_patches=[1] * num_images
         )
-
-    @property
-    def model_input_names(self):
-        return [*super().model_input_names, "visual_token_counts"]
 
 
 def _count_images(images):

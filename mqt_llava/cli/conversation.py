@@ -71,7 +71,7 @@ class Conversation:
         if self.image_features is None:
             with torch.no_grad():
                 self.image_features = self.model.get_image_features(
-                    inputs["pixel_values"], inputs["visual_token_counts"]
+                    inputs["pixel_values"], self.num_visual_tokens
                 )
         input_ids = inputs["input_ids"]
         length = input_ids.shape[1]

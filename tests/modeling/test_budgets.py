@@ -209,7 +209,7 @@ GOOD_NUM_VISUAL_TOKENS = [
 
 @pytest.mark.parametrize("good", GOOD_NUM_VISUAL_TOKENS, ids=repr)
 def test_kinds_of_integers(good):
-    inputs = PROCESSOR(images=make_images(2), text="<image> and <image>", num_visual_tokens=good, return_tensors="pt")
+    inputs = PROCESSOR(images=make_images(2), text="<image><image>", num_visual_tokens=good, return_tensors="pt")
     assert inputs["visual_token_counts"].tolist() == [3, 3]
     assert (inputs["input_ids"] == PROCESSOR.image_token_id).sum() == 6
 
@@ -238,7 +238,7 @@ def test_adjacent_images_need_counts():
     with torch.no_grad():
         counted = MODEL(**inputs).logits
         assert counted.shape[1] == inputs["input_ids"].shape[1]
-        del inputs["visual_token_counts"]
+        assert inputs.pop("visual_token_counts").tolist() == [1, 3]
         with pytest.raises(ValueError, match="visual_token_counts"):
             MODEL(**inputs)
 

@@ -42,6 +42,11 @@ def prepare(rows=range(len(ROWS)), m=None, text=ROWS):
     )
 
 
+def images_of(inputs):
+    """What the processor says about images: the counts are there where placeholders of two images are adjacent."""
+    return {name: inputs[name] for name in ("pixel_values", "visual_token_counts") if name in inputs}
+
+
 def new_tokens(sequences, inputs):
     """The answers without the prompt, `</s>` and what follows it."""
     answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()
@@ -183,7 +188,7 @@ def test_second_turn_from_the_cache(model, processor, m, passed):
     """The cache of the first turn gives the same second turn as a run from scratch; nothing is encoded again."""
     rows = [2] if passed == "static" else [0, 2]
     first = prepare(rows, m=m)
-    images = {name: first[name] for name in ("pixel_values", "visual_token_counts")}
+    images = images_of(first)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=120) if passed == "static" else None
     answer = model.generate(**first, **FIXED, **WITH_LOGITS, **{CACHE_NAME: cache})
     prompt = second_prompt(first, answer.sequences, tokens(processor, "USER: and now?", len(rows)))
@@ -267,7 +272,7 @@ def test_new_image_in_some_rows_alone(model, processor):
 def test_first_image_in_the_second_turn(model, processor, image):
     first = processor(text="hello there", return_tensors="pt")
     with_image = processor(images=image, text="<image>", num_visual_tokens=5, return_tensors="pt")
-    pixels = {name: with_image[name] for name in ("pixel_values", "visual_token_counts")}
+    pixels = images_of(with_image)
     answer = model.generate(**first, **FIXED, **WITH_LOGITS)
     prompt = second_prompt(first, answer.sequences, tokens(processor, "USER: <image> and now?", 1, 5))
     scratch = model.generate(**prompt, **pixels, **FIXED, **WITH_LOGITS)
@@ -278,7 +283,7 @@ def test_first_image_in_the_second_turn(model, processor, image):
 def test_second_turn_of_padded_rows(model, processor):
     """Rows of different lengths and numbers of images, left-padded, go on from one cache."""
     first = prepare(m=4)
-    images = {name: first[name] for name in ("pixel_values", "visual_token_counts")}
+    images = images_of(first)
     answer = model.generate(**first, **FIXED, **WITH_LOGITS)
     prompt = second_prompt(first, answer.sequences, tokens(processor, "USER: and now?", len(ROWS)))
     scratch = model.generate(**prompt, **images, **FIXED, **WITH_LOGITS)
@@ -294,7 +299,7 @@ def test_cached_images_keep_their_visual_tokens(model, processor):
     scratch_answer = model.generate(**few, **FIXED)
     turn = tokens(processor, "USER: and now?", 1)
     prompt = second_prompt(few, scratch_answer, turn)
-    images = {name: few[name] for name in ("pixel_values", "visual_token_counts")}
+    images = images_of(few)
     scratch = model.generate(**prompt, **images, **FIXED, **WITH_LOGITS)
 
     answer = model.generate(**first, **FIXED, **WITH_LOGITS, num_visual_tokens=4)
@@ -312,7 +317,7 @@ def test_cached_images_keep_their_visual_tokens(model, processor):
 
 def test_images_that_the_cache_holds_are_not_passed_again(model, processor):
     first = prepare([0, 2], m=5)
-    images = {name: first[name] for name in ("pixel_values", "visual_token_counts")}
+    images = images_of(first)
     answer = model.generate(**first, **FIXED, **WITH_LOGITS)
     prompt = second_prompt(first, answer.sequences, tokens(processor, "USER: and now?", 2))
     for passed in (images, {"pixel_values": images["pixel_values"]}, images | {"num_visual_tokens": 5}):
@@ -706,7 +711,7 @@ def compilable(m, with_counts):
     """Padded rows with one, two or no image. Without counts runs of placeholders are images: none are adjacent then."""
     inputs = prepare(m=m) if with_counts else prepare([1, 2, 3], m=m)
     if not with_counts:
-        del inputs["visual_token_counts"]
+        inputs.pop("visual_token_counts", None)
     return inputs
 
 
@@ -741,7 +746,7 @@ def test_counts_of_the_same_total_share_one_graph(model, compile_model, row, wit
     for counts in ([7, 7], [1, 13], [12, 2]):
         inputs = prepare([row], m=counts)
         if not with_counts:
-            del inputs["visual_token_counts"]
+            inputs.pop("visual_token_counts", None)
         assert_same_logits(compiled, model, inputs)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
@@ -833,7 +838,7 @@ def test_export(model, with_counts):
     for counts in ([5, 5, 7], [2, 8, 7]):
         inputs = prepare([2, 3], m=counts)
         if not with_counts:
-            del inputs["visual_token_counts"]
+            inputs.pop("visual_token_counts", None)
         inputs["pixel_values"] = inputs["pixel_values"] * (1 if exported is None else -1)
         if exported is None:
             with torch.no_grad():
