@@ -171,14 +171,14 @@ def load_image(image):
     An image, not decoded yet, of anything that stands for one.
 
     Args:
-        image: A PIL image, array or tensor, returned as it is; a path or an http(s) URL; base64, with `data:image/...;base64,`
+        image: A PIL image, array or tensor; a path or an http(s) URL; base64, with `data:image/...;base64,`
             before it or without; the bytes of a file; a `dict` of `bytes` or `path`, as `datasets` has images.
 
     Raises:
         `ValueError`: when there is no image.
     """
     if is_valid_image(image):
-        return image
+        return image[None] if getattr(image, "ndim", 3) == 2 else image  # grey, in transformers' layout
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") else image.get("path")
     try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -176,7 +176,6 @@ class MQTLlavaQueryTransformer(nn.Module):
 
 class MQTLlavaPreTrainedModel(PreTrainedModel):
     config: MQTLlavaConfig
-    config_class = MQTLlavaConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -233,12 +232,6 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
         if hasattr(tower, "head"):
             tower.use_head = False
             del tower.head
-
-    def get_input_embeddings(self):
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
-        self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
     def get_image_features(
@@ -383,12 +376,6 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
-        self.model.set_input_embeddings(value)
-
     def get_output_embeddings(self):
         return self.lm_head
 
@@ -463,6 +450,15 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
             )
         outputs = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return MQTLlavaCausalLMOutputWithPast(loss=loss, logits=logits, **outputs)
+
+    def save_pretrained(self, *args, **kwargs):
+        """See [`~PreTrainedModel.save_pretrained`]. A generation config that is marked as made of the model's config would be
+        loaded without its `num_visual_tokens`: it is saved without the mark."""
+        settings = {
+            name: value for name, value in self.generation_config.to_dict().items() if not name.startswith("_")
+        }
+        self.generation_config = GenerationConfig(**settings)
+        super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def generate(

@@ -70,9 +70,7 @@ class Conversation:
         start = time.perf_counter()
         if self.image_features is None:
             with torch.no_grad():
-                self.image_features = self.model.get_image_features(
-                    inputs["pixel_values"], self.num_visual_tokens
-                )
+                self.image_features = self.model.get_image_features(inputs["pixel_values"], self.num_visual_tokens)
         input_ids = inputs["input_ids"]
         length = input_ids.shape[1]
         cache, num_cached = self.cache_for(input_ids)

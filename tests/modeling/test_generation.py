@@ -11,7 +11,9 @@ from transformers import (
     CompileConfig,
     DynamicCache,
     GenerationConfig,
+    LogitsProcessor,
     StaticCache,
+    StoppingCriteria,
     TextIteratorStreamer,
     TextStreamer,
     pipeline,
@@ -522,6 +524,99 @@ def test_ways_to_pass_the_prompt(model):
     assert model.generate(**ready, **settings).tolist() == expected
 
 
+# Where m is said, and who sees the prompt ------------------------------------------------------------------------------
+
+
+def computed(model, call):
+    """The number of queries that ran, once for each call of the query transformer."""
+    counts = []
+    hook = model.model.query_transformer.register_forward_hook(
+        lambda module, args, output: counts.append(output.shape[1])
+    )
+    call()
+    hook.remove()
+    return counts
+
+
+def test_generation_config_says_m(model, tmp_path):
+    """The call goes before its generation config, that before the model's, that before the placeholders."""
+    inputs, options = prepare([2], m=9), {"max_new_tokens": 3, "do_sample": False}
+    own = GenerationConfig(num_visual_tokens=4, **options)
+    expected = {m: model.generate(**inputs, **options, num_visual_tokens=m).tolist() for m in (2, 4, 6, 9)}
+    assert model.generate(**inputs, generation_config=own).tolist() == expected[4]
+    assert model.generate(inputs["input_ids"], own, pixel_values=inputs["pixel_values"]).tolist() == expected[4]
+    assert computed(model, lambda: model.generate(**inputs, generation_config=own, num_visual_tokens=2)) == [2]
+
+    assert computed(model, lambda: model.generate(**inputs, **options)) == [9]
+    model.generation_config.num_visual_tokens = 6
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["num_visual_tokens"] == 6
+    for carrier in (model, MQTLlavaForConditionalGeneration.from_pretrained(tmp_path)):
+        assert carrier.generate(**inputs, **options).tolist() == expected[6]
+        assert computed(carrier, lambda: carrier.generate(**inputs, generation_config=own)) == [4]
+        assert computed(carrier, lambda: carrier.generate(**inputs, **options, num_visual_tokens=9)) == [9]
+        carrier.generate(**prepare([1]), **options)  # a text alone has no m
+    model.generation_config.num_visual_tokens = NUM_QUERY_TOKENS + 1
+    with pytest.raises(ValueError, match="from 1 to 16"):
+        model.generate(**inputs, **options)
+
+
+@pytest.mark.parametrize("m", [None, 7, 2, NUM_QUERY_TOKENS])
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_callbacks_see_rows_that_begin_with_the_callers_prompt(model, m, num_beams):
+    inputs = prepare(m=7)
+    length = inputs["input_ids"].shape[1]
+    seen = {"criterion": [], "processor": [], "prefix": []}
+
+    def assert_own(input_ids):
+        prompts = inputs["input_ids"].repeat_interleave(len(input_ids) // len(ROWS), dim=0)
+        assert input_ids[:, :length].tolist() == prompts.tolist()
+
+    class Criterion(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            assert_own(input_ids)
+            seen["criterion"].append(input_ids.shape[1] - length)
+            return torch.full((len(input_ids),), input_ids.shape[1] - length >= 3)
+
+    class Processor(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            assert_own(input_ids)
+            seen["processor"].append(input_ids.shape[1] - length)
+            return scores
+
+    def allowed(row, ids):
+        assert ids[:length].tolist() == inputs["input_ids"][row].tolist()
+        seen["prefix"].append(len(ids) - length)
+        return list(range(4, 200))
+
+    sequences = model.generate(
+        **inputs,
+        num_visual_tokens=m,
+        num_beams=num_beams,
+        do_sample=False,
+        max_new_tokens=8,
+        stopping_criteria=[Criterion()],
+        logits_processor=[Processor()],
+        prefix_allowed_tokens_fn=allowed,
+    )
+    assert sequences.shape[1] == length + 3
+    assert seen["criterion"] == [1, 2, 3] and seen["processor"] == [0, 1, 2] and set(seen["prefix"]) == {0, 1, 2}
+
+
+def test_placeholders_without_images_are_refused(model):
+    inputs = prepare([2], m=7)
+    del inputs["pixel_values"]
+    inputs.pop("visual_token_counts", None)
+    for m in (None, 4):
+        with pytest.raises(ValueError, match="no images stand behind"):
+            model.generate(**inputs, num_visual_tokens=m, max_new_tokens=2)
+    with pytest.raises(ValueError, match="no images stand behind"):
+        model(**inputs, num_visual_tokens=4)
+    model(**inputs)  # legal: transformers' own tests do it
+    with pytest.raises(ValueError, match="`num_visual_token` is not taken here"):
+        model(**prepare([2]), num_visual_token=4)
+
+
 # Pipeline -------------------------------------------------------------------------------------------------------------
 
 
@@ -829,6 +924,25 @@ def test_compiled_parts_prefill_prompts_of_any_length_with_any_m(model, processo
         num_graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert num_graphs[0] >= 4  # tower, query transformer, prefill, decoding
     assert num_graphs[2:] == [num_graphs[2]] * 4
+
+
+def test_export_of_the_features_takes_any_number_of_images(model):
+    pixel_values = prepare()["pixel_values"]
+
+    class Features(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixel_values):
+            return self.model.get_image_features(pixel_values).pooler_output
+
+    shapes = {"pixel_values": {0: torch.export.Dim("num_images", min=1, max=64)}}
+    with torch.no_grad():
+        program = torch.export.export(Features(), (pixel_values[:3],), dynamic_shapes=shapes, strict=False).module()
+        for images in (pixel_values[:2], pixel_values, torch.cat([pixel_values] * 3)):
+            expected = torch.stack(model.get_image_features(images).pooler_output)
+            torch.testing.assert_close(program(images), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("with_counts", [True, False], ids=["counts", "no_counts"])

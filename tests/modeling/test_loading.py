@@ -312,11 +312,10 @@ def test_visual_tokens_enter_the_language_model_as_in_llava(name):
     llava = LlavaForConditionalGeneration(llava_config).eval()
     llava.model.language_model.load_state_dict(model.model.language_model.state_dict())
     llava.lm_head.load_state_dict(model.lm_head.state_dict())
-    inputs = prepare([5, 16, 1])
+    counts = [5, 16, 1]
+    inputs = prepare(counts)
     with torch.no_grad():
-        features = model.get_image_features(
-            inputs["pixel_values"], inputs.get("visual_token_counts", 5), return_dict=True
-        )
+        features = model.get_image_features(inputs["pixel_values"], counts, return_dict=True)
         prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         theirs = llava(**prompt, mm_encoder_outputs={"image": features}).logits[inputs["attention_mask"].bool()]
     torch.testing.assert_close(real_logits(model, inputs), theirs, atol=1e-5, rtol=0)

@@ -16,6 +16,8 @@ from transformers import LlavaImageProcessorPil, PreTrainedTokenizerFast
 from mqt_llava import MQTLlavaProcessor
 from mqt_llava.modeling import image_processing_mqt_llava
 from mqt_llava.modeling.processing_mqt_llava import CHAT_TEMPLATE, SYSTEM_PROMPT
+from mqt_llava.training.collator import MQTLlavaDataCollator
+from mqt_llava.training.data import canonical_sample
 from tests.small_model import NUM_QUERY_TOKENS, make_images, make_processor, make_tokenizer
 
 
@@ -157,6 +159,90 @@ def test_chat_template(processor):
     assert processor.chat_template == CHAT_TEMPLATE
     with pytest.raises(Exception, match="Roles"):
         processor.apply_chat_template([{"role": "tool", "content": "x"}])
+
+
+def test_every_text_part_counts(processor):
+    """Of a system turn too, as for training."""
+    parts = [{"type": "text", "text": text} for text in ("Be brief. ", "Be kind.")]
+    user = {"role": "user", "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "So"}, {"type": "text", "text": "."}]}
+    prompt = processor.apply_chat_template([{"role": "system", "content": parts}, user, answer])
+    assert prompt == "<s>Be brief. Be kind. USER: Why? ASSISTANT: So.</s>"
+    for nothing in ([], ""):
+        prompt = processor.apply_chat_template([{"role": "system", "content": nothing}, user])
+        assert prompt == "<s>USER: Why? ASSISTANT:"
+
+
+texts = st.text("ab ?\n", max_size=5)
+text_content = texts | st.lists(texts.map(lambda text: {"type": "text", "text": text}), max_size=3)
+user_content = texts | st.lists(
+    st.one_of(texts.map(lambda text: {"type": "text", "text": text}), st.just({"type": "image"})), max_size=4
+)
+answers = text_content.filter(
+    lambda content: any(c in "ab?" for c in str(content).replace("text", "").replace("type", ""))
+)
+chats = st.tuples(st.none() | text_content, st.lists(st.tuples(user_content, answers), min_size=1, max_size=3))
+
+
+@settings(max_examples=100, deadline=None)
+@given(chats)
+def test_prompts_of_training_and_inference_are_one(chat):
+    """The collator's ids of a chat are those of the processor, whose placeholders come m times."""
+    system, turns = chat
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    processor = make_processor()
+    num_images = sum(
+        part["type"] == "image"
+        for message in messages
+        if isinstance(message["content"], list)
+        for part in message["content"]
+    )
+    images = make_images(num_images)
+    text = processor.apply_chat_template(messages)
+    expected = processor(images=images or None, text=text, num_visual_tokens=1)["input_ids"][0]
+    canonical = canonical_sample({"messages": messages, "images": images})
+    found, labels = MQTLlavaDataCollator(processor, 1).tokenize(canonical["messages"])
+    assert found == expected
+    assert all(label in (-100, id) for label, id in zip(labels, found))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "input_image", "image_url": "a.png"},
+        {"type": "img", "image": "a.png"},
+        {"type": "video", "path": "a.mp4"},
+        {"type": "audio", "path": "a.wav"},
+    ],
+    ids=lambda part: part["type"],
+)
+def test_parts_of_other_types_are_refused_by_name(processor, part):
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "What is this?"}]}]
+    with pytest.raises(Exception, match=rf"of type text or image; got {part['type']}"):
+        processor.apply_chat_template(messages)
+
+
+def test_videos_are_refused(processor):
+    for name in ("videos", "audio"):
+        with pytest.raises(ValueError, match=f"takes images and text, no `{name}`"):
+            processor(text="a", **{name: [np.zeros((2, 3, 8, 8))]})
+
+
+def test_a_processor_may_have_an_m_of_its_own(tmp_path):
+    make_processor().save_pretrained(tmp_path / "plain")
+    processor = MQTLlavaProcessor.from_pretrained(tmp_path / "plain", num_visual_tokens=4)
+    processor.save_pretrained(tmp_path / "four")
+    for carrier in (processor, MQTLlavaProcessor.from_pretrained(tmp_path / "four")):
+        counts = [
+            carrier(images=make_images(1), text="<image>", **options)["input_ids"][0].count(3)
+            for options in ({}, {"num_visual_tokens": 2}, {"images_kwargs": {"num_visual_tokens": 3}})
+        ]
+        assert counts == [4, 2, 3]
+    with pytest.raises(ValueError, match="from 1 to 16"):
+        wrong = MQTLlavaProcessor.from_pretrained(tmp_path / "plain", num_visual_tokens=17)
+        wrong(images=make_images(1), text="<image>")
 
 
 def test_chat_template_takes_placeholders_from_image_parts_alone(processor):
