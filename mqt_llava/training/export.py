@@ -1,16 +1,17 @@
-"""Make a trained model small enough to ship with the package: bfloat16 weights, no copies of the modeling code.
+"""Make a trained model small enough to ship with the package: bfloat16 weights, links to the modeling code.
 
 python -m mqt_llava.training.export --model runs/stage2 --output_dir mqt_llava/checkpoints/mqt-llava-tiny
 """
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 
 import torch
 
-from .. import MQTLlavaForConditionalGeneration, MQTLlavaProcessor
+from .. import MQTLlavaForConditionalGeneration, MQTLlavaProcessor, modeling
 
 
 def main():
@@ -28,19 +29,20 @@ def main():
             partial
         )
         MQTLlavaProcessor.from_pretrained(arguments.model).save_pretrained(partial)
-        for code in partial.glob("*.py"):  # the package that carries this folder has the code
+        for code in partial.glob("*.py"):  # the repository has one copy of the code; a wheel has the files
             code.unlink()
+            code.symlink_to(Path(os.path.relpath(modeling.__path__[0], arguments.output_dir), code.name))
         for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
             settings = json.loads((partial / name).read_text())
-            for key in ("auto_map", "is_local", "local_files_only"):
+            for key in ("is_local", "local_files_only"):
                 settings.pop(key, None)
             for part in settings.values():
                 if isinstance(part, dict):
-                    part.pop("auto_map", None)
                     part.pop("_name_or_path", None)  # a folder of the training
             (partial / name).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
         for path in partial.iterdir():
-            path.chmod(0o644)
+            if not path.is_symlink():
+                path.chmod(0o644)
         partial.replace(arguments.output_dir)
 
 

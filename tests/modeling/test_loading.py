@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -514,6 +515,28 @@ def test_untied_embeddings(tmp_path):
     loaded = MQTLlavaForConditionalGeneration.from_pretrained(tmp_path)
     assert loaded.config.tie_word_embeddings is False
     assert loaded.lm_head.weight is not loaded.get_input_embeddings().weight
+
+
+def test_embeddings_stay_untied(tmp_path):
+    """As PEFT advises for LoRA on tied embeddings: load them untied, copy, save, and go on from that."""
+    make_model(text_config=LlamaConfig(**TEXT_SIZES, tie_word_embeddings=True)).save_pretrained(tmp_path / "tied")
+    model = MQTLlavaForConditionalGeneration.from_pretrained(tmp_path / "tied", tie_word_embeddings=False)
+    assert model.config.tie_word_embeddings is False
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
+    model.lm_head.weight.data = model.get_input_embeddings().weight.data.clone()
+    model.save_pretrained(tmp_path / "untied")
+    assert {"lm_head.weight", "model.language_model.embed_tokens.weight"} <= keys(tmp_path / "untied")
+    loaded = MQTLlavaForConditionalGeneration.from_pretrained(tmp_path / "untied").eval()
+    # vLLM reads it from the text config
+    assert loaded.config.tie_word_embeddings is False and loaded.config.text_config.tie_word_embeddings is False
+    assert loaded.lm_head.weight is not loaded.get_input_embeddings().weight
+
+    config = LoraConfig(r=4, target_modules=["embed_tokens"], init_lora_weights=False)
+    tuned = get_peft_model(loaded, config)
+    inputs = prepare(4)
+    with torch.no_grad():
+        expected = tuned(**inputs).logits
+        torch.testing.assert_close(tuned.merge_and_unload()(**inputs).logits, expected, atol=1e-5, rtol=0)
 
 
 def test_set_input_embeddings():

@@ -80,7 +80,7 @@ import torch
 from PIL import Image
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoProcessor
-from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoTokenizer
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -126,6 +126,8 @@ for source, destination in task["sources"].items():
 
 REFUSE = """
 result["refusals"] = {}
+# The tokenizer is an ordinary one (without the `False`, transformers asks for the config, whose code it may not run)
+result["tokenizer"] = type(AutoTokenizer.from_pretrained(task["refused"], trust_remote_code=False)).__module__
 for auto_class in (AutoConfig, AutoProcessor, AutoModel, AutoModelForImageTextToText, AutoModelForCausalLM):
     for trust in ({}, {"trust_remote_code": False}):
         try:
@@ -221,6 +223,7 @@ def chain(tmp_path_factory, checkpoint, pushed):
     task = {"images": images, "prompts": PROMPTS, "num_visual_tokens": NUM_VISUAL_TOKENS, "refused": str(checkpoint)}
     second, third, from_hub = (str(folder / name) for name in ("second", "third", "from_hub"))
     first_result = fresh_process(REFUSE + LOAD, task | {"sources": {str(checkpoint): second}}, folder)
+    assert first_result.pop("tokenizer").startswith("transformers.")
     second_sources = {second: third, REPO_ID: from_hub}
     second_result = fresh_process(LOAD + PIPELINE, task | {"sources": second_sources, "pipeline": second}, folder)
     return SimpleNamespace(

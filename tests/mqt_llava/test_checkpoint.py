@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,11 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mqt_llava
+from mqt_llava.modeling.configuration_mqt_llava import AUTO_MAP
 from mqt_llava.modeling.processing_mqt_llava import CHAT_TEMPLATE, SYSTEM_PROMPT
 from mqt_llava.training.evaluate import accuracy_by_type, evaluation_set, is_right
 from mqt_llava.training.scenes import EMOJI_FONT
+from mqt_llava.update import CODE
 
 
 CHECKPOINT = Path(mqt_llava.TINY_CHECKPOINT)
@@ -38,12 +42,36 @@ def overall(parts, samples, m=64):
 
 def test_is_small_and_ordinary(parts):
     files = {path.name: path.stat().st_size for path in CHECKPOINT.iterdir()}
-    assert sum(files.values()) <= 25e6 and not any(name.endswith(".py") for name in files)
+    assert sum(files.values()) <= 25e6
     assert sum(parameter.numel() for parameter in parts[0].parameters()) <= 12e6
     with safe_open(CHECKPOINT / "model.safetensors", "pt") as weights:
         assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
     assert parts[0].generation_config.use_cache and parts[0].config.text_config.use_cache
-    assert "auto_map" not in json.loads((CHECKPOINT / "config.json").read_text())
+    assert json.loads((CHECKPOINT / "config.json").read_text())["auto_map"] == AUTO_MAP
+
+
+def test_carries_the_code_of_the_package():
+    """So that it loads where the package is not imported: there is one copy in the repository, and links to it."""
+    assert {path.name: path.read_bytes() for path in CHECKPOINT.glob("*.py")} == {
+        name: path.read_bytes() for name, path in CODE.items()
+    }
+    code = """
+import sys
+sys.modules["mqt_llava"] = None
+from transformers import AutoModelForImageTextToText, AutoProcessor
+for auto_class in (AutoProcessor, AutoModelForImageTextToText):
+    print(type(auto_class.from_pretrained(sys.argv[1], trust_remote_code=True)).__name__)
+    try:
+        print(type(auto_class.from_pretrained(sys.argv[1], trust_remote_code=False)))
+    except ValueError as error:
+        print("trust_remote_code=True" in str(error))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, CHECKPOINT], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+    )
+    assert result.stdout.split() == ["MQTLlavaProcessor", "True", "MQTLlavaForConditionalGeneration", "True"], (
+        result.stderr
+    )
 
 
 def test_chat_template_is_that_of_the_code(parts):

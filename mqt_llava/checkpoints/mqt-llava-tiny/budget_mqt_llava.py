@@ -1,0 +1,1 @@
+../../../modeling/budget_mqt_llava.py

@@ -1,0 +1,1 @@
+../../../modeling/modeling_mqt_llava.py

@@ -1,0 +1,1 @@
+../../../modeling/processing_mqt_llava.py
