@@ -42,13 +42,8 @@ class ImageOutputs:
 # The names of what they inherit, the cache's among them, are those of the installed transformers
 @dataclass
 class MQTLlavaModelOutputWithPast(ImageOutputs, BaseModelOutputWithPast):
-    r"""
-    [`~modeling_outputs.BaseModelOutputWithPast`] of the language model, and:
-
-    Args:
-        image_outputs (`BaseModelOutputWithPooling`, *optional*):
-            Of the images: their visual tokens as `pooler_output`, and what they were made of.
-    """
+    """[`~modeling_outputs.BaseModelOutputWithPast`] of the language model, and `image_outputs`: the images' visual tokens as
+    `pooler_output`, and what they were made of."""
 
     image_outputs: BaseModelOutputWithPooling | None = None
 
@@ -332,36 +327,40 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         if pixel_values is not None or image_outputs is not None:
-            is_placeholder = self.get_placeholder_mask(input_ids, inputs_embeds)
-            row = is_placeholder.flatten().cumsum(0)  # of each placeholder in the table of visual tokens, from 1
-            if pixel_values is not None:
-                counts = None
+            is_placeholder, passed_over = self.get_placeholder_mask(input_ids, inputs_embeds), 0
+            if torch.compiler.is_compiling():
                 if (
-                    torch.compiler.is_compiling()
-                ):  # the counts are data there, so M tokens are made, and some passed over
-                    num_images, num_query_tokens = len(pixel_values), self.config.num_query_tokens
-                    row = row + rows_passed_over(is_placeholder, num_images, num_query_tokens, visual_token_counts)
-                else:
-                    counts = count_visual_tokens(is_placeholder, len(pixel_values), visual_token_counts)
+                    image_outputs is None
+                ):  # the counts are data: M tokens of every image are made, and some passed over
+                    sizes = len(pixel_values), self.config.num_query_tokens
+                    passed_over = rows_passed_over(is_placeholder, *sizes, visual_token_counts)
+                    image_outputs = self.get_image_features(pixel_values, return_dict=True)
+            elif image_outputs is None:
+                counts = count_visual_tokens(is_placeholder, len(pixel_values), visual_token_counts)
                 image_outputs = self.get_image_features(pixel_values, counts, return_dict=True)
-            elif not torch.compiler.is_compiling():
-                counts = [len(tokens) for tokens in image_outputs.pooler_output]
-                count_visual_tokens(is_placeholder, len(counts), counts)
-            table = image_outputs.pooler_output
-            table = table.flatten(0, 1) if isinstance(table, torch.Tensor) else torch.cat(list(table))
-            table = table.to(inputs_embeds.device, inputs_embeds.dtype)
-            table = nn.functional.pad(
-                table, (0, 0, 1, 0)
-            )  # row 0 is where there is no placeholder, and has no gradient
-            row = row.clamp(max=len(table) - 1).view_as(is_placeholder) * is_placeholder
-            visual_tokens = nn.functional.embedding(row, table, padding_idx=0)
-            inputs_embeds = torch.where(is_placeholder[..., None], visual_tokens, inputs_embeds)
+            else:
+                lengths = [len(tokens) for tokens in image_outputs.pooler_output]
+                count_visual_tokens(is_placeholder, len(lengths), lengths)
+            inputs_embeds = merge_visual_tokens(
+                inputs_embeds, is_placeholder, image_outputs.pooler_output, passed_over
+            )
 
         outputs = self.language_model(
             attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
         )
         outputs = {name: value for name, value in outputs.items() if name in MODEL_OUTPUT_NAMES}
         return MQTLlavaModelOutputWithPast(**outputs, image_outputs=image_outputs)
+
+
+def merge_visual_tokens(inputs_embeds, is_placeholder, visual_tokens, passed_over=0) -> torch.Tensor:
+    """The embeddings `(batch_size, sequence_length, hidden_size)` of a prompt with `visual_tokens`, a list of one tensor for
+    each image or one tensor of all, for its placeholders: every placeholder picks its own row."""
+    table = visual_tokens.flatten(0, 1) if isinstance(visual_tokens, torch.Tensor) else torch.cat(list(visual_tokens))
+    # Text picks row 0, which gets no gradient
+    table = nn.functional.pad(table.to(inputs_embeds.device, inputs_embeds.dtype), (0, 0, 1, 0))
+    row = (is_placeholder.flatten().cumsum(0) + passed_over).clamp(max=len(table) - 1)
+    visual_tokens = nn.functional.embedding(row.view_as(is_placeholder) * is_placeholder, table, padding_idx=0)
+    return torch.where(is_placeholder[..., None], visual_tokens, inputs_embeds)
 
 
 class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin):
