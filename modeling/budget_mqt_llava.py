@@ -120,9 +120,10 @@ def rows_passed_over(is_placeholder, num_images: int, num_query_tokens: int, vis
         image = (starts.flatten().cumsum(0) - 1).clamp(0, num_images - 1)
         visual_token_counts = torch.zeros(num_images, dtype=torch.long, device=image.device)
         visual_token_counts = visual_token_counts.scatter_add(0, image, is_placeholder.flatten().long())
-    ends = visual_token_counts.cumsum(0)
+    ends = visual_token_counts.to(is_placeholder.device).cumsum(0)
     image = torch.searchsorted(ends, is_placeholder.flatten().cumsum(0)).clamp(max=num_images - 1)
-    return image * num_query_tokens - (ends - visual_token_counts)[image]
+    starts = nn.functional.pad(ends, (1, 0))[:-1]
+    return image * num_query_tokens - starts[image]
 
 
 def rebudget(inputs, num_visual_tokens, config, padding_side: str = "right", num_cached: int = 0) -> dict:
