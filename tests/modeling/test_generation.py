@@ -7,6 +7,7 @@ from threading import Thread
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from transformers import (
     CompileConfig,
     DynamicCache,
@@ -16,6 +17,9 @@ from transformers import (
     StoppingCriteria,
     TextIteratorStreamer,
     TextStreamer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
     pipeline,
 )
 
@@ -788,6 +792,58 @@ def test_features_of_the_caller_stay_as_they_are(model, settings):
         assert model.generate(**inputs, **options, mm_encoder_outputs={"image": features}).tolist() == expected
         assert [len(tokens) for tokens in features.pooler_output] == [5] * 5
         assert features.last_hidden_state is not None
+
+
+PEFT_METHODS = {
+    "dora": LoraConfig(target_modules=r".*language_model.*q_proj", use_dora=True, init_lora_weights=False),
+    "vera": VeraConfig(target_modules=r".*language_model.*q_proj", init_weights=False),
+    "prefix tuning": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "prompt tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT calls the cache by its old name
+@pytest.mark.parametrize("method", PEFT_METHODS)
+def test_methods_of_peft(model, method):
+    """They train, and answer at the m of the prompt; told otherwise, the same as where the prompt has that m."""
+    tuned = get_peft_model(model, PEFT_METHODS[method])
+    few, many = prepare([2, 3], m=3), prepare([2, 3], m=9)
+    labels = few["input_ids"].masked_fill(few["input_ids"] <= IMAGE_TOKEN_ID, -100)
+    tuned(**few, labels=labels).loss.backward()
+    assert all(p.grad is not None for p in tuned.parameters() if p.requires_grad)
+    if method == "prompt tuning":  # PEFT makes embeddings of the prompt
+        with pytest.raises(ValueError, match="`num_visual_tokens` needs `input_ids`"):
+            tuned(**many, num_visual_tokens=3)
+    else:
+        with torch.no_grad():
+            logits = tuned(**many, num_visual_tokens=3).logits
+            torch.testing.assert_close(logits, tuned(**few).logits, atol=1e-5, rtol=0)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    expected = new_tokens(tuned.generate(**few, **options), few)
+    assert new_tokens(tuned.generate(**many, **options, num_visual_tokens=3), many) == expected
+
+
+def test_generate_in_a_callback_of_trainer(model, tmp_path):
+    """As samples are logged while a model trains, with checkpointing: the answers are those of the same weights afterwards."""
+    inputs, options = prepare([2, 3], m=7), {"max_new_tokens": 4, "do_sample": False, "num_visual_tokens": 3}
+    answers = []
+
+    class Ask(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            was_training = model.training
+            model.eval()
+            answers.append(model.generate(**inputs, **options).tolist())
+            model.train(was_training)
+
+    batch = {name: inputs[name] for name in inputs}
+    batch["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] <= IMAGE_TOKEN_ID, -100)
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, learning_rate=0.05, use_cpu=True, report_to=[], save_strategy="no", bf16=False
+    )
+    trainer = Trainer(model, arguments, lambda rows: batch, train_dataset=[0] * 8, callbacks=[Ask()])
+    trainer.train()
+    assert len(answers) == 2 and answers[0] != answers[1]
+    assert model.eval().generate(**inputs, **options).tolist() == answers[1]
 
 
 # torch.compile and torch.export ---------------------------------------------------------------------------------------
