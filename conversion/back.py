@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ..modeling.configuration_mqt_llava import MQTLlavaConfig
-from .authors import NUM_HEADS, TEXT_MODEL_TYPES, split_off_vision
+from .authors import NUM_HEADS, TEXT_MODEL_TYPES, load_tokenizer, split_off_vision
 from .files import LazyTensor, read_json
 from .names import AUTHORS_VISION_TOWER, EMBEDDINGS, rename, to_authors
 from .plan import check
@@ -54,6 +54,8 @@ class BackPlan:
 def plan(source: Path, tensors: dict[str, LazyTensor], dtype=None) -> BackPlan:
     config = MQTLlavaConfig.from_pretrained(source)
     check_fits(config)
+    load_tokenizer(source, config.text_config.vocab_size)  # refuses a missing or damaged one
+    read_json(source / "processor_config.json")
     check(config, tensors)
     theirs = cast(to_authors(whole_tower(tensors, config), vocab_size(config)), dtype)
     language, vision = split_off_vision(theirs)
