@@ -195,7 +195,7 @@ def load_tokenizer(folder: Path, vocab_size: int):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a damaged file can lead its reader to any exception
         raise ValueError(f"cannot read the tokenizer of {folder}: {one_line(error)}") from error
-    check_fits_embeddings(folder, len(tokenizer), vocab_size)
+    check_fits_embeddings(folder, tokenizer.vocab_size, vocab_size)  # added tokens may be behind the embeddings
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

@@ -30,6 +30,7 @@ from .writing import (
     main_dtype,
     new_folder,
     parse_size,
+    save,
     weight_file_names,
     write_shards,
 )
@@ -218,12 +219,7 @@ def _write(plan: Plan, folder: Path, max_shard_size, progress):
     custom_object_save(model, folder)
     model.config.save_pretrained(folder)
     make_generation_config(plan.config, plan.processor.tokenizer).save_pretrained(folder)
-    try:
-        plan.processor.save_pretrained(folder)
-    except OSError:
-        raise
-    except Exception as error:  # on a full disk the library of tokenizers raises nothing more special
-        raise OSError(f"cannot write the tokenizer: {error}") from error
+    save(plan.processor, folder)
 
 
 def _convert_back(source, destination, dtype, max_shard_size, verify, overwrite, dry_run, progress, start) -> Report:
@@ -237,7 +233,9 @@ def _convert_back(source, destination, dtype, max_shard_size, verify, overwrite,
     packed = sum(name.rsplit("_", 1)[0].endswith("attn.in_proj") for name in tensors)
     report = Report(
         layout="MQT-LLaVA, to the authors' layout",
-        vision_source="the checkpoint itself, into the folder vision_tower",
+        # their loader takes a path as it is, from wherever it runs
+        vision_source=f"the checkpoint itself, into {destination.absolute() / 'vision_tower'}; config.json has this path, as "
+        "mm_vision_tower, for the authors' loader: edit it when the folder moves",
         tensors_in=len(ours),
         tensors_out=len(tensors),
         renamed=len(tensors) - len(ours.keys() & tensors.keys()) - packed,

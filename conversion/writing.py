@@ -251,6 +251,16 @@ def write_json(path: Path, content: dict):
     path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def save(tokenizer, folder: Path):
+    """`save_pretrained` of a tokenizer or processor."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"cannot write the tokenizer: {error}") from error  # the Rust library's, of a full disk
+
+
 def cast(tensors: dict[str, LazyTensor], dtype: torch.dtype | None) -> dict[str, LazyTensor]:
     """All floating point tensors in `dtype`; as they are where it is `None`."""
     if dtype is None:
