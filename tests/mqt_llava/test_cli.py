@@ -22,9 +22,11 @@ from typer.testing import CliRunner
 from mqt_llava import __version__, cli
 from mqt_llava.cli import conversation, images, models
 from mqt_llava.cli.ask import print_table
+from mqt_llava.cli.cost import parse_amount
 from tests.small_model import NUM_QUERY_TOKENS, make_config, make_images, make_model, make_processor
 
 
+ask_module = importlib.import_module("mqt_llava.cli.ask")  # its name is that of the command, too
 QUESTION = "What is this?"
 LENGTH = 12  # new tokens
 
@@ -671,6 +673,57 @@ def test_output_that_nobody_reads(checkpoint, files):
         result = run_program(*arguments, stdout=write)
         assert (result.returncode, result.stderr) == (1, "")
     os.close(write)
+
+
+STARTED = """
+import sys
+class Interrupt:
+    def find_spec(self, name, *args):
+        if name == "mqt_llava":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+import mqt_llava_cli
+mqt_llava_cli.main()
+"""
+
+
+def test_ctrl_c_while_libraries_are_loaded():
+    result = subprocess.run([sys.executable, "-c", STARTED], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
+def test_ctrl_c_while_a_command_runs(monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ask_module, "load_image", interrupted)
+    result = CliRunner().invoke(cli.app, ["ask", "photo.png", QUESTION])
+    assert (result.exit_code, result.stdout, result.stderr.strip()) == (130, "", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [
+        ("16GB", 16e9),
+        ("16GiB", 16 * 2**30),
+        ("16Gi", 16 * 2**30),
+        ("1KiB", 1024),
+        ("1kB", 1e3),
+        ("1KB", 1e3),
+        ("1.5MiB", 1.5 * 2**20),
+        ("2.5T", 2.5e12),
+        ("2e12", 2e12),
+        ("800 GFLOP", 8e11),
+        ("7", 7),
+    ],
+)
+def test_amounts(text, amount):
+    assert parse_amount(text) == amount
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "16 GBi", "16XiB", "-1GB"])
+def test_wrong_amounts(text):
+    assert_refused(CliRunner().invoke(cli.app, ["cost", f"--memory={text}"]), "16GB or 16GiB", f"got {text!r}")
 
 
 def test_server_without_its_packages(monkeypatch):
