@@ -17,7 +17,7 @@ def serve(context: typer.Context):
     missing = [name for name in ("fastapi", "uvicorn", "pydantic", "openai") if find_spec(name) is None]
     if missing:
         raise UsageError(
-            f"{', '.join(missing)} missing, for transformers' server: pip install 'transformers[serving]'"
+            f"{' and '.join(missing)} is missing, for transformers' server: pip install 'transformers[serving]'"
         )
     import transformers.cli.serve  # loads `transformers`, which is another object afterwards
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES

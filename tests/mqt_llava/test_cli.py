@@ -731,7 +731,7 @@ def test_server_without_its_packages(monkeypatch):
     serve = importlib.import_module("mqt_llava.cli.serve")
     monkeypatch.setattr(serve, "find_spec", lambda name: None if name in ("fastapi", "openai") else name)
     result = CliRunner().invoke(cli.app, ["serve"])
-    assert_refused(result, "fastapi, openai missing", "pip install 'transformers[serving]'")
+    assert_refused(result, "fastapi and openai is missing", "pip install 'transformers[serving]'")
 
 
 def test_bare_command_and_short_help():

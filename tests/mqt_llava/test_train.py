@@ -97,7 +97,7 @@ MISTAKES = {
     "small batch": ("global_batch_size: 8", [], "16 x 1; got 8"),
     "stray words": ("", ["--seed", "1", "2"], "belong to no argument: 2"),
     "num_visual_tokens": ("num_visual_tokens: [1, 17]", [], "from 1 to 16"),
-    "eval_num_visual_tokens": ("eval_num_visual_tokens: 0\neval_data_path: data.json", [], "from 1 to 16"),
+    "eval_num_visual_tokens": ("eval_num_visual_tokens: 0", ["--eval_data_path", "data.json"], "from 1 to 16"),
     "distribution": ("num_visual_tokens: evn", [], "must be one of even"),
     "no data": ("data_path: nowhere.json", [], "no data file nowhere.json"),
     "no model": ("model: nowhere", [], "cannot load the model nowhere"),
