@@ -10,14 +10,15 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, G
 from ..modeling.configuration_mqt_llava import MQTLlavaConfig
 from ..modeling.image_processing_mqt_llava import MQTLlavaImageProcessor
 from ..modeling.processing_mqt_llava import MQTLlavaProcessor
-from .files import LazyTensor, check_inside, fetch, read_json, read_tensors
+from .files import LazyTensor, check_inside, fetch, one_line, read_json, read_tensors
 from .names import AUTHORS_QUERY_TRANSFORMER, AUTHORS_VISION_TOWER
-from .tokenization import load_llama_tokenizer
+from .tokenization import load_llama_tokenizer, read_pieces
 
 
 TEXT_MODEL_TYPES = {"llava_llama": "llama", "llava_mistral": "mistral"}
 NUM_HEADS = 16  # of the query transformer; fixed in the authors' code, whatever the widths
 KEPT = ("mm_", "image_", "query_", "tokenizer_", "use_mm_", "num_visual_")  # settings that converting back will need
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # besides SentencePiece's
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.json")
 OPENAI_CLIP = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -49,7 +50,20 @@ def text_config(config: dict) -> PreTrainedConfig:
     config_class = CONFIG_MAPPING[TEXT_MODEL_TYPES[model_type]]
     names = set(config_class().to_dict()) | {"rope_theta", "rope_scaling"}
     unwanted = {"model_type", "architectures", "transformers_version", "torch_dtype", "_name_or_path"}
-    return config_class(**{name: value for name, value in config.items() if name in names - unwanted})
+    try:
+        return config_class(**{name: value for name, value in config.items() if name in names - unwanted})
+    except Exception as error:  # its checks raise what is no ValueError
+        raise ValueError(f"config.json: {one_line(error.__cause__ or error)}") from error
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of a folder in transformers' layout."""
+    if not read_json(folder / "config.json").get("model_type"):
+        raise ValueError(f"{folder / 'config.json'} names no model_type")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # each config has checks of its own, and they raise what they like
+        raise ValueError(f"cannot read {folder / 'config.json'}: {one_line(error.__cause__ or error)}") from error
 
 
 class VisionTower:
@@ -63,12 +77,17 @@ class VisionTower:
     def __init__(self, name: str, near: Path | None = None):
         self.name = name
         self.folder = fetch(name, *WEIGHT_PATTERNS, near=near)
-        config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+        config = read_config(self.folder)
         self.config = getattr(config, "vision_config", config)
         if not hasattr(self.config, "image_size"):
             raise ValueError(f"{name} is no vision tower: its model type is {config.model_type!r}")
         path = self.folder / "preprocessor_config.json"
-        self.preprocessing = read_json(path) if path.exists() else {}
+        if path.exists():
+            self.preprocessing = read_json(path)
+        elif "clip" in self.config.model_type:
+            self.preprocessing = dict(OPENAI_CLIP)
+        else:
+            raise ValueError(f"{name} has no preprocessor_config.json, to say how images are scaled")
 
     def tensors(self) -> dict[str, LazyTensor]:
         with torch.device("meta"):
@@ -152,18 +171,50 @@ def vision_tower(config: dict, folder: Path, inside: dict[str, LazyTensor], choi
     return tower, tensors, named + ignored
 
 
-def load_tokenizer(folder: Path):
-    """The tokenizer of a language model's folder, with `<image>`, and the files that the authors' code would need."""
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+def load_tokenizer(folder: Path, vocab_size: int):
+    """The tokenizer of a language model's folder, with `<image>`, and the files that the authors' code would need.
+
+    Args:
+        vocab_size (`int`): rows of the language model's embeddings.
+
+    Raises:
+        `ValueError`: naming the file, for a tokenizer that is missing, damaged or another model's. transformers makes one
+            of a few words where there is no file.
+    """
     kept = {name: check_inside(folder, name) for name in ("tokenizer.model",) if (folder / name).exists()}
-    if "tokenizer.model" in kept and settings.get("tokenizer_class", "LlamaTokenizer").startswith("LlamaTokenizer"):
-        legacy = settings.get("legacy")
+    if not kept and not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise ValueError(f"{folder} has no tokenizer: none of tokenizer.model, {', '.join(TOKENIZER_FILES)} is there")
+    if not (folder / "tokenizer_config.json").exists():
+        raise ValueError(f"{folder} has no tokenizer_config.json, without which prompts would get other ids")
+    if reads_pieces(folder):
+        num_words = read_pieces(folder / "tokenizer.model").get_piece_size()
+        check_fits_embeddings(folder / "tokenizer.model", num_words, vocab_size)
+        legacy = read_json(folder / "tokenizer_config.json").get("legacy")
         return load_llama_tokenizer(folder, legacy=True if legacy is None else legacy), kept
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a damaged file can lead its reader to any exception
+        raise ValueError(f"cannot read the tokenizer of {folder}: {one_line(error)}") from error
+    check_fits_embeddings(folder, tokenizer.vocab_size, vocab_size)  # added tokens may be behind the embeddings
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer, kept
+
+
+def reads_pieces(folder: Path) -> bool:
+    """Whether a folder's tokenizer is Llama's, of SentencePiece's own file."""
+    name = read_json(folder / "tokenizer_config.json").get("tokenizer_class", "LlamaTokenizer")
+    return (folder / "tokenizer.model").exists() and name.startswith("LlamaTokenizer")
+
+
+def check_fits_embeddings(path: Path, num_words: int, vocab_size: int):
+    """Refuse a tokenizer that is another model's. Embeddings have a few more rows than there are words, where they were
+    rounded up: of the models in use, one in fifty at most."""
+    if num_words > vocab_size or (vocab_size - num_words) * 8 > vocab_size:
+        raise ValueError(
+            f"{path} has {num_words} words, and the language model {vocab_size} embeddings: is it another model's tokenizer?"
+        )
 
 
 def make_config(text: PreTrainedConfig, tower, tokenizer, **settings) -> MQTLlavaConfig:
@@ -186,13 +237,18 @@ def authors_config(config: dict, tower, tokenizer, tensors: dict[str, LazyTensor
     query = tensors.get(AUTHORS_QUERY_TRANSFORMER + "query")
     if query is None or len(query.shape) != 2:
         raise ValueError(f"there is no matrix {AUTHORS_QUERY_TRANSFORMER}query: is this an MQT-LLaVA checkpoint?")
+    depth, layer = tower.config.num_hidden_layers, config.get("mm_vision_select_layer", -2)
+    if layer not in range(-depth - 1, depth + 1):
+        raise ValueError(
+            f"config.json: mm_vision_select_layer is {layer!r}; the vision tower has {depth} layers, from {-depth - 1} to {depth}"
+        )
     return make_config(
         text_config(config),
         tower,
         tokenizer,
         num_query_tokens=query.shape[0],
         query_transformer_num_attention_heads=NUM_HEADS,
-        vision_feature_layer=config.get("mm_vision_select_layer", -2),
+        vision_feature_layer=layer,
         authors_config={key: value for key, value in config.items() if key.startswith(KEPT) or key == "vocab_size"},
     )
 

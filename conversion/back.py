@@ -8,11 +8,12 @@ import torch
 from transformers import AutoTokenizer
 
 from ..modeling.configuration_mqt_llava import MQTLlavaConfig
-from .authors import NUM_HEADS, TEXT_MODEL_TYPES, split_off_vision
+from .authors import NUM_HEADS, TEXT_MODEL_TYPES, check_fits_embeddings, load_tokenizer, split_off_vision
 from .files import LazyTensor, read_json
 from .names import AUTHORS_VISION_TOWER, EMBEDDINGS, rename, to_authors
 from .plan import check
-from .writing import cast, main_dtype, write_json, write_shards
+from .tokenization import read_pieces
+from .writing import cast, main_dtype, save, write_json, write_shards
 
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -54,6 +55,11 @@ class BackPlan:
 def plan(source: Path, tensors: dict[str, LazyTensor], dtype=None) -> BackPlan:
     config = MQTLlavaConfig.from_pretrained(source)
     check_fits(config)
+    # refuse what is missing or damaged
+    _, extra_files = load_tokenizer(source, config.text_config.vocab_size)
+    for path in extra_files.values():
+        check_fits_embeddings(path, read_pieces(path).get_piece_size(), vocab_size(config))
+    read_json(source / "processor_config.json")
     check(config, tensors)
     theirs = cast(to_authors(whole_tower(tensors, config), vocab_size(config)), dtype)
     language, vision = split_off_vision(theirs)
@@ -178,7 +184,7 @@ def file_names(source: Path) -> list[str]:
 def write_tokenizer(source: Path, folder: Path):
     """The SentencePiece model and its settings, as the authors' pinned transformers reads them."""
     if not (source / "tokenizer.model").exists():
-        AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
+        save(AutoTokenizer.from_pretrained(source, trust_remote_code=False), folder)
         return
     shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
     settings = read_json(source / "tokenizer_config.json")

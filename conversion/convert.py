@@ -9,12 +9,31 @@ import torch
 from transformers.dynamic_module_utils import custom_object_save
 
 from .. import modeling
+from ..modeling.configuration_mqt_llava import MQTLlavaConfig
 from . import back, full, lora, parts, stage1
 from .authors import WEIGHT_PATTERNS, make_generation_config
 from .files import fetch, read_json, read_tensors
 from .plan import Plan
-from .verify import Check, require, verify_adapter, verify_back, verify_plan, verify_tensors
-from .writing import cast, check_free, check_space, main_dtype, new_folder, weight_file_names, write_shards
+from .verify import (
+    Check,
+    check_verifiable,
+    require,
+    verify_adapter,
+    verify_back,
+    verify_plan,
+    verify_tensors,
+)
+from .writing import (
+    cast,
+    check_free,
+    check_space,
+    main_dtype,
+    new_folder,
+    parse_size,
+    save,
+    weight_file_names,
+    write_shards,
+)
 
 
 LAYOUTS = ("full", "stage-1", "lora", "parts", "back")
@@ -107,6 +126,7 @@ def convert(
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
     check_free(destination, overwrite)
+    max_shard_size = parse_size(max_shard_size)
     source_path = (
         Path(source) if Path(source).is_file() else fetch(source, *WEIGHT_PATTERNS, "tokenizer.model", "*.jinja")
     )
@@ -134,6 +154,8 @@ def convert(
         plan = {"full": full, "stage-1": stage1, "lora": lora}[layout].plan(source_path, **arguments)
     plan.tensors = cast(plan.tensors, dtype)
     plan.check()
+    if verify and plan.parts is None:
+        check_verifiable(plan.config, plan.source_config)
     report = _report(plan, max_shard_size)
     check_space(destination, report.nbytes)
     if prepare is not None:
@@ -143,7 +165,7 @@ def convert(
             _write(plan, folder, max_shard_size, _counter(progress, report.nbytes))
             if verify:
                 report.checks = verify_plan(plan, folder, dtype)
-                require(report.checks)
+                require(report.checks, plan.source_tensors or plan.tensors)
             if finish is not None:
                 finish(folder, report)
             report.files = sorted(path.name for path in folder.iterdir())
@@ -197,19 +219,23 @@ def _write(plan: Plan, folder: Path, max_shard_size, progress):
     custom_object_save(model, folder)
     model.config.save_pretrained(folder)
     make_generation_config(plan.config, plan.processor.tokenizer).save_pretrained(folder)
-    plan.processor.save_pretrained(folder)
+    save(plan.processor, folder)
 
 
 def _convert_back(source, destination, dtype, max_shard_size, verify, overwrite, dry_run, progress, start) -> Report:
     ours = read_tensors(source)
     plan = back.plan(source, ours, dtype)
+    if verify:
+        check_verifiable(plan.config, plan.config.text_config.to_dict())
     tensors = plan.language | plan.vision
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     check_space(destination, nbytes)
     packed = sum(name.rsplit("_", 1)[0].endswith("attn.in_proj") for name in tensors)
     report = Report(
         layout="MQT-LLaVA, to the authors' layout",
-        vision_source="the checkpoint itself, into the folder vision_tower",
+        # their loader takes a path as it is, from wherever it runs
+        vision_source=f"the checkpoint itself, into {destination.absolute() / 'vision_tower'}; config.json has this path, as "
+        "mm_vision_tower, for the authors' loader: edit it when the folder moves",
         tensors_in=len(ours),
         tensors_out=len(tensors),
         renamed=len(tensors) - len(ours.keys() & tensors.keys()) - packed,
@@ -227,7 +253,7 @@ def _convert_back(source, destination, dtype, max_shard_size, verify, overwrite,
                 whole = back.whole_tower(ours, plan.config)
                 expected, found = (back.without_image_row(part, plan.config) for part in (whole, again.tensors))
                 report.checks = [verify_tensors(expected, found, dtype), *verify_back(again, source, dtype)]
-                require(report.checks)
+                require(report.checks, ours)
             report.files = sorted(path.name for path in folder.iterdir())
     report.seconds = time.perf_counter() - start
     return report
@@ -240,7 +266,11 @@ def _keep_adapter(source, destination, base_model, verify, overwrite, dry_run, p
             "--keep-adapter needs --base-model: the MQT-LLaVA checkpoint, converted already, it will go on"
         )
     pairs, others = lora.adapter_tensors(source)
-    tensors = [tensor for pair in pairs.values() for tensor in pair] + list(others.values())
+    if verify:
+        config = MQTLlavaConfig.from_pretrained(base)
+        check_verifiable(config, config.text_config.to_dict())
+    halves = {f"{module}.lora_{part}": half for module, pair in pairs.items() for part, half in zip("AB", pair)}
+    tensors = list((halves | others).values())
     report = Report(
         layout="LoRA folder, kept as a PEFT adapter",
         vision_source=base_model,
@@ -260,7 +290,7 @@ def _keep_adapter(source, destination, base_model, verify, overwrite, dry_run, p
             lora.write_adapter(source, folder, base_model)
             if verify:
                 report.checks = verify_adapter(base, source, folder)
-                require(report.checks)
+                require(report.checks, read_tensors(base) | halves | others)
             if finish is not None:
                 finish(folder, report)
             report.files = sorted(path.name for path in folder.iterdir())

@@ -82,8 +82,7 @@ class WeightFile:
                     "it is not loaded"
                 ) from error
             except Exception as error:  # a damaged file can lead its reader to any exception
-                reason = " ".join(str(error).split())[:300]
-                raise ValueError(f"cannot read {self.path}: {reason or type(error).__name__}") from error
+                raise ValueError(f"cannot read {self.path}: {one_line(error)}") from error
             if isinstance(handle, dict):
                 wrong = [name for name, value in handle.items() if not isinstance(value, torch.Tensor)]
                 if wrong:
@@ -150,7 +149,8 @@ def check_inside(folder: Path, name: str) -> Path:
     if home.parent.name == "snapshots":
         allowed.append(home.parent.parent)
     if Path(name).name != name or not any(path.resolve().is_relative_to(parent) for parent in allowed):
-        raise ValueError(f"{name!r} leads out of the folder {folder}")
+        link = f": it is a symbolic link to {path.resolve()}; copy that file here" if path.is_symlink() else ""
+        raise ValueError(f"{name!r} leads out of the folder {folder}{link}")
     if not path.is_file():
         raise ValueError(f"{folder} has no file {name}")
     return path
@@ -172,6 +172,11 @@ def weight_files(folder: Path) -> list[WeightFile]:
     raise ValueError(
         f"{folder} has no weights: none of model.safetensors, pytorch_model.bin and their index files is there"
     )
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, without the traceback or the advice that a library puts around it."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def read_tensors(folder: Path) -> dict[str, LazyTensor]:
@@ -205,7 +210,8 @@ def fetch(name: str, *patterns: str, near: Path | None = None) -> Path:
         name (`str`): A folder or a Hub repository.
         near (`Path`, *optional*): A relative folder may also start from here or from its parent.
     """
-    candidates = [Path(name)] if near is None else [near / name, near.parent / name, Path(name)]
+    starts = [] if near is None else [near, near.parent, near.resolve().parent]  # of a link, too
+    candidates = [*(start / name for start in starts), Path(name)]
     for candidate in candidates:
         if candidate.is_dir():
             return candidate
@@ -221,5 +227,4 @@ def fetch(name: str, *patterns: str, near: Path | None = None) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"cannot get {name!r}, neither a folder here nor from the Hub: {reason}") from error
+        raise ValueError(f"cannot get {name!r}, neither a folder here nor from the Hub: {one_line(error)}") from error

@@ -48,7 +48,8 @@ def plan_of_tensors(
     vocab_size = text_config(settings).vocab_size
     tensors, inside = split_off_vision(tensors)
     tower, vision_tensors, vision_source = vision_tower(settings, folder, inside, choice)
-    tokenizer, extra_files = load_tokenizer(tokenizer_folder or folder)
+    tokenizer_folder = tokenizer_folder or folder
+    tokenizer, extra_files = load_tokenizer(tokenizer_folder, vocab_size)
     tensors |= vision_tensors
     config = authors_config(settings, tower, tokenizer, tensors)
     return Plan(
@@ -59,6 +60,7 @@ def plan_of_tensors(
         source_tensors=tensors,
         source_config=settings,
         vision_source=vision_source,
+        tokenizer_folder=tokenizer_folder,
         base_models=[name for name in (settings.get("_name_or_path"), tower.name) if name],
         extra_files=extra_files,
     )

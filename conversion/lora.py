@@ -88,7 +88,8 @@ def adapter_tensors(source: Path):
             others[name.removeprefix("base_model.model.")] = tensor
     trained = {name: tensor for name, tensor in others.items() if "query_abstractor." in name}
     others = {name: tensor for name, tensor in others.items() if name not in trained}
-    return {module: (parts["A"], parts["B"]) for module, parts in halves.items()}, others | query_transformer(trained)
+    trained = query_transformer(trained, source / NON_LORA_FILE)
+    return {module: (parts["A"], parts["B"]) for module, parts in halves.items()}, others | trained
 
 
 def merge(name: str, weight: LazyTensor, a: LazyTensor, b: LazyTensor, scaling: float) -> LazyTensor:

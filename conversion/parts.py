@@ -1,9 +1,17 @@
 """A new MQT-LLaVA of a vision tower, a language model and a fresh query transformer, ready for stage 1."""
 
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModel
 
-from .authors import WEIGHT_PATTERNS, VisionTower, load_tokenizer, make_config, make_processor, without_prefix
+from .authors import (
+    WEIGHT_PATTERNS,
+    VisionTower,
+    load_tokenizer,
+    make_config,
+    make_processor,
+    read_config,
+    without_prefix,
+)
 from .files import LazyTensor, fetch, read_tensors
 from .names import add_rows
 from .plan import Plan
@@ -24,12 +32,20 @@ def plan(
         num_attention_heads (`int`, *optional*): Of the query transformer. Defaults to one for every 64 channels.
         seed (`int`, *optional*, defaults to 0): Of the query transformer's fresh weights.
     """
-    if vision_tower is None:
-        raise ValueError("a model from parts needs a vision tower; name it with --vision-tower")
     folder = fetch(language_model, *WEIGHT_PATTERNS, "tokenizer.model", "*.jinja", "*.txt")
-    tower = VisionTower(vision_tower)
-    text = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    text = read_config(folder)
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{language_model} is a {text.model_type!r} model; what can be converted is a checkpoint of the authors' code "
+            "(model_type 'llava_llama'), one of ours, or a causal language model to start a new one from"
+        )
     text = getattr(text, "text_config", text)
+    if vision_tower is None:
+        raise ValueError(
+            f"{language_model} is a {text.model_type!r} model without vision; to start a new model from it, name a vision "
+            "tower with --vision-tower"
+        )
+    tower = VisionTower(vision_tower)
     with torch.device("meta"):
         empty = AutoModel.from_config(text)
     expected, embeddings = list(empty.state_dict()), empty.get_input_embeddings().weight
@@ -38,7 +54,7 @@ def plan(
         raise ValueError(
             f"{language_model} ties its head to {embeddings_name}; models that do are to have embed_tokens"
         )
-    tokenizer, extra_files = load_tokenizer(folder)
+    tokenizer, extra_files = load_tokenizer(folder, text.vocab_size)
     width = tower.config.hidden_size
     config = make_config(
         text,
@@ -67,6 +83,8 @@ def plan(
         source_tensors=None,
         source_config={},
         vision_source=vision_tower,
+        tokenizer_folder=folder,
+        parts=(folder, tower.folder),
         base_models=[language_model, vision_tower],
         extra_files=extra_files,
     )

@@ -20,10 +20,13 @@ class Plan:
         layout (`str`): what the source is, in words.
         config, processor: of the converted model.
         tensors (`dict[str, LazyTensor]`): the converted weights, by our names.
-        source_tensors (`dict[str, LazyTensor]`, *optional*): all that they are made of, by the authors' names.
+        source_tensors (`dict[str, LazyTensor]`, *optional*): all that they are made of, by the authors' names. `None` for
+            a new model.
         num_fresh (`int`): how many of `tensors` are new, and come from no source.
         source_config (`dict`): the authors' config.json.
         vision_source (`str`): which vision tower was used.
+        tokenizer_folder (`Path`): where the source has its tokenizer.
+        parts (`tuple[Path, Path]`, *optional*): the folders of language model and vision tower that a new model is made of.
         base_models (`list[str]`): the models that this one is made of, for the model card.
         extra_files (`dict[str, Path]`): files to copy as they are.
     """
@@ -35,6 +38,8 @@ class Plan:
     source_tensors: dict[str, LazyTensor] | None
     source_config: dict
     vision_source: str
+    tokenizer_folder: Path
+    parts: tuple[Path, Path] | None = None
     num_fresh: int = 0
     base_models: list[str] = field(default_factory=list)
     extra_files: dict[str, Path] = field(default_factory=dict)

@@ -14,6 +14,8 @@ FILES = ("query_abstractor.bin", "mm_query_abstractor.bin")  # the second in the
 
 def find(source: Path) -> Path | None:
     if source.is_file():
+        if source.suffix != ".bin":
+            raise ValueError(f"{source} is a file; name the folder that it is in, or a {FILES[0]}")
         return source
     return next((source / name for name in FILES if (source / name).exists()), None)
 
@@ -35,7 +37,7 @@ def plan(source: Path, vision_tower: str | None = None, base_model: str | None =
         "stage-1 weights",
         file.parent,
         combine(read_json(base / "config.json"), settings, base_model),
-        {**language_model(read_tensors(base)), **query_transformer(WeightFile(file).tensors())},
+        {**language_model(read_tensors(base)), **query_transformer(WeightFile(file).tensors(), file)},
         vision_tower,
         tokenizer_folder=base,
     )
@@ -61,10 +63,10 @@ def language_model(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(AUTHORS_QUERY_TRANSFORMER)}
 
 
-def query_transformer(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+def query_transformer(tensors: dict[str, LazyTensor], file: Path) -> dict[str, LazyTensor]:
     """The query transformer's tensors under their full names, whatever wrappers a trainer put before them."""
     marker = AUTHORS_QUERY_TRANSFORMER.removeprefix("model.")
     unknown = [name for name in tensors if marker not in name]
     if unknown:
-        raise ValueError(f"unknown tensor {unknown[0]} among those of the query transformer")
+        raise ValueError(f"{file} holds more than a query transformer: {', '.join(unknown[:3])}")
     return {AUTHORS_QUERY_TRANSFORMER + name.split(marker, 1)[1]: tensor for name, tensor in tensors.items()}

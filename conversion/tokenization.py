@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 from tokenizers import Tokenizer, normalizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
@@ -21,12 +22,6 @@ def load_llama_tokenizer(folder, legacy: bool, image_token: str = "<image>") -> 
         legacy (`bool`): What `legacy` meant when the checkpoint was trained: a missing key is `True`.
         image_token (`str`): The placeholder of an image.
     """
-    # without these transformers takes `tokenizer.model` for another format, and asks for tiktoken
-    missing = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
-    if missing:
-        raise ImportError(
-            f"{' and '.join(missing)} is missing, to read tokenizer.model: pip install 'mqt-llava[convert]'"
-        )
     slow_names = LlamaTokenizer.from_pretrained(folder, legacy=legacy)
     specification = json.loads(slow_names.backend_tokenizer.to_str())
     merges = specification["model"]["merges"]
@@ -44,6 +39,26 @@ def load_llama_tokenizer(folder, legacy: bool, image_token: str = "<image>") -> 
         padding_side=slow_names.padding_side,
         **{name: getattr(slow_names, name) for name in names if getattr(slow_names, name) is not None},
     )
+
+
+def read_pieces(path: Path):
+    """The SentencePiece model in a file.
+
+    Raises:
+        `ValueError`: naming the file, where it is empty or damaged. `ImportError`: naming packages that are missing.
+    """
+    # without these transformers takes `tokenizer.model` for another format, and asks for tiktoken
+    missing = [name for name in ("sentencepiece", "google.protobuf") if not _is_installed(name)]
+    if missing:
+        raise ImportError(f"{' and '.join(missing)} is missing, to read {path.name}: pip install 'mqt-llava[convert]'")
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        pieces = SentencePieceProcessor(model_file=str(path))
+        pieces.encode("a")  # an empty file is read as a model without pieces
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path} is no SentencePiece model, or a damaged one") from error
+    return pieces
 
 
 def _is_installed(module: str) -> bool:

@@ -5,17 +5,19 @@ stored in the source, in float32, one layer in memory at a time.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from . import lora
-from .authors import NUM_HEADS
+from .authors import NUM_HEADS, reads_pieces
 from .files import LazyTensor, read_tensors
 from .names import AUTHORS_QUERY_TRANSFORMER, AUTHORS_VISION_TOWER, to_authors
 from .plan import Plan
+from .tokenization import read_pieces
 from .writing import cast
 
 
@@ -30,32 +32,65 @@ class Check:
 
     Args:
         name (`str`): what was compared. amount (`str`): how much of it.
-        difference (`float`, *optional*), tolerance (`float`): largest difference and what is allowed; `None` where the
-            comparison could not be made, for the reason that `amount` gives.
+        difference (`float`), tolerance (`float`): largest difference and what is allowed.
     """
 
     name: str
     amount: str
-    difference: float | None
+    difference: float
     tolerance: float
 
     @property
     def passed(self) -> bool:
-        return self.difference is None or self.difference <= self.tolerance
+        return self.difference <= self.tolerance  # not where it is NaN
 
 
 class VerificationError(ValueError):
-    """A conversion that is not what its source is; `checks` has the comparisons."""
+    """A conversion that is not what its source is; `checks` has the comparisons, `broken` what explains them: tensors of the
+    source that are not finite."""
 
-    def __init__(self, checks: list[Check]):
+    def __init__(self, checks: list[Check], broken: list[str]):
         self.checks = checks
+        if broken:
+            more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+            super().__init__(f"the source itself is broken: NaN or infinity in {', '.join(broken[:3])}{more}")
+            return
         failed = dict.fromkeys(check.name for check in checks if not check.passed)
         super().__init__(f"the converted model differs from its source in: {', '.join(failed)}")
 
 
-def require(checks: list[Check]):
+def require(checks: list[Check], sources: dict[str, LazyTensor]):
+    """
+    Args:
+        sources (`dict[str, LazyTensor]`): what the conversion was made of, to look for the reason of a failure in.
+    """
     if not all(check.passed for check in checks):
-        raise VerificationError(checks)
+        raise VerificationError(
+            checks, [name for name, tensor in sources.items() if not tensor.load().isfinite().all()]
+        )
+
+
+def check_verifiable(config, settings: dict):
+    """Refuse before any work what [`verify_outputs`] has no mathematics for: a check that is not made is none that passed.
+
+    Args:
+        config (`MQTLlavaConfig`): ours. settings (`dict`): the language model's config.
+    """
+    vision = config.vision_config
+    unknown = None
+    if vision.model_type != "clip_vision_model" or vision.hidden_act not in ("quick_gelu", "gelu"):
+        unknown = f"a vision tower that is a {vision.model_type} with {getattr(vision, 'hidden_act', 'no')} activation"
+    elif scaling_factor(settings) is None:
+        unknown = f"positions that are scaled by {settings.get('rope_scaling') or settings['rope_parameters']}"
+    if unknown is not None:
+        raise ValueError(f"--verify cannot compute {unknown}; convert without it, and compare answers yourself")
+
+
+def scaling_factor(settings: dict) -> float | None:
+    """By how much a language model's positions are scaled; `None` where that is no single number."""
+    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    return {"default": 1.0, "linear": rope.get("factor")}.get(kind)
 
 
 class Source:
@@ -146,7 +181,7 @@ def language_logits(source: Source, x, config: dict):
     kv_heads, eps = config.get("num_key_value_heads") or heads, config.get("rms_norm_eps", 1e-6)
     head_dim = config.get("head_dim") or x.shape[-1] // heads
     theta = (config.get("rope_parameters") or config).get("rope_theta") or 10000.0
-    frequencies = theta ** -(torch.arange(0, head_dim, 2) / head_dim)
+    frequencies = theta ** -(torch.arange(0, head_dim, 2) / head_dim) / scaling_factor(config)
     angles = torch.arange(length)[:, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
     mask = torch.full((length, length), float("-inf")).triu(1)
@@ -188,21 +223,24 @@ def verify_tensors(expected: dict[str, LazyTensor], found: dict[str, LazyTensor]
     return Check("tensors that differ", f"{len(expected)} tensors", float(differing), 0.0)
 
 
-def verify_ids(processor, tokenizer_model: Path) -> Check:
-    """Prompt ids against SentencePiece itself, every chunk of text between images on its own."""
-    from sentencepiece import SentencePieceProcessor
-
-    pieces = SentencePieceProcessor(model_file=str(tokenizer_model))
+def verify_ids(processor, folder: Path) -> Check:
+    """Prompt ids against SentencePiece itself, or the tokenizer of `folder` where it is of another kind: every chunk of text
+    between images on its own."""
+    if reads_pieces(folder):
+        encode = read_pieces(folder / "tokenizer.model").encode
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        encode = partial(tokenizer.encode, add_special_tokens=False)
+    bos, bos_id = processor.tokenizer.bos_token, processor.tokenizer.bos_token_id
     differing = 0
     for question in QUESTIONS:
         prompt = processor.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
-        prompt = prompt.removeprefix(processor.tokenizer.bos_token)
         images = [torch.zeros(3, 8, 8, dtype=torch.uint8).numpy()] * prompt.count("<image>") or None
         options = {} if images is None else {"num_visual_tokens": 1}
-        ids = processor(images=images, text=prompt, **options)["input_ids"][0]
-        expected = [pieces.bos_id()]
-        for i, chunk in enumerate(prompt.split("<image>")):
-            expected += [processor.image_token_id] * (i > 0) + pieces.encode(chunk)
+        ids = processor(images=images, text=prompt, add_special_tokens=False, **options)["input_ids"][0]
+        expected = [bos_id] if bos and prompt.startswith(bos) else []
+        for i, chunk in enumerate(prompt[len(bos) if expected else 0 :].split("<image>")):
+            expected += [processor.image_token_id] * (i > 0) + encode(chunk)
         differing += ids != expected
     return Check("prompts with other ids", f"{len(QUESTIONS)} prompts", float(differing), 0.0)
 
@@ -214,15 +252,45 @@ def verify_plan(plan: Plan, folder: Path, dtype: torch.dtype | None) -> list[Che
     Args:
         dtype (`torch.dtype`, *optional*): to which the weights were cast.
     """
-    checks = [verify_tensors(plan.tensors, read_tensors(folder))]
-    if plan.source_tensors is None:
-        return checks
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    if (folder / "tokenizer.model").exists():
-        checks.append(verify_ids(processor, folder / "tokenizer.model"))
+    checks = [
+        verify_tensors(plan.tensors, read_tensors(folder)),
+        verify_ids(processor, plan.tokenizer_folder),
+    ]
+    if plan.parts is not None:
+        return checks + verify_parts(*plan.parts, processor, folder, dtype)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     source = Source(cast(plan.source_tensors, dtype))
     return checks + verify_outputs(model, processor, source, plan.source_config)
+
+
+@torch.no_grad()
+def verify_parts(language_folder: Path, vision_folder: Path, processor, folder: Path, dtype) -> list[Check]:
+    """Compare a new model in `folder` with what it was made of, each run by its own class: its visual tokens have no source."""
+
+    def load(auto_class, place):
+        return auto_class.from_pretrained(place, dtype=dtype or torch.float32, trust_remote_code=False).float().eval()
+
+    text_ids = processor.tokenizer(QUESTIONS[-1], return_tensors="pt")["input_ids"]
+    language = load(AutoModelForCausalLM, language_folder)
+    expected_logits = language(input_ids=text_ids).logits
+    del language  # no two of them in memory
+    tower = load(AutoModel, vision_folder)
+    tower = getattr(tower, "vision_model", tower)
+    model = load(AutoModelForImageTextToText, folder)
+    config = model.config
+    pixel_values = random_pixels(config.vision_config.image_size)
+    expected = tower(pixel_values, output_hidden_states=True).hidden_states[config.vision_feature_layer]
+    features = model.get_image_features(pixel_values).last_hidden_state
+    logits = model(input_ids=text_ids).logits[..., : expected_logits.shape[-1]]
+    return [
+        compare("vision features", "2 images", features, expected, VISUAL_TOLERANCE),
+        compare("logits", f"{text_ids.shape[1]} positions, no image", logits, expected_logits, LOGIT_TOLERANCE),
+    ]
+
+
+def random_pixels(side: int) -> torch.Tensor:
+    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
@@ -249,7 +317,8 @@ def verify_back(plan: Plan, source: Path, dtype: torch.dtype | None) -> list[Che
     """
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or torch.float32, trust_remote_code=False)
-    return verify_outputs(model.float(), processor, Source(plan.source_tensors), plan.source_config)
+    outputs = verify_outputs(model.float(), processor, Source(plan.source_tensors), plan.source_config)
+    return [verify_ids(processor, plan.tokenizer_folder), *outputs]
 
 
 def verify_outputs(model, processor, source: Source, settings: dict) -> list[Check]:
@@ -259,12 +328,7 @@ def verify_outputs(model, processor, source: Source, settings: dict) -> list[Che
         settings (`dict`): the language model's config.
     """
     checks, config, vision = [], model.config, model.config.vision_config
-    if vision.model_type != "clip_vision_model" or vision.hidden_act not in ("quick_gelu", "gelu"):
-        amount = f"not compared: the vision tower is a {vision.model_type}"
-        return [*checks, Check("visual tokens", amount, None, VISUAL_TOLERANCE)]
-
-    generator = torch.Generator().manual_seed(0)
-    pixel_values = torch.randn(2, 3, vision.image_size, vision.image_size, generator=generator)
+    pixel_values = random_pixels(vision.image_size)
     tower = source.under(AUTHORS_VISION_TOWER + "vision_model.")
     features = clip_features(tower, pixel_values, vision, config.vision_feature_layer)
     num_query_tokens = config.num_query_tokens
@@ -273,9 +337,6 @@ def verify_outputs(model, processor, source: Source, settings: dict) -> list[Che
         ours = torch.stack(model.get_image_features(pixel_values, m).pooler_output)
         checks.append(compare("visual tokens", f"2 images, m = {m}", ours, expected[:, :m], VISUAL_TOLERANCE))
 
-    rope_type = (settings.get("rope_parameters") or {}).get("rope_type", "default")
-    if settings.get("rope_scaling") or rope_type != "default":
-        return [*checks, Check("logits", "not compared: the positions are scaled", None, LOGIT_TOLERANCE)]
     prompt = processor.apply_chat_template([{"role": "user", "content": QUESTIONS[0]}], add_generation_prompt=True)
     before, after = (
         processor.tokenizer(chunk, add_special_tokens=False, return_tensors="pt")["input_ids"]

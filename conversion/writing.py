@@ -1,11 +1,15 @@
 """Writing a checkpoint folder: shard by shard, aside, and moved into place when it is whole."""
 
 import contextlib
+import glob
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -15,6 +19,23 @@ from .files import SAFETENSORS_DTYPES, LazyTensor
 
 
 CHUNK_BYTES = 16 * 2**20
+MARK = "mqt-llava-convert.lock"  # in the folders that a run makes for itself
+WEIGHT_FILES = ("model*.safetensors", "adapter_model.*", "pytorch_model*.bin")
+CHECKPOINT_FILES = (  # what `convert` and `save_pretrained` write
+    "config.json",
+    "*_config.json",
+    "*.index.json",
+    "tokenizer.*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "accuracy.json",
+    "chat_template.*",
+    "*_mqt_llava.py",
+    "README.md",
+    *WEIGHT_FILES,
+)
 WRITERS = min(4, os.cpu_count() or 1)  # tensors that are written, and in memory, at a time
 
 
@@ -22,38 +43,103 @@ WRITERS = min(4, os.cpu_count() or 1)  # tensors that are written, and in memory
 def new_folder(destination: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill, which takes the place of `destination` when the block ends well; else nothing is left of it.
 
-    What a killed run left behind is removed by the next one.
+    It is made in a folder of its own beside `destination`. What a killed run left behind is removed by the next one.
 
     Raises:
-        `ValueError`: where `destination` holds something and `overwrite` is not set.
+        `ValueError`: see [`check_free`].
     """
     destination = Path(os.path.realpath(destination))  # a link stays where it is
-    partial, old = (destination.with_name(f".{destination.name}.{state}") for state in ("partial", "old"))
-    _clean_up(destination, partial, old)
+    _clean_up(destination)
     check_free(destination, overwrite)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    partial.mkdir()
+    aside = Path(tempfile.mkdtemp(prefix=_prefix(destination), dir=destination.parent))
     try:
-        yield partial
-        if destination.exists():
-            destination.replace(old)
-        partial.replace(destination)
+        with open(aside / MARK, "w") as mark:
+            _lock(mark)
+            (aside / "new").mkdir()
+            yield aside / "new"
+            check_free(destination, overwrite)  # of others, meanwhile
+            if destination.exists():
+                destination.replace(aside / "old")
+            (aside / "new").replace(destination)
     finally:
-        _clean_up(destination, partial, old)
+        _remove(aside, destination)
 
 
-def _clean_up(destination: Path, partial: Path, old: Path):
-    shutil.rmtree(partial, ignore_errors=True)
-    if old.exists() and not destination.exists():  # stopped between the two renames
-        old.replace(destination)
-    shutil.rmtree(old, ignore_errors=True)
+def _prefix(destination: Path) -> str:
+    return f".{destination.name}.convert-"
+
+
+def _clean_up(destination: Path):
+    """Remove what killed runs left: folders with our mark, which no run has locked."""
+    for mark in destination.parent.glob(f"{glob.escape(_prefix(destination))}*/{MARK}"):
+        with open(mark) as file:
+            if _lock(file):
+                _remove(mark.parent, destination)
+
+
+def _remove(aside: Path, destination: Path):
+    if (aside / "old").exists() and not destination.exists():  # stopped between the two renames
+        (aside / "old").replace(destination)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _lock(file) -> bool:
+    """Hold a file until this process ends or closes it. Without locks, as on Windows, nobody's is taken for ours to remove."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def check_free(destination: Path, overwrite: bool):
+    """
+    Raises:
+        `ValueError`: where `destination` is a file or holds something. With `overwrite` it may be a checkpoint, and hold
+            nothing but what makes one.
+    """
     if destination.exists() and not destination.is_dir():
         raise ValueError(f"{destination} is a file; the converted checkpoint is a folder")
-    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
+    found = sorted(path.name for path in destination.iterdir()) if destination.is_dir() else []
+    if not found:
+        return
+    if not overwrite:
         raise ValueError(f"{destination} is not empty; choose another folder or pass --overwrite")
+    others = foreign_files(destination)
+    if others:
+        more = ", ..." * (len(others) > 3)
+        raise ValueError(
+            f"--overwrite replaces nothing but a checkpoint, and {destination} holds {', '.join(others[:3])}{more}; choose "
+            "another folder"
+        )
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """What is in a folder beside a checkpoint; all that is in it where that is none."""
+    found = sorted(path.name for path in folder.iterdir())
+    tower = folder / "vision_tower"  # where `convert` writes that of a checkpoint for the authors' code
+    if tower.is_dir() and (others := foreign_files(tower)):
+        return [f"vision_tower/{name}" for name in others]
+    others = [name for name in found if name != tower.name and not fits(name, CHECKPOINT_FILES)]
+    is_checkpoint = any(fits(name, ("config.json", "adapter_config.json")) for name in found)
+    return others if is_checkpoint and any(fits(name, WEIGHT_FILES) for name in found) else found
+
+
+def fits(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def parse_size(size: int | str) -> int:
+    """`500MB` or `5GiB` in bytes."""
+    match = re.fullmatch(r"(\d+\.?\d*) ?(?:([KMGT])(i?))?B?", str(size), re.IGNORECASE)
+    power = " KMGT".index((match[2] or " ").upper()) if match else 0
+    nbytes = int(float(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0
+    if nbytes < 1:
+        raise ValueError(f"--max-shard-size takes a size such as 500MB or 5GiB; got {size!r}")
+    return nbytes
 
 
 def check_space(folder: Path, nbytes: int):
@@ -163,6 +249,16 @@ def write_all(file, content):
 
 def write_json(path: Path, content: dict):
     path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save(tokenizer, folder: Path):
+    """`save_pretrained` of a tokenizer or processor."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"cannot write the tokenizer: {error}") from error  # the Rust library's, of a full disk
 
 
 def cast(tensors: dict[str, LazyTensor], dtype: torch.dtype | None) -> dict[str, LazyTensor]:

@@ -1,5 +1,7 @@
 """The command line `mqt-llava`: one module for each command."""
 
+import contextlib
+import os
 import sys
 from typing import Annotated
 
@@ -23,15 +25,36 @@ class OneLineErrors(TyperGroup):
     def main(self, *args, **kwargs):
         try:
             status = super().main(*args, **kwargs | {"standalone_mode": False})
+            sys.stdout.flush()  # here an error can still be told
         except UsageError as error:
-            print_error(error)
+            print_error(error.format_message())
             status = error.exit_code
-        except typer.Abort:
+        except (typer.Abort, KeyboardInterrupt):
+            status = 130  # 128 + SIGINT, as shells have it
+        except BrokenPipeError:  # as from `| head -1`: nobody reads on
+            drop_output()
+            status = 1
+        except OSError as error:
+            drop_output()
+            print_error(str(error))
             status = 1
         sys.exit(status)
 
 
-app = typer.Typer(cls=OneLineErrors, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+def drop_output():
+    """What stdout did not take is not tried again when Python ends."""
+    with contextlib.suppress(OSError):  # in tests it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
 app.command()(ask)
 app.command()(finetune)
 app.command()(convert)
@@ -56,8 +79,11 @@ def print_version(wanted: bool):
 
 @app.callback()
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ):
     """MQT-LLaVA: one vision-language checkpoint, any number of visual tokens per image."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())

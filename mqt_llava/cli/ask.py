@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from PIL import Image
 
-from .conversation import Conversation
+from .conversation import Conversation, is_text
 from .errors import UsageError, print_error
 from .images import is_url, load_image
 from .models import (
@@ -64,8 +64,8 @@ def ask(
 ):
     """Ask a question about images and stream the answer.
 
-    Without a question: a chat about the images, with history. It reads one question a line, from the terminal or from
-    stdin.
+    Without a question: a chat about the images, with history. It reads one question a line, from the terminal, where Ctrl-C
+    ends an answer, or from stdin.
 
     \b
     mqt-llava ask photo.jpg "What is this?"
@@ -82,6 +82,7 @@ def ask(
     if compare is not None and question is None:
         raise UsageError("--compare needs a question as an argument")
     compared = [] if compare is None else [parse_num_visual_tokens(text) for text in compare.split(",")]
+    check_quoted(images_and_question, sources)
     images = [load_image(source) for source in sources]
 
     silence_libraries()
@@ -124,6 +125,15 @@ def split_question(arguments: list[str]) -> tuple[list[str], str | None]:
     return images, last
 
 
+def check_quoted(arguments: list[str], sources: list[str]):
+    """Words of a question without quotes arrive as arguments of their own, and look like images."""
+    for i, source in enumerate(sources[1:], 1):
+        is_word = not is_url(source) and source != "-" and not os.path.exists(source)
+        if is_word and Path(source).suffix.lower() not in Image.registered_extensions():
+            question = " ".join(arguments[i:]).replace('"', "'")
+            raise UsageError(f'file not found: {source}. A question must be in quotes: "{question}"')
+
+
 def answer_one(conversation: Conversation, question: str, setting: dict | None):
     """Stream the answer, or print it as JSON with the setting, if one is given."""
     result = conversation.ask(question, stream=setting is None)
@@ -137,21 +147,30 @@ def chat(conversation: Conversation, setting: dict | None):
     if at_terminal:
         count = f"{len(conversation.images)} image" + "s" * (len(conversation.images) > 1)
         print(f"{count}, {conversation.num_visual_tokens} visual tokens each. Ctrl-D ends the chat.", file=sys.stderr)
-    asked = False
-    for question in read_questions(at_terminal):
+    asked, failed = 0, 0
+    for number, question in read_questions(at_terminal):
+        asked += 1
         try:
             answer_one(conversation, question, setting)
         except UsageError as error:
+            if asked == 1 and not is_text(question):  # an image, most likely
+                raise
+            failed += 1
+            print_error(error.format_message() if at_terminal else f"line {number}: {error.format_message()}")
+        except KeyboardInterrupt:  # ends the answer; the question is as if it had not been asked
             if not at_terminal:
                 raise
-            print_error(error)
-        asked = True
-    if not asked and not at_terminal:
+            print(flush=True)
+    if at_terminal:
+        return
+    if not asked:
         raise UsageError("no question: give one as the last argument, or one a line on stdin")
+    if failed:
+        raise typer.Exit(2)
 
 
-def read_questions(at_terminal: bool) -> Iterator[str]:
-    """The lines of stdin that are not blank."""
+def read_questions(at_terminal: bool) -> Iterator[tuple[int, str]]:
+    """The lines of stdin that are not blank, with their numbers."""
     if at_terminal:
         with contextlib.suppress(ImportError):  # not on Windows
             import readline  # noqa: F401  gives `input` line editing and a history
@@ -160,9 +179,9 @@ def read_questions(at_terminal: bool) -> Iterator[str]:
     else:
         lines = (line.decode(errors="surrogateescape") for line in sys.stdin.buffer)
     try:
-        for line in lines:
+        for number, line in enumerate(lines, 1):
             if line.strip():
-                yield line.strip()
+                yield number, line.strip()
     except EOFError:
         print(file=sys.stderr)
 

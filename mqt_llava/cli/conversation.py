@@ -26,17 +26,14 @@ class Conversation:
         self.max_new_tokens = max_new_tokens
         self.messages = []
         self.image_features = None
-        self.cache, self.cached_ids = (
-            None,
-            None,
-        )  # keys and values, and the ids of shape `(1, length)` that they are of
+        self.cache = self.cached_ids = None  # keys and values, and the ids of shape `(1, length)` that they are of
 
     def prepare(self, question: str):
         """The messages up to the question, and the model's inputs for them."""
         image_token = self.processor.image_token
         if image_token in question:
             raise UsageError(f"the question must not contain {image_token}, which stands for an image")
-        if any("\ud800" <= character <= "\udfff" for character in question):  # how Python carries undecodable bytes
+        if not is_text(question):
             raise UsageError("the question is not text; to read an image from stdin, pass - and a question")
         parts = [{"type": "text", "text": question}]
         if not self.messages:
@@ -127,6 +124,11 @@ class Conversation:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             self.model(**inputs, logits_to_keep=1)
         return counter.get_total_flops()
+
+
+def is_text(question: str) -> bool:
+    """Whether it holds no bytes that are in no encoding: how Python carries these."""
+    return not any("\ud800" <= character <= "\udfff" for character in question)
 
 
 class AnswerStreamer:

@@ -180,9 +180,7 @@ def print_checks(checks, file=None):
     for name in ("check", "compared", "difference", "allowed", ""):
         table.add_column(name, justify="right" if name in ("difference", "allowed") else "left")
     for check in checks:
-        difference = "" if check.difference is None else f"{check.difference:.2g}"
-        verdict = "-" if check.difference is None else "ok" if check.passed else "FAILED"
-        table.add_row(
-            check.name, check.amount, difference, f"{check.tolerance:.0e}" if check.tolerance else "0", verdict
-        )
+        allowed = f"{check.tolerance:.0e}" if check.tolerance else "0"
+        verdict = "ok" if check.passed else "FAILED"
+        table.add_row(check.name, check.amount, f"{check.difference:.2g}", allowed, verdict)
     Console(file=file or sys.stdout).print(table)

@@ -26,11 +26,15 @@ PREFIXES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 
 
 def parse_amount(text: str) -> float:
-    """`2.5T`, `16GB`, `800 GFLOP` or `2e12` as a number."""
-    match = re.fullmatch(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+) ?([kMGTP]?)(FLOPs?|B)?", text.strip())
+    """`2.5T`, `16GB`, `16GiB`, `800 GFLOP` or `2e12` as a number."""
+    match = re.fullmatch(r"(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+) ?([kKMGTP]i|[kKMGTP]?)(FLOPs?|B)?", text.strip())
     if match is None:
-        raise UsageError(f"an amount is a number with or without k, M, G, T, such as 2.5T or 16GB; got {text!r}")
-    return float(match[1]) * PREFIXES[match[2]]
+        raise UsageError(
+            f"an amount is a number with or without k, M, G, T, such as 2.5T, 16GB or 16GiB; got {text!r}"
+        )
+    if match[2].endswith("i"):
+        return float(match[1]) * 1024 ** ("KMGTP".index(match[2][0].upper()) + 1)
+    return float(match[1]) * PREFIXES[match[2].replace("K", "k")]
 
 
 def cost(
@@ -53,7 +57,8 @@ def cost(
         ),
     ] = None,
     memory: Annotated[
-        float | None, typer.Option(metavar="BYTES", parser=parse_amount, help="Budget of memory, such as 16GB.")
+        float | None,
+        typer.Option(metavar="BYTES", parser=parse_amount, help="Budget of memory, such as 16GB or 16GiB."),
     ] = None,
     latency: Annotated[
         float | None, typer.Option(metavar="SECONDS", min=0, help="Budget of time up to the last token.")

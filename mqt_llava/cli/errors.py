@@ -9,5 +9,5 @@ import typer
 UsageError = typer.BadParameter.__base__
 
 
-def print_error(error):
-    print("Error: " + " ".join(error.format_message().split()), file=sys.stderr)
+def print_error(message: str):
+    print("Error: " + " ".join(message.split()), file=sys.stderr)

@@ -1,12 +1,14 @@
 """`mqt-llava finetune DATA --output-dir DIR`: LoRA that keeps the model elastic."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .errors import UsageError
-from .models import ModelOption, load_config, loading, name_checkpoint
+from .models import ModelOption, load_config, load_processor, loading, name_checkpoint
+from .runs import OPTIONS, running
 
 
 TINY = 1e-12  # the least of what must be above 0
@@ -86,12 +88,14 @@ def finetune(
     mqt-llava finetune data.jsonl --output-dir adapter --targets language_model,query_transformer -r 32 --bf16
     mqt-llava finetune data.json --output-dir adapter --num-visual-tokens 1,4,16,64 --load-in-4bit
     """
+    if eval_num_visual_tokens and eval_data is None:
+        raise UsageError("--eval-num-visual-tokens needs --eval-data")
     checkpoint = name_checkpoint(model)
     num_query_tokens = load_config(checkpoint).num_query_tokens
     try:
         import peft
         from huggingface_hub.utils import validate_repo_id
-        from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
+        from transformers import AutoModelForImageTextToText, TrainingArguments, set_seed
 
         from ..hub import check_base_is_on_hub
         from ..training.adapters import check_resumed
@@ -104,7 +108,9 @@ def finetune(
     except ImportError as error:
         raise UsageError(f"{error.name} is missing: pip install 'mqt-llava[train]'") from None
 
-    try:
+    names = {field.name for field in fields(TrainingArguments)}
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    with running(output_dir, OPTIONS):
         targets = check_targets([target.strip() for target in targets.split(",")])
         if push_to_hub is not None:
             validate_repo_id(push_to_hub)
@@ -129,15 +135,17 @@ def finetune(
             save_total_limit=2,
             logging_steps=logging_steps,
             report_to=report_to,
-            **({"gradient_checkpointing": True} if gradient_checkpointing else {}),  # newer releases rename it
+            **({checkpointing: True} if gradient_checkpointing else {}),
         )
         sampler = VisualTokenSampler(parse_distribution(num_visual_tokens), num_query_tokens, seed)
+        if eval_data is not None:
+            with running(output_dir, dict.fromkeys(OPTIONS, "--eval-num-visual-tokens")):
+                eval_num_visual_tokens = evaluation_num_visual_tokens(eval_num_visual_tokens, num_query_tokens)
         with training.main_process_first():  # the others find in the cache what the first one has read
             last_checkpoint = prepare_output_dir(output_dir, resume, overwrite)
             train_dataset = load_conversations(data, image_folder)
             eval_dataset = None
             if eval_data is not None:
-                eval_num_visual_tokens = evaluation_num_visual_tokens(eval_num_visual_tokens, num_query_tokens)
                 rows = load_conversations(eval_data, image_folder)
                 eval_dataset = {f"m{m}": with_num_visual_tokens(rows, m) for m in eval_num_visual_tokens}
             if not skip_broken:
@@ -145,8 +153,8 @@ def finetune(
                     refuse_broken(rows)
 
         set_seed(seed)
+        processor = load_processor(checkpoint)
         with loading(checkpoint):
-            processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
             load = load_quantized if load_in_4bit else AutoModelForImageTextToText.from_pretrained
             base = load(
                 checkpoint,
@@ -181,8 +189,6 @@ def finetune(
         if overwrite and trainer.is_world_process_zero():
             remove_checkpoints(output_dir)
         trainer.train(resume_from_checkpoint=last_checkpoint)
-    except (ValueError, FloatingPointError, ImportError, OSError) as error:
-        raise UsageError(str(error)) from None
-    trainer.save_adapter(repo_id=push_to_hub)
+        trainer.save_adapter(repo_id=push_to_hub)
     if trainer.is_world_process_zero():
         print(f"The adapter is in {output_dir}")

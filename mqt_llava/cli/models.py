@@ -1,10 +1,13 @@
 """Loading a checkpoint for a command: quietly, onto a device, with one line where it cannot be."""
 
 import contextlib
+import json
 import os
+import re
 import sys
 import warnings
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -70,7 +73,7 @@ def loading(checkpoint: str, kind: str = "model"):
             raise
         raise UsageError(f"{error.name} is missing: pip install 'mqt-llava[train]'") from None
     except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = str(error).strip().split("\n")[0].rstrip(":") or type(error).__name__
         raise UsageError(f"cannot load the {kind} {checkpoint}: {reason}") from None
 
 
@@ -84,16 +87,27 @@ def name_checkpoint(model: str | None) -> str:
 
 
 def load_config(checkpoint: str):
-    from transformers import AutoConfig
+    """The config of a folder or repository, without code that it may carry: the classes of this package answer."""
+    from transformers import PreTrainedConfig
 
     from .. import MQTLlavaConfig
 
+    is_repository = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", checkpoint)
+    if os.path.isfile(checkpoint) or (not is_repository and not os.path.isdir(checkpoint)):
+        problem = "that is a file, not a folder" if os.path.isfile(checkpoint) else "there is no such folder"
+        raise UsageError(f"cannot load the model {checkpoint}: {problem}")
     with loading(checkpoint):
-        # False: a checkpoint may carry its own code, but the classes of this package answer
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-    if not isinstance(config, MQTLlavaConfig):
-        raise UsageError(f"not an MQT-LLaVA model but {config.model_type}: {checkpoint}")
-    return config
+        model_type = PreTrainedConfig.get_config_dict(checkpoint)[0].get("model_type")
+        if not model_type:
+            raise ValueError("its config.json names no model_type")
+    if model_type.startswith("llava_"):
+        raise UsageError(
+            f"{checkpoint} is a checkpoint of the authors' code; convert it first: mqt-llava convert {checkpoint} FOLDER"
+        )
+    if model_type != MQTLlavaConfig.model_type:
+        raise UsageError(f"not an MQT-LLaVA model but {model_type}: {checkpoint}")
+    with loading(checkpoint):
+        return MQTLlavaConfig.from_pretrained(checkpoint)
 
 
 def name_base(adapter: str) -> str:
@@ -104,15 +118,30 @@ def name_base(adapter: str) -> str:
         return PeftConfig.from_pretrained(adapter).base_model_name_or_path
 
 
+def load_processor(checkpoint: str):
+    from transformers import AutoProcessor
+    from transformers.utils import cached_file
+
+    with loading(checkpoint, "tokenizer of"):
+        # transformers would take another file for one that is missing, and make a tokenizer of other ids
+        path = Path(cached_file(checkpoint, "tokenizer.json"))
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ValueError(f"{path.name} is damaged") from None
+    with loading(checkpoint, "processor of"):
+        return AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
+
+
 def load_model(checkpoint: str, device: str, dtype: str, adapter: str | None = None):
     """Processor and model, ready to answer on `device`; an adapter is merged into the weights."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     device = resolve_device(device)
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
+    processor = load_processor(checkpoint)
     with loading(checkpoint):
-        processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
         model, report = AutoModelForImageTextToText.from_pretrained(
             checkpoint, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )

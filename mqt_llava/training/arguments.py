@@ -79,6 +79,24 @@ class ArgumentParser(HfArgumentParser):
         raise ValueError(message)
 
 
+def make_parser(*kinds) -> ArgumentParser:
+    return ArgumentParser(
+        kinds,
+        prog="mqt-llava train",
+        usage="%(prog)s --stage {1,2} --model DIR_OR_REPO --data_path FILE ... --output_dir DIR [options]",
+        description="Train in the paper's two stages. Values given here go before those in --config FILE.yaml, and these "
+        f"before the paper's, which are in {CONFIGS}/stage1.yaml and stage2.yaml.",
+        epilog="All options of transformers' TrainingArguments are taken, too, such as --output_dir, --learning_rate, "
+        "--num_train_epochs and --per_device_train_batch_size: --help-all shows them.",
+        allow_abbrev=False,
+    )
+
+
+def help_text(everything: bool = False) -> str:
+    """Our options; with `everything` those of `TrainingArguments` as well."""
+    return make_parser(StageArguments, *([TrainingArguments] if everything else [])).format_help()
+
+
 def parse_arguments(command_line=None) -> tuple[StageArguments, TrainingArguments]:
     """
     Read the arguments of a training run.
@@ -104,14 +122,7 @@ def parse_arguments(command_line=None) -> tuple[StageArguments, TrainingArgument
     config = read_config(chosen.config) if chosen.config else {}
     stage = chosen.stage or config.get("stage")
 
-    parser = ArgumentParser(
-        (StageArguments, TrainingArguments),
-        prog="mqt-llava train",
-        usage="%(prog)s --stage {1,2} --model DIR_OR_REPO --data_path FILE ... --output_dir DIR [options]",
-        description="Train in the paper's two stages. Values given here go before those in --config FILE.yaml, and these "
-        f"before the paper's, which are in {CONFIGS}/stage1.yaml and stage2.yaml.",
-        allow_abbrev=False,
-    )
+    parser = make_parser(StageArguments, TrainingArguments)
     parser.set_defaults(gradient_accumulation_steps=None)
     paper = CONFIGS / f"stage{stage}.yaml"
     layers = [
@@ -160,8 +171,8 @@ def _check_known(key: str, source):
     ]
     name = key.lstrip("-").replace("-", "_")
     if name not in known and name.removeprefix("no_") not in known:
-        closest = difflib.get_close_matches(name, known, 1, cutoff=0)[0]
-        raise ValueError(f"{source}: there is no argument {key}; the closest one is {closest}.")
+        closest = "".join(f"; the closest one is {word}" for word in difflib.get_close_matches(name, known, 1))
+        raise ValueError(f"{source}: there is no argument {key}{closest}.")
 
 
 def _as_options(config: dict) -> list[str]:

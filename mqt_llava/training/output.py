@@ -38,8 +38,8 @@ def prepare_output_dir(output_dir, resume=False, overwrite=False) -> str | None:
     found = sorted(path.name for path in output_dir.glob("*")) if output_dir.is_dir() else []
     if found and not overwrite:
         raise ValueError(
-            f"{output_dir} is not empty, it holds {', '.join(found[:3])}{', ...' * (len(found) > 3)}: resume that run, "
-            "overwrite it, or choose another folder."
+            f"{output_dir} is not empty, it holds {', '.join(found[:3])}{', ...' * (len(found) > 3)}: go on with that "
+            "run (`resume`), replace it (`overwrite`), or choose another folder."
         )
     return None
 

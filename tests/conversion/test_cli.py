@@ -11,7 +11,7 @@ from importlib import import_module
 import pytest
 from typer.testing import CliRunner
 
-from mqt_llava import cli
+from mqt_llava import MQTLlavaProcessor, cli
 from mqt_llava.conversion import names, tokenization
 from tests.conversion.checkpoints import read_weights
 
@@ -69,7 +69,8 @@ def test_wrong_arguments(authors, converted, source, tmp_path):
     assert_refused(run(authors, out, "--layout", "lora"), "adapter_config.json")
     assert_refused(run(authors, out, "--layout", "stage-1"), "query_abstractor.bin")
     assert_refused(run(authors, out, "--dtype", "int8"), "int8")
-    assert_refused(run(authors, out, "--max-shard-size", "many"), "many")
+    for size in ("many", "abc", "0", "-5MB"):
+        assert_refused(run(authors, out, "--max-shard-size", size), "--max-shard-size", f"got '{size}'")
     assert_refused(run(authors, out, "--keep-adapter"), "--keep-adapter")
     assert_refused(run(authors, out, "--base-model", "x"), "--base-model")
     assert_refused(run(authors, out, "--vision-tower", tmp_path / "nowhere"), "nowhere")
@@ -78,7 +79,20 @@ def test_wrong_arguments(authors, converted, source, tmp_path):
     assert_refused(run(authors, authors), "not empty")
     assert_refused(run(source, source, "--overwrite"), "source")
     assert_refused(run(converted, out, "--layout", "full"), "mqt_llava")
-    sorted(source.glob("*.safetensors"))[0].write_bytes(b"garbage")
+    shard = sorted(source.glob("*.safetensors"))[0]
+    assert_refused(run(shard, out), f"{shard} is a file", "name the folder")
+    assert_refused(run(source / "config.json", out), "config.json is a file", "name the folder")
+    settings = json.loads((source / "config.json").read_text())
+    for changes, words in (
+        ({"num_attention_heads": 5}, "config.json: The hidden size (32)"),
+        ({"mm_vision_select_layer": -99}, "mm_vision_select_layer is -99"),
+    ):
+        (source / "config.json").write_text(json.dumps(settings | changes))
+        assert_refused(run(source, out), words)
+    (source / "config.json").write_text("{}")
+    assert_refused(run(source, out), "config.json names no model_type")
+    (source / "config.json").write_text(json.dumps(settings))
+    shard.write_bytes(b"garbage")
     assert_refused(run(source, out), "model-00001-of-00002.safetensors")
     assert not out.exists()
 
@@ -103,6 +117,27 @@ def test_disk_that_fails(authors, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_disk_that_is_full_when_the_tokenizer_is_written(authors, tmp_path, monkeypatch):
+    """Its library raises a bare `Exception`."""
+
+    def save_pretrained(*args):
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(MQTLlavaProcessor, "save_pretrained", save_pretrained)
+    assert_refused(run(authors, tmp_path / "out"), "cannot write the tokenizer: No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_links(authors, tmp_path):
+    """A link to a folder is that folder; links to files elsewhere are refused with what to do."""
+    (tmp_path / "link").symlink_to(authors)
+    assert run(tmp_path / "link", tmp_path / "out").exit_code == 0
+    (tmp_path / "links").mkdir()
+    for path in authors.iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    assert_refused(run(tmp_path / "links", tmp_path / "other"), f"symbolic link to {authors}", "copy that file here")
+
+
 # A conversion that takes its time when the weights are written
 SLOW = """
 import importlib, sys, time
@@ -123,7 +158,8 @@ def test_progress_and_ctrl_c_on_a_terminal(authors, tmp_path):
     """There is a bar; after an interruption DST is as it was, and there is no traceback."""
     out = tmp_path / "out"
     out.mkdir()
-    (out / "notes.txt").write_text("mine")
+    for name in ("config.json", "model.safetensors"):
+        (out / name).write_text("mine")
     terminal, side = os.openpty()
     command = [sys.executable, "-c", SLOW, "convert", authors, out, "--overwrite", "--verify"]
     with subprocess.Popen(command, stderr=side, stdout=side) as process:
@@ -140,7 +176,7 @@ def test_progress_and_ctrl_c_on_a_terminal(authors, tmp_path):
     assert process.returncode != 0 and "Traceback" not in seen
     assert re.search(r"(\d+\.\d)/\1 MB", seen), seen
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert [path.read_text() for path in out.iterdir()] == ["mine"]
+    assert [path.read_text() for path in out.iterdir()] == ["mine"] * 2
 
 
 @pytest.mark.parametrize("module", ["sentencepiece", "google.protobuf"])

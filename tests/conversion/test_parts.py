@@ -1,6 +1,7 @@
 """A new model of a vision tower, a language model and a fresh query transformer."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from mqt_llava.conversion import convert
+from mqt_llava.conversion import VerificationError, convert, parts
 from mqt_llava.modeling.modeling_mqt_llava import sinusoidal_grid_positions
 from tests.conversion.checkpoints import PIECES, read_weights
 from tests.small_model import make_images, make_tokenizer
@@ -94,7 +95,9 @@ def test_ready_for_stage_1(towers, authors, tmp_path, name, tower):
     report = convert(str(tmp_path / "llm"), tmp_path / "out", vision_tower=str(towers / tower), verify=True)
     folder = tmp_path / "out"
     assert (folder / "tokenizer.model").exists() == has_pieces
-    assert report.base_models == [str(tmp_path / "llm"), str(towers / tower)] and report.checks[0].passed
+    assert report.base_models == [str(tmp_path / "llm"), str(towers / tower)]
+    checks = ["tensors that differ", "prompts with other ids", "vision features", "logits"]
+    assert [check.name for check in report.checks if check.passed] == checks
     ours = read_weights(folder)
     fresh = [tensor for tensor in ours if ".query_transformer." in tensor]
     assert (report.tensors_out, report.tensors_in) == (len(ours), len(ours) - len(fresh))
@@ -173,6 +176,50 @@ def test_tied_embeddings_of_another_name(towers, tmp_path):
     language_model(tmp_path / "llm", config)
     with pytest.raises(ValueError, match=r"wte\.weight"):
         convert(str(tmp_path / "llm"), tmp_path / "out", vision_tower=str(towers / "clip"))
+
+
+@pytest.mark.parametrize(
+    ("name", "failed"),
+    [("model.norm.weight", "logits"), ("post_layernorm.bias", None), ("layers.0.layer_norm1.bias", "vision features")],
+)
+def test_verification_runs_the_parts(towers, authors, tmp_path, monkeypatch, name, failed):
+    """A part of another value than its own class has is found, where anything reads it."""
+    language_model(tmp_path / "llm", LANGUAGE_MODELS["llama"], authors=authors)
+    plan = parts.plan
+
+    def tampered(*args):
+        planned = plan(*args)
+        (wrong,) = (key for key in planned.tensors if key.replace("language_model.", "").endswith(name))
+        planned.tensors[wrong] = planned.tensors[wrong].map(lambda values: values + 1)
+        return planned
+
+    monkeypatch.setattr(parts, "plan", tampered)
+    run = partial(convert, str(tmp_path / "llm"), tmp_path / "out", vision_tower=str(towers / "clip"), verify=True)
+    if failed is None:
+        return run()
+    with pytest.raises(VerificationError) as error:
+        run()
+    assert [check.name for check in error.value.checks if not check.passed] == [failed]
+
+
+@pytest.mark.parametrize("kind", ["clip", "llava"])
+def test_other_models_are_no_language_models(towers, tmp_path, kind):
+    source = towers / "clip"
+    if kind == "llava":
+        source = tmp_path / "llava"
+        source.mkdir()
+        (source / "config.json").write_text('{"model_type": "llava"}')
+    for options in ({}, {"vision_tower": str(towers / "clip")}):
+        with pytest.raises(ValueError, match=f"is a '{kind}.*' model; what can be converted is"):
+            convert(str(source), tmp_path / "out", **options)
+
+
+def test_tower_that_does_not_say_how_images_are_scaled(towers, authors, tmp_path):
+    language_model(tmp_path / "llm", LANGUAGE_MODELS["llama"], authors=authors)
+    shutil.copytree(towers / "siglip", tmp_path / "siglip")
+    (tmp_path / "siglip" / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match=r"siglip has no preprocessor_config\.json"):
+        convert(str(tmp_path / "llm"), tmp_path / "out", vision_tower=str(tmp_path / "siglip"))
 
 
 def test_what_is_missing_is_named(towers, authors, tmp_path):

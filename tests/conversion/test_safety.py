@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mqt_llava.conversion import convert, writing
-from tests.conversion.checkpoints import edit_json, read_weights, write_weights
+from tests.conversion.checkpoints import edit_json, read_weights, write_authors, write_weights
 
 
 @pytest.fixture
@@ -120,6 +122,49 @@ def test_file_with_more_than_tensors(source, weights, out):
     assert_refused(source, out, r"pytorch_model\.bin.*step")
 
 
+# --- tokenizers ---
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\0" * 3000, "half"])
+def test_tokenizer_that_is_missing_or_damaged(source, out, content):
+    path = source / "tokenizer.model"
+    whole = path.read_bytes()
+    path.unlink()
+    if content is not None:
+        path.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    assert_refused(source, out, r"tokenizer\.model")
+
+
+def test_tokenizer_of_another_model(tokenizer_model, tmp_path, out):
+    source = write_authors(tmp_path, tokenizer_model, vocab=400)
+    assert_refused(source, out, r"tokenizer\.model has 300 words.* 400 embeddings")
+    source = write_authors(tmp_path, tokenizer_model, vocab=299)
+    assert_refused(source, out, r"tokenizer\.model has 300 words.* 299 embeddings")
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]"])
+def test_tokenizer_without_settings(source, out, content):
+    (source / "tokenizer_config.json").unlink()
+    if content is not None:
+        (source / "tokenizer_config.json").write_text(content)
+    assert_refused(source, out, r"tokenizer_config\.json")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer_config.json", "processor_config.json"])
+def test_tokenizer_for_the_way_back(converted, tmp_path, out, name):
+    """Nothing is written before it is known to be whole."""
+    shutil.copytree(converted, tmp_path / "source")
+    (tmp_path / "source" / name).write_bytes(b"")
+    assert_refused(tmp_path / "source", out, name.replace(".", "[.]"))
+
+
+def test_tokenizer_json_that_is_damaged(converted, tmp_path, out):
+    shutil.copytree(converted, tmp_path / "source")
+    (tmp_path / "source" / "tokenizer.model").unlink()
+    (tmp_path / "source" / "tokenizer.json").write_text("{")
+    assert_refused(tmp_path / "source", out, "tokenizer of .*source")
+
+
 def test_no_weights_or_no_checkpoint(source, out, tmp_path):
     for path in source.glob("*.safetensors*"):
         path.unlink()
@@ -220,15 +265,20 @@ def test_snapshot_in_the_cache_of_the_hub(source, converted, out, tmp_path):
 
 @pytest.fixture
 def taken(out):
-    """A folder with something in it."""
+    """A folder with a checkpoint in it."""
     out.mkdir(parents=True)
-    (out / "notes.txt").write_text("mine")
+    fill(out)
     return out
+
+
+def fill(folder):
+    for name in ("config.json", "model-of-mine.safetensors"):
+        (folder / name).write_text("mine")
 
 
 def assert_untouched(taken):
     assert [path.name for path in taken.parent.iterdir()] == [taken.name]
-    assert [path.read_text() for path in taken.iterdir()] == ["mine"]
+    assert [path.read_text() for path in taken.iterdir()] == ["mine"] * 2
 
 
 def test_folder_with_something_in_it(authors, taken):
@@ -236,7 +286,7 @@ def test_folder_with_something_in_it(authors, taken):
         convert(str(authors), taken)
     assert_untouched(taken)
     convert(str(authors), taken, overwrite=True)
-    assert not (taken / "notes.txt").exists() and (taken / "model.safetensors").exists()
+    assert not (taken / "model-of-mine.safetensors").exists() and (taken / "model.safetensors").exists()
     assert [path.name for path in taken.parent.iterdir()] == [taken.name]
 
 
@@ -276,6 +326,53 @@ def test_source_is_never_replaced(source, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in source.parent.rglob("*")} == before
 
 
+@pytest.mark.parametrize("names", [["precious.txt"], ["config.json", "README.md"], ["model.safetensors"]])
+def test_what_is_no_checkpoint_is_never_replaced(authors, out, names):
+    out.mkdir(parents=True)
+    for name in names:
+        (out / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"holds {names[0].replace('.', '[.]')}".replace("config", "README|config")):
+        convert(str(authors), out, overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == sorted(names)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "vision_tower/notes.txt", "runs/events", ".git/config", "data.json"])
+def test_what_lies_beside_a_checkpoint_is_named(authors, taken, name):
+    (taken / name).parent.mkdir(exist_ok=True)
+    (taken / name).write_text("mine")
+    with pytest.raises(ValueError, match=rf"holds {name.removesuffix('/events').removesuffix('/config')};"):
+        convert(str(authors), taken, overwrite=True)
+    assert (taken / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("layout", ["ours", "theirs", "saved by transformers"])
+def test_own_results_are_replaced(authors, converted, taken, layout):
+    for path in taken.iterdir():
+        path.unlink()
+    if layout == "theirs":
+        convert(str(converted), taken)
+    elif layout == "ours":
+        convert(str(authors), taken)
+    else:
+        AutoModelForImageTextToText.from_pretrained(converted).save_pretrained(taken, max_shard_size="10MB")
+        AutoProcessor.from_pretrained(converted).save_pretrained(taken)
+    convert(str(authors), taken, overwrite=True)
+    assert (taken / "modeling_mqt_llava.py").exists() and not (taken / "vision_tower").exists()
+
+
+def test_neighbours_are_left_alone(authors, taken):
+    """Names that a run might have taken for its own."""
+    mine = [f".{taken.name}.{end}" for end in ("partial", "old", "new", "convert-abc", "convert-live")]
+    for name in mine:
+        (taken.parent / name / "old").mkdir(parents=True)
+        (taken.parent / name / "old" / "precious.txt").write_text("mine")
+    with open(taken.parent / mine[-1] / writing.MARK, "w") as mark:  # another run at the same place
+        writing._lock(mark)
+        convert(str(authors), taken, overwrite=True)
+    assert {path.name for path in taken.parent.iterdir()} == {taken.name, *mine}
+    assert all((taken.parent / name / "old" / "precious.txt").exists() for name in mine)
+
+
 # --- interruptions ---
 
 
@@ -297,15 +394,30 @@ def test_killed_in_the_middle(authors, taken):
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=30)
     assert process.returncode != 0
-    assert [path.read_text() for path in taken.iterdir()] == ["mine"]
+    assert [path.read_text() for path in taken.iterdir()] == ["mine"] * 2
     convert(str(authors), taken, overwrite=True)
     assert [path.name for path in taken.parent.iterdir()] == [taken.name]
-    assert (taken / "model.safetensors").exists() and not (taken / "notes.txt").exists()
+    assert (taken / "model.safetensors").exists() and not (taken / "model-of-mine.safetensors").exists()
+
+
+RENAME = """
+import os, signal, sys
+from pathlib import Path
+from mqt_llava.conversion.writing import new_folder
+def replace(self, target, replace=Path.replace):
+    if self.name == "new":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(self, target)
+Path.replace = replace
+with new_folder(Path(sys.argv[1]), overwrite=True):
+    pass
+"""
 
 
 def test_killed_while_the_folder_takes_its_place(authors, taken):
     """Between two renames DST is aside. The next run brings it back, whatever becomes of that run."""
-    taken.rename(taken.with_name(f".{taken.name}.old"))
+    subprocess.run([sys.executable, "-c", RENAME, str(taken)])
+    assert not taken.exists()
     with pytest.raises(ValueError, match="not empty"):
         convert(str(authors), taken)
     assert_untouched(taken)
@@ -327,7 +439,7 @@ def test_full_disk(authors, tmp_path, monkeypatch):
     with small_disk(tmp_path / "disk", "20m") as disk:
         taken = disk / "results" / "out"
         taken.mkdir(parents=True)
-        (taken / "notes.txt").write_text("mine")
+        fill(taken)
         with pytest.raises(ValueError, match=r"take 0\.03 GB.* has 0\.02 GB left"):
             convert(str(authors), taken, overwrite=True)
         assert_untouched(taken)

@@ -1,5 +1,6 @@
 import functools
 import http.server
+import importlib
 import io
 import json
 import os
@@ -21,9 +22,11 @@ from typer.testing import CliRunner
 from mqt_llava import __version__, cli
 from mqt_llava.cli import conversation, images, models
 from mqt_llava.cli.ask import print_table
+from mqt_llava.cli.cost import parse_amount
 from tests.small_model import NUM_QUERY_TOKENS, make_config, make_images, make_model, make_processor
 
 
+ask_module = importlib.import_module("mqt_llava.cli.ask")  # its name is that of the command, too
 QUESTION = "What is this?"
 LENGTH = 12  # new tokens
 
@@ -351,6 +354,53 @@ def test_chat_at_a_terminal(checkpoint, files, tmp_path):
     assert "Ctrl-D" in stderr and "must not contain <image>" in stderr and "Traceback" not in stderr
 
 
+# A chat at a terminal whose second answer is interrupted as by Ctrl-C
+INTERRUPTED = """
+import sys
+from mqt_llava.cli import conversation, main
+ask, asked = conversation.Conversation.ask, []
+def interrupted(self, question, stream=False):
+    asked.append(question)
+    if len(asked) == 2:
+        raise KeyboardInterrupt
+    return ask(self, question, stream)
+conversation.Conversation.ask = interrupted
+main()
+"""
+
+
+def test_ctrl_c_ends_the_answer_not_the_chat(checkpoint, files, tmp_path):
+    terminal, side = pty.openpty()
+    command = [sys.executable, "-c", INTERRUPTED, "ask", files[0], "--model", str(checkpoint), "--json"]
+    command += ["--max-new-tokens", str(LENGTH)]
+    with (
+        open(tmp_path / "answers", "wb") as answers,
+        subprocess.Popen(command, stdin=side, stdout=answers, stderr=subprocess.PIPE) as process,
+    ):
+        os.write(terminal, b"What is this?\nDescribe it.\nWhy?\n\x04")
+        stderr = process.stderr.read().decode()
+    os.close(terminal)
+    os.close(side)
+    assert process.returncode == 0, stderr
+    records = [json.loads(line) for line in (tmp_path / "answers").read_text().splitlines() if line]
+    turns = ["What is this?", records[0]["answer"], "Why?"]
+    assert [record["question"] for record in records] == turns[::2]
+    assert records[1]["answer"] == expected_answer(make_images(1), turns, NUM_QUERY_TOKENS)
+
+
+def test_a_bad_line_does_not_end_the_run(ask, files):
+    questions = b"What is this?\nWhat <image>?\n\nna\xefve?\nWhy?"
+    result = ask(files[0], "--json", stdin=questions)
+    assert result.exit_code == 2
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    turns = ["What is this?", records[0]["answer"], "Why?"]
+    assert [record["question"] for record in records] == turns[::2]
+    assert records[1]["answer"] == expected_answer(make_images(1), turns, NUM_QUERY_TOKENS)
+    first, second = result.stderr.splitlines()
+    assert first.startswith("Error: line 2: the question must not contain <image>")
+    assert second.startswith("Error: line 4: the question is not text")
+
+
 # --- comparison ---
 
 
@@ -446,6 +496,13 @@ def test_missing_image_is_not_taken_for_a_question(ask, files):
     assert_refused(ask(QUESTION), f"file not found: {QUESTION}")
 
 
+def test_question_without_quotes(ask, files):
+    assert_refused(
+        ask(files[0], "List", "every", "thing."),
+        'file not found: List. A question must be in quotes: "List every thing."',
+    )
+
+
 def test_existing_file_is_not_taken_for_a_question(ask, files, tmp_path):
     notes = tmp_path / "notes"
     notes.write_text("What is this?")
@@ -508,7 +565,6 @@ def test_wrong_questions(ask, files):
     assert_refused(ask(files[0], stdin=Path(files[0]).read_bytes()), "not text")
     assert_refused(ask(files[0], "--compare", "1,4", stdin="What?"), "--compare needs a question")
     assert_refused(CliRunner().invoke(cli.app, ["ask"]), "IMAGE")
-    assert_refused(CliRunner().invoke(cli.app, []), "command")
     assert_refused(CliRunner().invoke(cli.app, ["nonsense"]), "nonsense")
 
 
@@ -529,6 +585,30 @@ def test_wrong_models(ask, files, tmp_path, monkeypatch):
     assert_refused(ask(files[0], QUESTION, model=tmp_path), "cannot load the model", str(tmp_path))
     make_config().text_config.save_pretrained(tmp_path / "llama")
     assert_refused(ask(files[0], QUESTION, model=tmp_path / "llama"), "not an MQT-LLaVA model but llama")
+    for place in ("/nonexist", "./nosuch", "nosuch/nosuch/nosuch"):
+        assert_refused(ask(files[0], QUESTION, model=place), f"cannot load the model {place}: there is no such folder")
+    assert_refused(ask(files[0], QUESTION, model=files[1]), f"{files[1]}: that is a file, not a folder")
+    config = tmp_path / "llama" / "config.json"
+    config.write_text('{"model_type": "llava_llama"}')
+    folder = tmp_path / "llama"
+    assert_refused(ask(files[0], QUESTION, model=folder), "the authors' code", f"mqt-llava convert {folder} FOLDER")
+    for content in ("{}", '{"hidden_size": 8}'):
+        config.write_text(content)
+        assert_refused(ask(files[0], QUESTION, model=folder), f"{folder}: its config.json names no model_type")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff\xfe"])
+def test_damaged_tokenizer(ask, files, tmp_path, content):
+    """Also where another file would do for transformers, but give other ids."""
+    make_model().save_pretrained(tmp_path / "model")
+    make_processor().save_pretrained(tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    assert_refused(
+        ask(files[0], QUESTION, model=tmp_path / "model"), f"cannot load the tokenizer of {tmp_path}", "tokenizer.json"
+    )
 
 
 def test_checkpoint_with_damaged_or_missing_weights(ask, files, tmp_path):
@@ -567,6 +647,103 @@ def test_program_refuses_in_one_line(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == f"Error: file not found: {tmp_path / 'nosuch.png'}\n"
+
+
+def run_program(*arguments, **settings):
+    command = [sys.executable, "-m", "mqt_llava.cli", *map(str, arguments)]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, **settings)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("command", ["streamed", "json", "help", "help of a command", "version"])
+def test_output_that_nothing_takes(command, checkpoint, files):
+    ask = ["ask", files[0], QUESTION, "--model", checkpoint, "--max-new-tokens", 3]
+    arguments = {"streamed": ask, "json": [*ask, "--json"], "help": ["--help"], "version": ["--version"]}
+    arguments["help of a command"] = ["ask", "--help"]
+    with open("/dev/full", "w") as full:
+        result = run_program(*arguments[command], stdout=full)
+    assert result.returncode == 1
+    assert re.fullmatch(r"Error: [^\n]*No space left on device\n", result.stderr), result.stderr
+
+
+def test_output_that_nobody_reads(checkpoint, files):
+    read, write = os.pipe()
+    os.close(read)
+    for arguments in (["ask", files[0], QUESTION, "--model", checkpoint, "--max-new-tokens", 3], ["--help"]):
+        result = run_program(*arguments, stdout=write)
+        assert (result.returncode, result.stderr) == (1, "")
+    os.close(write)
+
+
+STARTED = """
+import sys
+class Interrupt:
+    def find_spec(self, name, *args):
+        if name == "mqt_llava":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+import mqt_llava_cli
+mqt_llava_cli.main()
+"""
+
+
+def test_ctrl_c_while_libraries_are_loaded():
+    result = subprocess.run([sys.executable, "-c", STARTED], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
+def test_ctrl_c_while_a_command_runs(monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ask_module, "load_image", interrupted)
+    result = CliRunner().invoke(cli.app, ["ask", "photo.png", QUESTION])
+    assert (result.exit_code, result.stdout, result.stderr.strip()) == (130, "", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [
+        ("16GB", 16e9),
+        ("16GiB", 16 * 2**30),
+        ("16Gi", 16 * 2**30),
+        ("1KiB", 1024),
+        ("1kB", 1e3),
+        ("1KB", 1e3),
+        ("1.5MiB", 1.5 * 2**20),
+        ("2.5T", 2.5e12),
+        ("2e12", 2e12),
+        ("800 GFLOP", 8e11),
+        ("7", 7),
+    ],
+)
+def test_amounts(text, amount):
+    assert parse_amount(text) == amount
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "16 GBi", "16XiB", "-1GB"])
+def test_wrong_amounts(text):
+    assert_refused(CliRunner().invoke(cli.app, ["cost", f"--memory={text}"]), "16GB or 16GiB", f"got {text!r}")
+
+
+def test_server_without_its_packages(monkeypatch):
+    """Those of transformers' own server, not vLLM's."""
+    serve = importlib.import_module("mqt_llava.cli.serve")
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name in ("fastapi", "openai") else name)
+    result = CliRunner().invoke(cli.app, ["serve"])
+    assert_refused(result, "fastapi and openai is missing", "pip install 'transformers[serving]'")
+
+
+def test_bare_command_and_short_help():
+    help = CliRunner().invoke(cli.app, ["--help"])
+    for command in ("ask", "finetune", "convert", "cost", "update", "serve", "train"):
+        assert f" {command} " in help.stdout
+    for arguments in ([], ["-h"]):
+        result = CliRunner().invoke(cli.app, arguments)
+        assert (result.exit_code, result.stdout) == (0, help.stdout)
+    for command in ("ask", "finetune", "convert", "cost", "update", "train"):
+        short, long = (CliRunner().invoke(cli.app, [command, option]) for option in ("-h", "--help"))
+        assert short.exit_code == 0 and short.stdout == long.stdout and "mqt-llava" in short.stdout
 
 
 def test_version_and_help():

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ from mqt_llava.training.lora import load_quantized, make_lora_config, with_exact
 from mqt_llava.training.output import prepare_output_dir, remove_checkpoints
 from mqt_llava.training.sampling import VisualTokenSampler
 from mqt_llava.training.trainer import MQTLlavaTrainer
+from tests.conversion.test_safety import small_disk
 from tests.modeling.test_remote_code import LocalHub, fresh_process
 from tests.small_model import NUM_QUERY_TOKENS, make_images, make_model, make_processor
 
@@ -338,8 +341,8 @@ def test_command_tunes_resumes_and_overwrites(checkpoint, data, tmp_path, monkey
     assert "num_visual_tokens" in output and "adapter is in" in output
     assert answers(load_adapter(load_base(checkpoint), adapter))
     assert finetune(*options, **run) == 2
-    assert "not empty" in capfd.readouterr().err
-    for other, message in ((["-r", 4], "`r` = 16"), (["--targets", "vision_tower"], "`target_modules` = ")):
+    assert "go on with that run (--resume), replace it (--overwrite), or" in capfd.readouterr().err
+    for other, message in ((["-r", 4], "--rank = 16"), (["--targets", "vision_tower"], "--targets = ")):
         assert finetune(*options, *other, "--epochs", 2, "--resume", **run) == 2
         assert message in capfd.readouterr().err
     assert not finetune(*options, "--epochs", 2, "--resume", **run)
@@ -381,10 +384,20 @@ MISTAKES = {
     "no data": (["nowhere.json"], "no data file nowhere.json"),
     "image folder": (["--image-folder", "nowhere"], "no image folder nowhere"),
     "target": (["--targets", "lm_head"], "LoRA targets are language_model"),
-    "distribution": (["--num-visual-tokens", "evn"], "`distribution` must be one of even"),
+    "distribution": (["--num-visual-tokens", "evn"], "--num-visual-tokens must be one of even"),
     "num_visual_tokens": (["--num-visual-tokens", "1,17"], "from 1 to 16"),
     "eval_num_visual_tokens": (["--eval-num-visual-tokens", "0", "--eval-data", "DATA"], "from 1 to 16"),
-    "too long": (["--max-length", "3"], "cannot be trained on"),
+    "eval distribution": (
+        ["--eval-num-visual-tokens", "evn", "--eval-data", "DATA"],
+        "--eval-num-visual-tokens must be",
+    ),
+    "eval_num_visual_tokens alone": (["--eval-num-visual-tokens", "1"], "needs --eval-data"),
+    "resume and overwrite": (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+    "too long": (
+        ["--max-length", "3"],
+        "and --max-length is 3: raise --max-length, lower --num-visual-tokens or shorten the",
+    ),
+    "too long to cut": (["--max-length", "3", "--truncate"], "which leaves no room for an answer"),
     "too long, in a worker": (["--max-length", "3", "--num-workers", "1"], "Sample rows.json["),
     "no epochs": (["--epochs", "0"], "--epochs"),
     "no steps": (["--max-steps", "0"], "--max-steps"),
@@ -401,6 +414,42 @@ def test_mistakes_are_one_line(arguments, message, checkpoint, data, tmp_path, m
     assert finetune(*options, *arguments, monkeypatch=monkeypatch, data=given) == 2
     (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("Error: "))
     assert message in line
+
+
+def test_no_warnings_of_libraries_about_each_other(checkpoint, data, tmp_path, monkeypatch, capfd):
+    options = ["--model", checkpoint, "--output-dir", tmp_path / "adapter", "--use-cpu", "--max-steps", 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert not finetune(*options, "--gradient-checkpointing", monkeypatch=monkeypatch, data=data)
+    assert "FutureWarning" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_interrupted_run_says_how_to_go_on(checkpoint, data, tmp_path, monkeypatch, capfd, saved):
+    train = MQTLlavaTrainer.train
+
+    def interrupted(self, **kwargs):
+        if saved:
+            train(self, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MQTLlavaTrainer, "train", interrupted)
+    options = ["--model", checkpoint, "--output-dir", tmp_path / "adapter", "--use-cpu", "--max-steps", 1]
+    assert finetune(*options, monkeypatch=monkeypatch, data=data) == 130
+    error = capfd.readouterr().err
+    assert ("with --resume goes on" in error) == saved and "Interrupted" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("saving", ["the adapter", "a checkpoint"])
+def test_full_disk(checkpoint, data, tmp_path, monkeypatch, capfd, saving):
+    """safetensors and torch have errors of their own for it."""
+    with small_disk(tmp_path / "disk", "100k") as disk:
+        options = ["--model", checkpoint, "--output-dir", disk / "adapter", "--use-cpu", "--max-steps", 2, "-r", 64]
+        options += ["--save-steps", 1 if saving == "a checkpoint" else 100]
+        assert finetune(*options, monkeypatch=monkeypatch, data=data) in (1, 2)
+    error = capfd.readouterr().err
+    (line,) = (line for line in error.splitlines() if line.startswith("Error: "))
+    assert re.search("[Nn]o space left", line) and "Traceback" not in error
 
 
 @pytest.mark.slow

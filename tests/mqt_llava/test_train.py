@@ -81,6 +81,12 @@ MISTAKES = {
         r"config\.yaml: there is no argument lerning_rate; the closest one is learning_rate",
     ),
     "unknown option": ("", ["--eval-num-visual", "1"], "--eval-num-visual; the closest one is eval_num_visual_tokens"),
+    "unknown option like none": ("", ["--foo", "1"], r"there is no argument --foo\.$"),
+    "eval_num_visual_tokens alone": (
+        "eval_num_visual_tokens: 1",
+        [],
+        "--eval_num_visual_tokens needs --eval_data_path",
+    ),
     "unknown option before missing ones": ("", ["--stag", "1"], "the closest one is stage"),
     "number": ("max_steps: 2.5", [], "max_steps.*invalid int value: '2.5'"),
     "choice": ("train_sampling_strategy: lengthwise", [], "invalid choice: 'lengthwise'"),
@@ -91,7 +97,7 @@ MISTAKES = {
     "small batch": ("global_batch_size: 8", [], "16 x 1; got 8"),
     "stray words": ("", ["--seed", "1", "2"], "belong to no argument: 2"),
     "num_visual_tokens": ("num_visual_tokens: [1, 17]", [], "from 1 to 16"),
-    "eval_num_visual_tokens": ("eval_num_visual_tokens: 0", [], "from 1 to 16"),
+    "eval_num_visual_tokens": ("eval_num_visual_tokens: 0", ["--eval_data_path", "data.json"], "from 1 to 16"),
     "distribution": ("num_visual_tokens: evn", [], "must be one of even"),
     "no data": ("data_path: nowhere.json", [], "no data file nowhere.json"),
     "no model": ("model: nowhere", [], "cannot load the model nowhere"),
@@ -123,9 +129,16 @@ def test_mistakes_are_one_line_before_any_work(
 def test_what_is_missing_is_named(monkeypatch, capfd):
     assert command(monkeypatch) == 2
     assert "required: --stage, --model, --data_path" in capfd.readouterr().err
-    assert command(monkeypatch, "--help") == 0
-    help_text = capfd.readouterr().out
-    assert "--distill_weight" in help_text and "--gradient_accumulation_steps" in help_text
+
+
+def test_help_has_our_options_and_says_how_to_see_all(monkeypatch, capfd):
+    for option in ("-h", "--help"):
+        assert command(monkeypatch, "--stage", 1, option) == 0
+        help_text = capfd.readouterr().out
+        assert "--distill_weight" in help_text and "--gradient_accumulation_steps" not in help_text
+        assert "--help-all" in help_text and len(help_text.splitlines()) < 70
+    assert command(monkeypatch, "--help-all") == 0
+    assert "--gradient_accumulation_steps" in capfd.readouterr().out
 
 
 # What it does ---------------------------------------------------------------------------------------------------------------
