@@ -46,7 +46,7 @@ def ask(
         typer.Option(
             metavar="M",
             parser=parse_num_visual_tokens,
-            help="Visual tokens per image. Default: as many as the model has.",
+            help="Visual tokens per image. Default: the checkpoint's own number, or as many as it has.",
         ),
     ] = None,
     compare: Annotated[
@@ -88,9 +88,14 @@ def ask(
     silence_libraries()
     checkpoint = name_base(adapter) if adapter and model is None else name_checkpoint(model)
     config = load_config(checkpoint)
+    given = num_visual_tokens is not None
     num_visual_tokens = check_num_visual_tokens(num_visual_tokens, config.num_query_tokens)
     compared = [check_num_visual_tokens(m, config.num_query_tokens) for m in compared]
     processor, network = load_model(checkpoint, device, dtype.value, adapter)
+    if not given:  # a checkpoint may have an m of its own
+        own = (network.generation_config, processor.image_processor)
+        own = [getattr(settings, "num_visual_tokens", None) for settings in own]
+        num_visual_tokens = next((m for m in own if m is not None), num_visual_tokens)
     setting = {
         "model": checkpoint,
         **({"adapter": adapter} if adapter else {}),

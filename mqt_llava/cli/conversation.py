@@ -78,6 +78,7 @@ class Conversation:
             attention_mask=inputs["attention_mask"],
             **({"mm_encoder_outputs": {"image": self.image_features}} if has_images else {}),
             **{CACHE_NAME: cache},
+            num_visual_tokens=self.num_visual_tokens,  # those of the prompt, whatever the checkpoint's default
             max_new_tokens=min(self.max_new_tokens, self.context_length() - length),
             do_sample=False,
             num_beams=1,  # more cannot stream

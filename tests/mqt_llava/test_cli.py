@@ -245,6 +245,18 @@ def test_shipped_checkpoint_answers(ask, files):
     assert result.stdout.strip()
 
 
+def test_checkpoint_may_have_an_m_of_its_own(ask, files, tmp_path):
+    model = make_model()
+    model.generation_config.num_visual_tokens = 4
+    model.save_pretrained(tmp_path)
+    make_processor().save_pretrained(tmp_path)
+    expected = {m: expected_answer(make_images(1), [QUESTION], m) for m in (4, 9)}
+    found = json.loads(ask(files[0], QUESTION, "--json", model=tmp_path).stdout)
+    assert (found["num_visual_tokens"], found["answer"]) == (4, expected[4])
+    found = json.loads(ask(files[0], QUESTION, "--json", "--num-visual-tokens", 9, model=tmp_path).stdout)
+    assert (found["num_visual_tokens"], found["answer"]) == (9, expected[9])
+
+
 # --- chat ---
 
 
