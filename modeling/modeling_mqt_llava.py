@@ -15,6 +15,10 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
@@ -561,5 +565,10 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
 MQTLlavaConfig.register_for_auto_class()
 MQTLlavaModel.register_for_auto_class("AutoModel")
 MQTLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+# `Trainer` looks for a model's name in the first list, not in the Auto classes, before it shifts labels for label smoothing;
+# and what stands there alone is taken for a model without images
+for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+    names[MQTLlavaConfig.model_type] = MQTLlavaForConditionalGeneration.__name__
 
 __all__ = ["MQTLlavaForConditionalGeneration", "MQTLlavaModel", "MQTLlavaPreTrainedModel"]
