@@ -270,7 +270,10 @@ def test_rows_in_the_forms_of_trl():
     collator, processor = MQTLlavaDataCollator(make_processor(), 2), make_processor()
     expected = collator([chat("<image><image>What?", "A cat.", images=images)])
     turns = chat("What?", "A cat.")["messages"]
-    parts = [{"role": "user", "content": [IMAGE, IMAGE, text("What?")]}, {"role": "assistant", "content": [text("A cat.")]}]
+    parts = [
+        {"role": "user", "content": [IMAGE, IMAGE, text("What?")]},
+        {"role": "assistant", "content": [text("A cat.")]},
+    ]
     for row in (
         {"messages": turns, "images": images},
         {"messages": parts, "images": [*images, None]},

@@ -11,8 +11,13 @@ from PIL import Image as PILImage
 from transformers import AutoProcessor
 
 import mqt_llava
+from mqt_llava import MQTLlavaForConditionalGeneration
+from mqt_llava.conversion.tokenization import load_llama_tokenizer
+from mqt_llava.training.collator import MQTLlavaDataCollator
 from mqt_llava.training.lora import make_lora_config
-from tests.small_model import NUM_QUERY_TOKENS
+from tests.mqt_llava.test_training import REFERENCE
+from tests.reference import official_layout
+from tests.small_model import NUM_QUERY_TOKENS, make_config
 
 
 trl = pytest.importorskip("trl")
@@ -96,7 +101,7 @@ def watch(model, processor):
 @pytest.mark.parametrize("mixed", [False, True], ids=["images", "mixed"])
 @pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO", "GRPO", "RLOO"])
 def test_trainers_pair_images_with_their_prompts(kind, mixed, checkpoint, tmp_path):
-    model = mqt_llava.MQTLlavaForConditionalGeneration.from_pretrained(checkpoint)
+    model = MQTLlavaForConditionalGeneration.from_pretrained(checkpoint)
     processor = AutoProcessor.from_pretrained(checkpoint, num_visual_tokens=4)
     trainer = make_trainer(kind, model, processor, tmp_path, mixed=mixed)
     seen = watch(trainer.model, processor)
@@ -130,7 +135,7 @@ def test_trainers_load_a_checkpoint_by_its_path(kind, has_code, checkpoint, fold
     folder = str(checkpoint if has_code else folder_without_code)
     trainer = make_trainer(kind, folder, AutoProcessor.from_pretrained(folder), tmp_path)
     models = [trainer.model] if kind == "SFT" else [trainer.model, trainer.ref_model]
-    assert {type(model) for model in models} == {mqt_llava.MQTLlavaForConditionalGeneration}
+    assert {type(model) for model in models} == {MQTLlavaForConditionalGeneration}
 
 
 def test_a_config_without_code_says_so():
@@ -144,7 +149,7 @@ def test_a_config_without_code_says_so():
 
 @pytest.mark.parametrize("kind", ["DPO", "GRPO"])
 def test_trainers_tune_adapters(kind, checkpoint, tmp_path):
-    model = mqt_llava.MQTLlavaForConditionalGeneration.from_pretrained(checkpoint)
+    model = MQTLlavaForConditionalGeneration.from_pretrained(checkpoint)
     config = make_lora_config(model, ["language_model", "query_transformer"], r=2)
     trainer = make_trainer(kind, model, AutoProcessor.from_pretrained(checkpoint), tmp_path, peft_config=config)
     trainer.train()
@@ -154,7 +159,7 @@ def test_trainers_tune_adapters(kind, checkpoint, tmp_path):
 
 @pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
 def test_answers_are_scored_with_the_visual_tokens_they_were_made_with(kind, checkpoint, tmp_path):
-    model = mqt_llava.MQTLlavaForConditionalGeneration.from_pretrained(checkpoint)
+    model = MQTLlavaForConditionalGeneration.from_pretrained(checkpoint)
     processor = AutoProcessor.from_pretrained(checkpoint, num_visual_tokens=3)
     # one step, so that the weights are the same in all
     trainer = make_trainer(
@@ -187,7 +192,7 @@ def test_answers_are_scored_with_the_visual_tokens_they_were_made_with(kind, che
 @pytest.mark.parametrize("where", ["generation_kwargs", "generation_config"])
 @pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
 def test_rollouts_with_other_visual_tokens_than_the_prompts_are_refused(kind, where, checkpoint, tmp_path):
-    model = mqt_llava.MQTLlavaForConditionalGeneration.from_pretrained(checkpoint)
+    model = MQTLlavaForConditionalGeneration.from_pretrained(checkpoint)
     settings = {}
     if where == "generation_kwargs":
         settings["generation_kwargs"] = {"num_visual_tokens": 3}
@@ -196,3 +201,42 @@ def test_rollouts_with_other_visual_tokens_than_the_prompts_are_refused(kind, wh
     trainer = make_trainer(kind, model, AutoProcessor.from_pretrained(checkpoint), tmp_path, **settings)
     with pytest.raises(ValueError, match=r"asks for 3 visual tokens.*AutoProcessor.*num_visual_tokens"):
         trainer.train()
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO"])
+def test_answers_have_the_tokens_of_a_chat_with_llamas_tokenizer(kind, legacy, tmp_path):
+    """TRL tokenizes prompts and answers apart."""
+    official_layout.write_tokenizer(str(tmp_path), str(REFERENCE / "tokenizer.model"), 2048, legacy)
+    side = {"height": 30, "width": 30}
+    image_processor = mqt_llava.MQTLlavaImageProcessor(size=side, crop_size=side, num_visual_tokens=M)
+    tokenizer = load_llama_tokenizer(tmp_path, legacy=legacy)
+    processor = mqt_llava.MQTLlavaProcessor(image_processor, tokenizer, num_query_tokens=M)
+    config = make_config(image_token_id=processor.image_token_id)
+    config.text_config.vocab_size = len(tokenizer)
+    rows = make_rows("DPO" if kind == "DPO" else "KTO", mixed=True)
+    if kind == "SFT":
+        rows = rows.remove_columns("label")
+    MQTLlavaForConditionalGeneration(config).save_pretrained(tmp_path / "model")  # TRL loads a second one
+    trainer = make_trainer(kind, str(tmp_path / "model"), processor, tmp_path / "run", rows)
+    batch = next(iter(trainer.get_train_dataloader()))
+    answers = [answer for row in rows for name in ("completion", "chosen", "rejected") for answer in row.get(name, [])]
+    chats = [{"messages": [*row["prompt"], a], "images": row["images"]} for row in rows for a in answers]
+    expected = MQTLlavaDataCollator(processor)(chats)
+    expected = {tuple(ids[mask == 1].tolist()) for ids, mask in zip(expected["input_ids"], expected["attention_mask"])}
+    got = {tuple(ids[mask == 1].tolist()) for ids, mask in zip(batch["input_ids"], batch["attention_mask"])}
+    assert got <= expected
+
+
+def test_texts_that_are_no_answers_keep_their_space(tmp_path):
+    official_layout.write_tokenizer(str(tmp_path), str(REFERENCE / "tokenizer.model"), 2048, True)
+    tokenizer = load_llama_tokenizer(tmp_path, legacy=True)
+    processor = mqt_llava.MQTLlavaProcessor(mqt_llava.MQTLlavaImageProcessor(), tokenizer)
+    for text in (" a", "a", " </s>", "</s>", "a</s>"):
+        for special in (True, False):
+            ids = processor(text=text, add_special_tokens=special)["input_ids"]
+            assert ids == [tokenizer(text, add_special_tokens=special)["input_ids"]]
+    assert processor(text=" a</s>")["input_ids"] == [tokenizer(" a</s>")["input_ids"]]
+    assert processor(text=" a</s>", add_special_tokens=False)["input_ids"] == [
+        tokenizer("a</s>", add_special_tokens=False)["input_ids"]
+    ]
