@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ import mqt_llava
 from mqt_llava import MQTLlavaForConditionalGeneration
 from mqt_llava.conversion.tokenization import load_llama_tokenizer
 from mqt_llava.training.collator import MQTLlavaDataCollator
+from mqt_llava.training.data import load_conversations
 from mqt_llava.training.lora import make_lora_config
 from tests.mqt_llava.test_training import REFERENCE
 from tests.reference import official_layout
-from tests.small_model import NUM_QUERY_TOKENS, make_config
+from tests.small_model import NUM_QUERY_TOKENS, make_config, make_images
 
 
 trl = pytest.importorskip("trl")
@@ -240,3 +242,58 @@ def test_texts_that_are_no_answers_keep_their_space(tmp_path):
     assert processor(text=" a</s>", add_special_tokens=False)["input_ids"] == [
         tokenizer("a</s>", add_special_tokens=False)["input_ids"]
     ]
+
+
+def test_recipes_of_the_docs_run(folder_without_code, tmp_path, monkeypatch):
+    root = Path(__file__).parents[2]
+    shutil.copytree(root / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mqt_llava, "TINY_CHECKPOINT", str(folder_without_code))
+    namespace = {}
+    short = '"max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no"'
+    blocks = re.findall(r"```python\n(.*?)```", (root / "docs" / "trl.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 4 and '"max_steps": 100' in blocks[0]
+    for block in blocks:
+        exec(compile(block.replace('"max_steps": 100', short), "docs/trl.md", "exec"), namespace)
+    assert namespace["trainer"].state.global_step == 1
+
+
+@pytest.mark.parametrize("form", ["images", "image", "parts", "prompt and completion", "load_conversations"])
+def test_sft_with_our_collator_has_its_labels_whatever_the_rows(form, checkpoint, tmp_path):
+    image = make_images(1)[0]
+    image.save(tmp_path / "a.png")
+    path, turns = str(tmp_path / "a.png"), [say("user", "What?"), say("assistant", "A cat.")]
+    parts = [{"type": "image", "path": path, "text": None}, {"type": "text", "path": None, "text": "What?"}]
+    row = {
+        "images": {"messages": turns, "images": [path]},
+        "image": {"messages": turns, "image": path},
+        "parts": {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": [parts[1]]}]},
+        "prompt and completion": {"prompt": turns[:1], "completion": turns[1:], "images": [path]},
+        "load_conversations": {"messages": turns, "images": ["a.png"]},
+    }[form]
+    if form == "load_conversations":
+        (tmp_path / "rows.json").write_text(json.dumps([row] * 4))
+        data = load_conversations(tmp_path / "rows.json")
+    else:
+        data = Dataset.from_list([row] * 4)
+        if form == "images":
+            data = data.cast_column("images", List(Image()))
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    model = MQTLlavaForConditionalGeneration.from_pretrained(checkpoint)
+    trainer = make_trainer(
+        "SFT",
+        model,
+        processor,
+        tmp_path / "run",
+        data,
+        data_collator=MQTLlavaDataCollator(processor, 3),
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    answer = "What?" if form == "parts" else "A cat."
+    for ids, labels in zip(batch["input_ids"], batch["labels"]):
+        assert processor.decode(labels[labels != -100]) == f" {answer}</s>"
+        assert (ids == processor.image_token_id).sum() == 3
+    assert torch.equal(batch["pixel_values"][0], processor.image_processor(image, return_tensors="pt")["pixel_values"][0])
+    trainer.train()
