@@ -396,3 +396,13 @@ def test_predictions_are_logits_alone(accumulation, tmp_path):
         },
     )
     assert trainer.evaluate()["eval_same"] and shapes == [True, True]
+
+
+def test_names_can_be_imported_from_the_package():
+    from mqt_llava import training
+
+    for name in training.__all__:
+        assert getattr(training, name).__name__ == name and name in dir(training)
+    assert training.MQTLlavaTrainer is MQTLlavaTrainer
+    with pytest.raises(ImportError, match="MQTLlavaColator"):
+        from mqt_llava.training import MQTLlavaColator  # noqa: F401

@@ -295,5 +295,7 @@ def test_sft_with_our_collator_has_its_labels_whatever_the_rows(form, checkpoint
     for ids, labels in zip(batch["input_ids"], batch["labels"]):
         assert processor.decode(labels[labels != -100]) == f" {answer}</s>"
         assert (ids == processor.image_token_id).sum() == 3
-    assert torch.equal(batch["pixel_values"][0], processor.image_processor(image, return_tensors="pt")["pixel_values"][0])
+    assert torch.equal(
+        batch["pixel_values"][0], processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+    )
     trainer.train()
