@@ -145,6 +145,11 @@ class MQTLlavaConfig(PreTrainedConfig):
         layer = self.vision_feature_layer
         return layer if layer >= 0 else self.vision_config.num_hidden_layers + 1 + layer
 
+    def __getattr__(self, name):
+        if name == "auto_map":  # which TRL asks every config for: that of a folder without code has none
+            return {}
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """See [`~PreTrainedConfig.save_pretrained`]. Names all classes that the folder's code has: on its own,
         transformers names those of the config and of the model that is saved, but vLLM asks for the base model and some

@@ -15,6 +15,10 @@ from transformers import AutoModel, GenerationConfig, GenerationMixin, PreTraine
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
@@ -323,6 +327,9 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and image_outputs is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+        if pixel_values is not None and len(pixel_values) == 0:  # TRL's share of the images for rows that have none
+            count_visual_tokens(self.get_placeholder_mask(input_ids, inputs_embeds), 0, visual_token_counts)
+            pixel_values = None
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
@@ -490,7 +497,7 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
 
         Raises:
             `ValueError`: for anything but integers from 1 to M, when images and placeholders do not match, for a cache that
-            does not fit the prompt, and for assisted decoding or `use_cache=False` together with a cache that holds something,
+            does not fit the prompt, for a model in training whose generation config has another m than the prompt, and for assisted decoding or `use_cache=False` together with a cache that holds something,
             which transformers gets wrong.
         """
         if inputs is not None:
@@ -498,7 +505,8 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         input_ids = kwargs.get("input_ids")
         cache = kwargs.get(CACHE_NAME, kwargs.get("past_key_values"))
         num_cached = check_cache(cache, kwargs)
-        if num_visual_tokens is None and kwargs.get("inputs_embeds") is None:
+        is_default = num_visual_tokens is None
+        if is_default and kwargs.get("inputs_embeds") is None:
             configs = (generation_config, self.generation_config)
             counts = [getattr(config, "num_visual_tokens", None) for config in configs]
             num_visual_tokens = next((count for count in counts if count is not None), None)
@@ -508,6 +516,12 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
             self.generation_config.suppress_tokens = [self.config.image_token_id]
         own_prompt, callbacks = None, (logits_processor, stopping_criteria, prefix_allowed_tokens_fn)
         if kwargs.get("input_ids") is not input_ids:
+            if self.training and is_default:
+                raise ValueError(
+                    f"The generation config asks for {num_visual_tokens} visual tokens, and the prompt has another number of "
+                    "placeholders. In training that would be wrong: the answers are scored with the prompt as it is. Prepare "
+                    "the prompt with as many: `AutoProcessor.from_pretrained(..., num_visual_tokens=m)`."
+                )
             own_prompt = OwnPrompt(input_ids, kwargs["input_ids"].shape[1])
             callbacks = own_prompt.wrap(*callbacks)
         kwargs = self.encode_images(kwargs, num_cached)
@@ -530,7 +544,8 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
             is_placeholder = is_placeholder[:, num_cached:]
             if pixel_values is not None:
                 counts = count_visual_tokens(is_placeholder, len(pixel_values), counts)
-                image_outputs = self.model.get_image_features(pixel_values, counts, return_dict=True)
+                if counts:
+                    image_outputs = self.model.get_image_features(pixel_values, counts, return_dict=True)
             elif is_placeholder.any():
                 raise ValueError(
                     "The prompt has image placeholders, but no images stand behind them: pass `pixel_values` as the processor "
@@ -545,5 +560,10 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
 MQTLlavaConfig.register_for_auto_class()
 MQTLlavaModel.register_for_auto_class("AutoModel")
 MQTLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+# `Trainer` looks for a model's name in the first list, not in the Auto classes, before it shifts labels for label smoothing;
+# and what stands there alone is taken for a model without images
+for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+    names[MQTLlavaConfig.model_type] = MQTLlavaForConditionalGeneration.__name__
 
 __all__ = ["MQTLlavaForConditionalGeneration", "MQTLlavaModel", "MQTLlavaPreTrainedModel"]

@@ -118,6 +118,8 @@ class MQTLlavaProcessor(ProcessorMixin):
             for sample in ("a", self.image_token + "a", self.image_token + " a")
         )
         self._chunks_need_space = alone != after_image[1:] and alone == after_space[1:]
+        spaced, later = (tokenizer.tokenize(sample, add_special_tokens=False) for sample in (" a", "a a"))
+        self._begins_with_space = later == alone * 2 and spaced != alone
 
     def __call__(
         self,
@@ -159,6 +161,9 @@ class MQTLlavaProcessor(ProcessorMixin):
                 kwargs.setdefault("add_special_tokens", False)
         images = _without_none(images)
         num_images = _count_images(images)
+        if self._begins_with_space and text is not None and not num_images:
+            if kwargs.get("add_special_tokens", (kwargs.get("text_kwargs") or {}).get("add_special_tokens")) is False:
+                text = [self.go_on(sample) if isinstance(sample, str) else sample for sample in texts]
         is_served = kwargs.get("return_text_replacement_offsets")
         if is_served:
             self._check_serving_kwargs(kwargs)
@@ -251,6 +256,15 @@ class MQTLlavaProcessor(ProcessorMixin):
         if start and first:
             first = " " + first
         return start + self.image_token.join([first, *(" " + chunk if chunk else "" for chunk in others)])
+
+    def go_on(self, text: str) -> str:
+        """An answer as the chat template writes it, so that its ids are those that it has behind its prompt.
+
+        TRL tokenizes prompts and answers apart, and Llama's tokenizer begins every text with a space of its own.
+        """
+        eos = self.tokenizer.eos_token or ""
+        is_answer = text.startswith(" ") and text.endswith(eos) and text[1:].removesuffix(eos).strip()
+        return text[1:] if is_answer else text
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
         """M placeholders for each image, whatever it will have: vLLM sizes its buffers by this.

@@ -148,7 +148,12 @@ class MQTLlavaDataCollator:
         encoding = tokenizer(begin(text), add_special_tokens=False)  # the template writes the BOS
         input_ids = encoding["input_ids"]
         labels = [-100] * len(input_ids)
-        for start, end in answers:
+        trained = [message.get("train", True) for message in messages if message["role"] == "assistant"]
+        if len(trained) != len(answers):
+            if not all(trained):
+                raise SampleError("the chat template does not mark each answer, so that none can be left out")
+            trained = [True] * len(answers)
+        for start, end in (span for span, train in zip(answers, trained) if train):
             # where the answer begins and ends in the text that was tokenized
             start, end = len(begin(text[:start])), len(begin(text[:end]))
             first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)

@@ -1,13 +1,14 @@
 """Conversations about images as samples: LLaVA's JSON and chat messages, read with `datasets`."""
 
-import io
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
+from torch.utils.data import get_worker_info
+
+from ..modeling.image_processing_mqt_llava import load_image
 
 
 IMAGE_TOKEN = "<image>"
@@ -25,7 +26,9 @@ def load_conversations(data_files, image_folder=None, streaming=False):
     A row is LLaVA's, `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from":
     "gpt", "value": "A cat."}]}`, where `image` may be missing, one file or a list; or a chat, `{"messages": [{"role":
     "user", "content": [{"type": "image", "path": "a.jpg"}, {"type": "text", "text": "What?"}]}, ...], "images": [...]}`,
-    where a content is a string or a list of parts, and images stand in their parts or, in the same order, in `images`.
+    where a content is a string or a list of parts, and images stand in their parts or, in the same order, in `images`. If no
+    content says where, they stand before the first question. A chat may also come as `prompt` and `completion`, two lists
+    of turns: then answers in the prompt are no labels.
 
     Args:
         data_files (`str`, `Path` or a list of them):
@@ -37,9 +40,9 @@ def load_conversations(data_files, image_folder=None, streaming=False):
             shards, for as many workers.
 
     Returns:
-        `datasets.Dataset` or `datasets.IterableDataset` of rows `{"id": str, "messages": [{"role": str, "content": str},
-        ...], "images": [str, ...], "error": str}` as [`MQTLlavaDataCollator`] takes them. Images are not opened. A row
-        that makes no sample has an `error` that says why, and `id` tells file and index of each.
+        `datasets.Dataset` or `datasets.IterableDataset` of rows `{"id": str, "messages": [{"role": str, "content": str,
+        "train": bool}, ...], "images": [str, ...], "error": str}` as [`MQTLlavaDataCollator`] takes them. Images are not
+        opened. A row that makes no sample has an `error` that says why, and `id` tells file and index of each.
 
     Raises:
         `ValueError`: when there is no such file or folder, for a file that is no JSON in UTF-8, and when there are no rows.
@@ -53,7 +56,7 @@ def load_conversations(data_files, image_folder=None, streaming=False):
             raise ValueError(f"There is no data file {file}.")
     if image_folder is not None and not os.path.isdir(image_folder):
         raise ValueError(f"There is no image folder {image_folder}.")
-    message = {"role": Value("string"), "content": Value("string")}
+    message = {"role": Value("string"), "content": Value("string"), "train": Value("bool")}
     features = Features(
         {"id": Value("string"), "messages": List(message), "images": List(Value("string")), "error": Value("string")}
     )
@@ -127,34 +130,45 @@ def _local_path(image) -> str:
 
 def canonical_sample(row) -> dict:
     r"""
-    A row of any form that [`load_conversations`] describes as `{"messages": [{"role": str, "content": str}, ...],
-    "images": [...]}`, where `<image>` in a user's content stands for each image, in front of the text.
+    A row of any form that [`load_conversations`] describes as `{"messages": [{"role": str, "content": str, "train": bool},
+    ...], "images": [...]}`, where `<image>` in a user's content stands for each image, in front of the text, and `train`
+    says whether an answer is a label.
 
-    Images are left as they are: PIL images, paths, or `{"path": ..., "bytes": ...}` as `datasets` keeps them.
+    Images are left as they are: whatever [`open_image`] takes. `None` among them is no image.
 
     Raises:
         `SampleError`: for a row that cannot be trained on.
     """
-    if not isinstance(row, dict) or not (row.get("conversations") or row.get("messages")):
-        raise SampleError("it has neither `conversations` nor `messages`")
-    turns = row.get("messages") or row["conversations"]
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+    row = row if isinstance(row, dict) else {}
+    prompt, is_chat = [], not row.get("conversations")
+    if row.get("messages") or not is_chat:
+        turns = row.get("messages") or row["conversations"]
+    elif row.get("prompt") and row.get("completion"):
+        prompt, turns = row["prompt"], row["completion"]
+        if isinstance(prompt, str) or isinstance(turns, str):
+            raise SampleError("its `prompt` and `completion` must be lists of turns; got text")
+    else:
+        raise SampleError("it has neither `conversations` nor `messages`, nor `prompt` and `completion`")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in [*prompt, *turns]):
         raise SampleError("its turns are no list of objects")
-    images = row.get("images") or row.get("image") or []
-    images = list(images) if isinstance(images, (list, tuple)) else [images]
+    images = _listed(row.get("images")) or _listed(row.get("image"))
     messages, inline_images = [], []
-    for turn in turns:
+    for index, turn in enumerate([*prompt, *turns]):
         role, content = turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value") or ""
         if not isinstance(role, str) or role not in ROLES:
             raise SampleError(f"the role of a turn must be one of {', '.join(ROLES)}; got {role!r}")
         if not isinstance(content, str):
             content = _join_parts(content, inline_images)
-        messages.append({"role": ROLES[role], "content": _images_first(content)})
+        train = index >= len(prompt) and turn.get("train") is not False
+        messages.append({"role": ROLES[role], "content": _images_first(content), "train": train})
     if images and inline_images:
         raise SampleError("it has images both in its messages and beside them")
     images += inline_images
     if messages[0]["role"] == "assistant":  # nothing asked for it; LLaVA's trainer too leaves it out
         del messages[0]
+    if is_chat and images and not any(IMAGE_TOKEN in message["content"] for message in messages):
+        question = next((message for message in messages if message["role"] == "user"), {"content": ""})
+        question["content"] = _images_first(IMAGE_TOKEN * len(images) + question["content"])
     _check_turns(messages)
     num_placeholders = sum(message["content"].count(IMAGE_TOKEN) for message in messages)
     if num_placeholders != len(images):
@@ -163,6 +177,11 @@ def canonical_sample(row) -> dict:
             "may have it"
         )
     return {"messages": messages, "images": images}
+
+
+def _listed(images) -> list:
+    images = images if isinstance(images, (list, tuple)) else [images]
+    return [image for image in images if image is not None]
 
 
 def _join_parts(parts: list[dict], images: list) -> str:
@@ -177,7 +196,7 @@ def _join_parts(parts: list[dict], images: list) -> str:
             text = IMAGE_TOKEN + text
             if part.get("url"):
                 raise SampleError(f"images are not downloaded; pass {part['url']} as a file")
-            images += [part[key] for key in ("image", "path") if part.get(key) is not None][:1]
+            images += [part[key] for key in ("image", "path", "base64") if part.get(key) is not None][:1]
         else:
             raise SampleError(f'the type of a part must be "text" or "image"; got {part.get("type")!r}')
     return text
@@ -203,31 +222,34 @@ def _check_turns(messages: list[dict]):
             raise SampleError(f"the answer in turn {index} is empty")
         if message["role"] == "assistant" and IMAGE_TOKEN in message["content"]:
             raise SampleError(f"the answer in turn {index} has an {IMAGE_TOKEN}")
-    if len(turns) < 2:
+    if not any(message["role"] == "assistant" and message["train"] for message in turns):
         raise SampleError("it has no answer")
 
 
-def open_image(image) -> Image.Image:
-    """The pixels of an image as [`canonical_sample`] leaves it.
+def open_image(image):
+    """
+    An image, decoded: what [`~mqt_llava.modeling.image_processing_mqt_llava.load_image`] takes, URLs apart. Its colours and
+    its orientation are left to the processor.
 
     Raises:
         `SampleError`: when there is no such file, or no image in it.
     """
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, dict):
-        image = io.BytesIO(image["bytes"]) if image.get("bytes") else image.get("path")
-    name = image if isinstance(image, (str, os.PathLike)) else "the image"
-    if re.match(r"https?://", str(name)):
-        raise SampleError(f"images are not downloaded; pass {name} as a file")
+    source = image.get("path") if isinstance(image, dict) and not image.get("bytes") else image
+    if isinstance(source, str) and source.startswith(("http://", "https://")):  # anew in every epoch, by every worker
+        raise SampleError(f"images are not downloaded; pass {source} as a file")
+    if get_worker_info() is not None and getattr(image, "tile", None):
+        # An image that PIL has not read yet: workers share the open file, and the place where each is reading
+        image = image.filename or getattr(image.fp, "name", None) or image
     try:
-        with Image.open(image) as opened:
-            opened.load()
-            return ImageOps.exif_transpose(opened)  # as transformers opens images for chats
-    except FileNotFoundError:
-        raise SampleError(f"there is no image file {name}") from None
+        image = load_image(image)
+        if isinstance(image, Image.Image):
+            image.load()
+        return image
+    except ValueError as error:
+        text = str(error).rstrip(".")
+        raise SampleError(text[0].lower() + text[1:]) from None
     except Exception as error:  # a damaged file can lead a decoder to any exception
-        raise SampleError(f"{name} is damaged or no image ({error})") from None
+        raise SampleError(f"{getattr(image, 'filename', '') or 'an image'} is damaged ({error})") from None
 
 
 def with_num_visual_tokens(dataset, num_visual_tokens: int):

@@ -39,13 +39,15 @@ class DistillationTrainer(MQTLlavaTrainer):
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = super().compute_loss(
+            model, dict(inputs), True, num_items_in_batch
+        )  # which may take labels out
         step = self.state.global_step
         m = self.distillation_sampler.sample(step)
         if model.training and self.weight and m > 1:
             below = self.distillation_sampler.sample_below(step, m)
             small_inputs = self.with_fewer_tokens(below, inputs, outputs.image_outputs)
-            small_loss, small_outputs = super().compute_loss(model, small_inputs, True, num_items_in_batch)
+            small_loss, small_outputs = super().compute_loss(model, dict(small_inputs), True, num_items_in_batch)
             divergence, num_labels = divergence_at_labels(
                 outputs.logits.detach(),
                 inputs["labels"],

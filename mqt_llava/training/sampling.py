@@ -115,6 +115,16 @@ class VisualTokenSampler(TrainerCallback):
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         self.is_first_epoch = True
+        if args.auto_find_batch_size and len(set(self.num_visual_tokens)) > 1:
+            raise ValueError(
+                "`auto_find_batch_size` starts again with smaller batches, and the weights as they are, where memory is short: "
+                "with m drawn anew at every step that may be long after the first. Set `per_device_train_batch_size` to what "
+                f"fits at m = {self.max_num_visual_tokens}."
+            )
+        if args.dataloader_num_workers and not args.dataloader_in_order:
+            raise ValueError(
+                "`dataloader_in_order=False` lets batches go to other steps than those that their m was drawn for."
+            )
         if isinstance(train_dataloader, DataLoaderDispatcher):
             raise ValueError(
                 "With a streamed dataset accelerate cuts batches up by rows, and images would be parted from their "

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import LabelSmoother, LengthGroupedSampler
 
 from .collator import MQTLlavaDataCollator
 from .lengths import SeededLengthGroupedSampler
@@ -30,11 +30,15 @@ class MQTLlavaTrainer(Trainer):
                 f"One process cannot train on {args.n_gpu} GPUs: batches would be cut up by rows, and images parted from "
                 "their prompts. Start one for each with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
+        if args.use_liger_kernel:
+            raise ValueError("`use_liger_kernel` would do nothing: Liger has no kernels for MQT-LLaVA.")
         args.remove_unused_columns = False  # the collator makes the model's inputs
         # FSDP shards these layers one by one, and refuses names of layers that are not there, such as CLIP's for text
         layers = {type(module).__name__ for module in model.modules()}
         model._no_split_modules = [name for name in model._no_split_modules or () if name in layers]
         super().__init__(model, args, data_collator=data_collator, **kwargs)
+        if self.label_smoother is not None:
+            self.label_smoother = ShiftingLabelSmoother(self.label_smoother.epsilon)
         self.sampler = data_collator.num_visual_tokens
         if not isinstance(self.sampler, VisualTokenSampler):
             self.sampler = None
@@ -111,6 +115,13 @@ class MQTLlavaTrainer(Trainer):
             for callback in self.callback_handler.callbacks:
                 if getattr(callback, "training_bar", None) is not None:
                     callback.training_bar.close()  # so that an error begins a line of its own
+
+
+class ShiftingLabelSmoother(LabelSmoother):
+    """One for causal models. `Trainer` knows those by the names of their classes, and FSDP gives them others."""
+
+    def __call__(self, model_output, labels, shift_labels=True, num_items_in_batch=None):
+        return super().__call__(model_output, labels, True, num_items_in_batch)
 
 
 def enable_cache(model):

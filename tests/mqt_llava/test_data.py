@@ -1,12 +1,15 @@
 """Readers of conversations, and batches of them: labels, lengths, broken samples."""
 
+import base64
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from mqt_llava import MQTLlavaImageProcessor, MQTLlavaProcessor
 from mqt_llava.conversion.tokenization import load_llama_tokenizer
@@ -153,7 +156,7 @@ def test_images_are_opened_by_the_collator(folder):
     names = ["missing.png", "corrupt.png", "text.png", "0.png"]
     (folder / "rows.json").write_text(json.dumps([llava("<image>?", "A cat.", image=name) for name in names]))
     rows = list(load_conversations(folder / "rows.json"))
-    for row, message in zip(rows, ["no image file", "damaged", "damaged or no image"]):
+    for row, message in zip(rows, ["no image file", "damaged", "text.png.* is no image that can be read"]):
         with pytest.raises(ValueError, match=message):
             MQTLlavaDataCollator(make_processor())([row])
     collator = MQTLlavaDataCollator(make_processor(), 2, on_error="skip", return_sample_ids=True)
@@ -180,18 +183,123 @@ def test_skipping_warns_and_never_gives_an_empty_batch(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("image", ["pil", "path", "bytes", "dict of a path"])
-def test_images_in_the_forms_of_datasets(image, folder):
-    path = folder / "0.png"
-    forms = {
-        "pil": make_images(1)[0],
+def image_forms(path):
+    """One image in all the forms that datasets have."""
+    content = path.read_bytes()
+    return {
+        "pil": Image.open(path),
         "path": str(path),
-        "bytes": {"bytes": path.read_bytes(), "path": None},
+        "pathlib": path,
+        "bytes": content,
+        "base64": base64.b64encode(content).decode(),
+        "dict of bytes": {"bytes": content, "path": None},
         "dict of a path": {"bytes": None, "path": str(path)},
     }
-    assert open_image(forms[image]).tobytes() == make_images(1)[0].tobytes()
-    with pytest.raises(SampleError, match="not downloaded"):
-        open_image("https://somewhere/0.png")
+
+
+def write_turned(path):
+    """A picture that its camera says to turn."""
+    picture = make_images(1)[0]
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(path, exif=exif)
+
+
+def write_deep(path):
+    """Levels of 16 bits, which PIL's own conversion shows white."""
+    Image.fromarray((np.arange(40 * 30, dtype=np.uint16) * 50).reshape(30, 40)).save(path)
+
+
+def write_transparent(path):
+    Image.new("RGBA", (30, 30), (0, 0, 0, 80)).save(path)
+
+
+@pytest.mark.parametrize("write", [write_turned, write_deep, write_transparent])
+def test_images_look_as_the_processor_shows_them_in_every_form(write, tmp_path):
+    processor = make_processor()
+    write(tmp_path / "a.png")
+    expected = processor.image_processor(Image.open(tmp_path / "a.png"), return_tensors="pt")["pixel_values"]
+    for name, image in image_forms(tmp_path / "a.png").items():
+        batch = MQTLlavaDataCollator(processor, 1)([chat("<image>?", "A cat.", images=[image])])
+        assert torch.equal(batch["pixel_values"], expected), name
+
+
+def test_images_are_not_downloaded():
+    for image in ("https://somewhere/0.png", {"path": "http://somewhere/0.png"}):
+        with pytest.raises(SampleError, match="not downloaded"):
+            open_image(image)
+
+
+@pytest.fixture
+def large_image(tmp_path):
+    """One that is not read in one go."""
+    levels = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    Image.fromarray(levels).save(tmp_path / "large.png")
+    return tmp_path / "large.png"
+
+
+def test_workers_do_not_read_one_open_file_together(large_image):
+    processor = make_processor()
+    expected = processor.image_processor(Image.open(large_image), return_tensors="pt")["pixel_values"]
+    for source in (large_image, open(large_image, "rb")):  # noqa: SIM115  (closed by PIL)
+        rows = [chat("<image>?", "A cat.", images=[Image.open(source)])] * 6
+        for batch in DataLoader(rows, 1, num_workers=2, collate_fn=MQTLlavaDataCollator(processor, 1)):
+            assert torch.equal(batch["pixel_values"], expected)
+
+
+def test_an_image_of_several_samples_is_read_once(large_image):
+    processor = make_processor()
+    expected = processor.image_processor(Image.open(large_image), return_tensors="pt")["pixel_values"][0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for _ in range(5):
+            image = Image.open(large_image)
+            rows = [chat("<image>?", "A cat.", images=[image]), chat("<image><image>?", "A cat.", images=[image] * 2)]
+            pixel_values = MQTLlavaDataCollator(processor, 1)(rows)["pixel_values"]
+            assert len(pixel_values) == 3 and all(torch.equal(pixels, expected) for pixels in pixel_values)
+    finally:
+        torch.set_num_threads(threads)
+
+
+# TRL's forms of a row -----------------------------------------------------------------------------------------------------
+
+
+def test_rows_in_the_forms_of_trl():
+    images = make_images(2)
+    collator, processor = MQTLlavaDataCollator(make_processor(), 2), make_processor()
+    expected = collator([chat("<image><image>What?", "A cat.", images=images)])
+    turns = chat("What?", "A cat.")["messages"]
+    parts = [
+        {"role": "user", "content": [IMAGE, IMAGE, text("What?")]},
+        {"role": "assistant", "content": [text("A cat.")]},
+    ]
+    for row in (
+        {"messages": turns, "images": images},
+        {"messages": parts, "images": [*images, None]},
+        {"prompt": turns[:1], "completion": turns[1:], "images": images},
+        {"prompt": parts[:1], "completion": parts[1:], "images": images, "messages": None},
+    ):
+        batch = collator([row])
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    one = collator([{"messages": turns, "image": images[0], "images": None}])
+    assert (one["input_ids"] == processor.image_token_id).sum() == 2 and len(one["pixel_values"]) == 1
+    assert "pixel_values" not in collator([{"messages": turns, "images": [None]}, {"messages": turns, "image": None}])
+    with pytest.raises(ValueError, match="must be lists of turns; got text"):
+        collator([{"prompt": "What?", "completion": "A cat."}])
+
+
+def test_answers_of_a_prompt_are_no_labels(tmp_path):
+    turns = chat("<image>What?", "A cat.", "And?", "No more.")["messages"]
+    row = {"prompt": turns[:3], "completion": turns[3:], "image": "0.png"}
+    make_images(1)[0].save(tmp_path / "0.png")
+    (tmp_path / "rows.json").write_text(json.dumps([row, {"messages": turns, "image": "0.png"}]))
+    processor = make_processor()
+    batch = MQTLlavaDataCollator(processor, 2)(list(load_conversations(tmp_path / "rows.json")))
+    answers = [processor.decode(labels[labels != -100]) for labels in batch["labels"]]
+    assert answers == [" No more.</s>", " A cat.</s> No more.</s>"]
+    with pytest.raises(ValueError, match="no answer"):
+        MQTLlavaDataCollator(processor)([{"prompt": turns[:2], "completion": turns[2:3], "images": make_images(1)}])
 
 
 # Labels -------------------------------------------------------------------------------------------------------------------
@@ -352,11 +460,3 @@ def test_broken_rows_are_refused_before_training(folder):
     (folder / "bad.json").write_text(json.dumps(rows + broken))
     with pytest.raises(ValueError, match=r"bad\.json\[2\].*no image file .*none.png.* So cannot 2 others"):
         refuse_broken(load_conversations(folder / "bad.json"))
-
-
-def test_pictures_are_turned_as_their_camera_says(tmp_path):
-    picture = make_images(1)[0]
-    exif = picture.getexif()
-    exif[0x0112] = 6
-    picture.save(tmp_path / "turned.png", exif=exif)
-    assert open_image(str(tmp_path / "turned.png")).size == picture.size[::-1]

@@ -9,16 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from peft import get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
 from mqt_llava.cli import main
 from mqt_llava.training.arguments import accumulation_steps, parse_arguments
 from mqt_llava.training.collator import MQTLlavaDataCollator
 from mqt_llava.training.data import load_conversations
+from mqt_llava.training.distillation import DistillationTrainer
 from mqt_llava.training.lengths import SeededLengthGroupedSampler, with_lengths
+from mqt_llava.training.lora import make_lora_config
+from mqt_llava.training.sampling import VisualTokenSampler
+from mqt_llava.training.trainer import MQTLlavaTrainer
 from tests.mqt_llava.stage_data import write_conversations
 from tests.mqt_llava.stage_run import run
-from tests.small_model import NUM_QUERY_TOKENS, make_model, make_processor
+from tests.small_model import NUM_QUERY_TOKENS, make_images, make_model, make_processor
 
 
 M = NUM_QUERY_TOKENS
@@ -281,3 +287,135 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(options, checkpoint, data, 
         AutoModelForImageTextToText.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "broken")
     )
     assert all(torch.equal(broken[name], weight) for name, weight in whole.items())
+
+
+# Fields of `TrainingArguments` that a causal model with images may get wrong ---------------------------------------------------
+
+
+def rows():
+    """Two rows with an image and one without, whose answers differ in length."""
+    images = make_images(2)
+    for number, answer in ((1, "Two."), (1, "It is one."), (0, "None at all.")):
+        question = {"role": "user", "content": "<image>" * number + "How many?"}
+        yield {"messages": [question, {"role": "assistant", "content": answer}], "images": images[:number]}
+
+
+def make_trainer(folder, cls=MQTLlavaTrainer, model=None, m=5, trainer_settings=None, **settings):
+    settings = {"max_steps": 1, "learning_rate": 1e-3, "remove_unused_columns": False} | settings
+    return cls(
+        model or make_model(),
+        TrainingArguments(folder, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", **settings),
+        data_collator=MQTLlavaDataCollator(make_processor(), m),
+        train_dataset=list(rows()),
+        eval_dataset=list(rows()),
+        **(trainer_settings or {}),
+    )
+
+
+@pytest.mark.parametrize("cls", [Trainer, MQTLlavaTrainer, DistillationTrainer])
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("num_items", [None, 7])
+def test_labels_are_shifted_for_label_smoothing(cls, adapter, num_items, tmp_path):
+    model = make_model()
+    if adapter:
+        model = get_peft_model(model, make_lora_config(model))
+    trainer = make_trainer(tmp_path, cls, model, label_smoothing_factor=0.2)
+    trainer.model.eval()
+    batch = trainer.data_collator(list(rows()))
+    num_items = num_items if num_items is None else torch.tensor(num_items)
+    loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=num_items)
+    logits, labels = trainer.model(**batch).logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    reduction = "mean" if num_items is None else "sum"
+    expected = cross_entropy(logits, labels, reduction=reduction, label_smoothing=0.2) / (num_items or 1)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_label_smoothing_knows_the_model_by_the_name_that_fsdp_gives_it(tmp_path):
+    model = make_model()
+    model.__class__ = type("FSDPMQTLlava", (type(model),), {})
+    trainer = make_trainer(tmp_path, model=model, label_smoothing_factor=1e-9)
+    batch = trainer.data_collator(list(rows()))
+    torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), model(**batch).loss)
+
+
+def test_distillation_smooths_labels_too(tmp_path):
+    trainer = make_trainer(tmp_path, DistillationTrainer, m=9, label_smoothing_factor=1e-9)
+    plain = make_trainer(tmp_path, DistillationTrainer, m=9)
+    batch = plain.data_collator(list(rows()))
+    losses = [run.compute_loss(run.model.train(), dict(batch)) for run in (trainer, plain)]
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"auto_find_batch_size": True}, "auto_find_batch_size.*fits at m = 8"),
+        ({"dataloader_in_order": False, "dataloader_num_workers": 2}, "dataloader_in_order"),
+        ({"use_liger_kernel": True}, "Liger has no kernels"),
+    ],
+)
+def test_fields_that_would_be_wrong_silently_are_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, m=VisualTokenSampler([2, 8], M), **settings).train()
+
+
+@pytest.mark.parametrize("cls", [Trainer, MQTLlavaTrainer])
+def test_fields_that_are_right(cls, tmp_path):
+    """All at once: noise on embeddings of text, tokens counted with visual ones, metrics in batches, short batches."""
+    seen = []
+
+    def compute_metrics(prediction, compute_result=True):
+        seen.append((prediction.predictions, prediction.label_ids))
+        return {"n": len(seen)}
+
+    trainer = make_trainer(
+        tmp_path,
+        cls,
+        neftune_noise_alpha=5.0,
+        include_num_input_tokens_seen="all",
+        batch_eval_metrics=True,
+        eval_accumulation_steps=1,
+        per_device_train_batch_size=3,
+        per_device_eval_batch_size=2,
+        average_tokens_across_devices=True,
+        torch_empty_cache_steps=1,
+        trainer_settings={"compute_metrics": compute_metrics},
+    )
+    trainer.train()
+    batch = trainer.data_collator(list(rows()))
+    assert trainer.state.num_input_tokens_seen == batch["input_ids"].numel()
+    trainer.evaluate()
+    assert [len(logits) for logits, *_ in seen] == [2, 1]
+    for logits, labels in seen:
+        assert logits.shape[:2] == labels.shape  # of logits alone: no cache and no images
+
+
+@pytest.mark.parametrize("accumulation", [None, 1])
+def test_predictions_are_logits_alone(accumulation, tmp_path):
+    shapes = []
+
+    def preprocess(logits, labels):
+        shapes.append(tuple(logits.shape[:2]) == tuple(labels.shape))
+        return logits.argmax(-1)
+
+    trainer = make_trainer(
+        tmp_path,
+        Trainer,
+        per_device_eval_batch_size=2,
+        eval_accumulation_steps=accumulation,
+        trainer_settings={
+            "compute_metrics": lambda p: {"same": p.predictions.shape == p.label_ids.shape},
+            "preprocess_logits_for_metrics": preprocess,
+        },
+    )
+    assert trainer.evaluate()["eval_same"] and shapes == [True, True]
+
+
+def test_names_can_be_imported_from_the_package():
+    from mqt_llava import training
+
+    for name in training.__all__:
+        assert getattr(training, name).__name__ == name and name in dir(training)
+    assert training.MQTLlavaTrainer is MQTLlavaTrainer
+    with pytest.raises(ImportError, match="MQTLlavaColator"):
+        from mqt_llava.training import MQTLlavaColator  # noqa: F401
