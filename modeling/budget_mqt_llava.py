@@ -63,6 +63,21 @@ def placeholder_runs(is_placeholder: torch.Tensor) -> list[int]:
     return ((edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]).tolist()
 
 
+def default_num_visual_tokens(*generation_configs):
+    """What the first generation config that has `num_visual_tokens` says; `None` where none has it."""
+    settings = (getattr(config, "num_visual_tokens", None) for config in generation_configs)
+    return next((num_visual_tokens for num_visual_tokens in settings if num_visual_tokens is not None), None)
+
+
+def refuse_in_training(num_visual_tokens):
+    """A trainer such as GRPO's scores answers with the prompt as it is, not as a generation config would have it."""
+    raise ValueError(
+        f"The generation config asks for {num_visual_tokens} visual tokens, and the prompt has another number of placeholders. "
+        "In training that would be wrong: answers are scored with the prompt as it is. Prepare the prompt with as many, by "
+        "`AutoProcessor.from_pretrained(..., num_visual_tokens=m)`; or call `model.eval()` before `generate`."
+    )
+
+
 def refuse_num_visual_tokens(kwargs: dict, instead: str):
     """What no layer would read must not become the default, misspelt or not."""
     for name in kwargs:
@@ -350,9 +365,11 @@ __all__ = [
     "OwnPrompt",
     "check_cache",
     "count_visual_tokens",
+    "default_num_visual_tokens",
     "first_visual_tokens",
     "placeholder_runs",
     "rebudget",
+    "refuse_in_training",
     "refuse_num_visual_tokens",
     "resolve_visual_token_counts",
     "rows_passed_over",

@@ -17,6 +17,10 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, OLD
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 
 AUTO_MAP = {
@@ -28,6 +32,11 @@ AUTO_MAP = {
     "AutoModelForMultimodalLM": "modeling_mqt_llava.MQTLlavaForConditionalGeneration",
     "AutoProcessor": "processing_mqt_llava.MQTLlavaProcessor",
 }
+
+# `Trainer` looks for a model's name in the first list, not in the Auto classes, before it shifts labels for label smoothing;
+# and what stands there alone is taken for a model without images
+for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+    names["mqt_llava"] = "MQTLlavaForConditionalGeneration"
 
 
 @strict

@@ -15,10 +15,6 @@ from transformers import AutoModel, GenerationConfig, GenerationMixin, PreTraine
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
@@ -27,7 +23,9 @@ from .budget_mqt_llava import (
     OwnPrompt,
     check_cache,
     count_visual_tokens,
+    default_num_visual_tokens,
     rebudget,
+    refuse_in_training,
     refuse_num_visual_tokens,
     resolve_visual_token_counts,
     rows_passed_over,
@@ -497,8 +495,8 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
 
         Raises:
             `ValueError`: for anything but integers from 1 to M, when images and placeholders do not match, for a cache that
-            does not fit the prompt, for a model in training whose generation config has another m than the prompt, and for assisted decoding or `use_cache=False` together with a cache that holds something,
-            which transformers gets wrong.
+            does not fit the prompt, for a model in training whose generation config has another m than the prompt, and for
+            assisted decoding or `use_cache=False` together with a cache that holds something, which transformers gets wrong.
         """
         if inputs is not None:
             kwargs["input_ids"] = inputs
@@ -507,9 +505,7 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         num_cached = check_cache(cache, kwargs)
         is_default = num_visual_tokens is None
         if is_default and kwargs.get("inputs_embeds") is None:
-            configs = (generation_config, self.generation_config)
-            counts = [getattr(config, "num_visual_tokens", None) for config in configs]
-            num_visual_tokens = next((count for count in counts if count is not None), None)
+            num_visual_tokens = default_num_visual_tokens(generation_config, self.generation_config)
         if num_visual_tokens is not None:
             kwargs = rebudget(kwargs, num_visual_tokens, self.config, "left", num_cached)
         if self.generation_config.suppress_tokens is None:  # a generated placeholder would stand for no image
@@ -517,11 +513,7 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         own_prompt, callbacks = None, (logits_processor, stopping_criteria, prefix_allowed_tokens_fn)
         if kwargs.get("input_ids") is not input_ids:
             if self.training and is_default:
-                raise ValueError(
-                    f"The generation config asks for {num_visual_tokens} visual tokens, and the prompt has another number of "
-                    "placeholders. In training that would be wrong: the answers are scored with the prompt as it is. Prepare "
-                    "the prompt with as many: `AutoProcessor.from_pretrained(..., num_visual_tokens=m)`."
-                )
+                refuse_in_training(num_visual_tokens)
             own_prompt = OwnPrompt(input_ids, kwargs["input_ids"].shape[1])
             callbacks = own_prompt.wrap(*callbacks)
         kwargs = self.encode_images(kwargs, num_cached)
@@ -560,10 +552,5 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
 MQTLlavaConfig.register_for_auto_class()
 MQTLlavaModel.register_for_auto_class("AutoModel")
 MQTLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-
-# `Trainer` looks for a model's name in the first list, not in the Auto classes, before it shifts labels for label smoothing;
-# and what stands there alone is taken for a model without images
-for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
-    names[MQTLlavaConfig.model_type] = MQTLlavaForConditionalGeneration.__name__
 
 __all__ = ["MQTLlavaForConditionalGeneration", "MQTLlavaModel", "MQTLlavaPreTrainedModel"]

@@ -39,9 +39,8 @@ class DistillationTrainer(MQTLlavaTrainer):
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(
-            model, dict(inputs), True, num_items_in_batch
-        )  # which may take labels out
+        # Copies: label smoothing takes the labels out
+        loss, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
         step = self.state.global_step
         m = self.distillation_sampler.sample(step)
         if model.training and self.weight and m > 1:
