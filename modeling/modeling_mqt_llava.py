@@ -193,9 +193,8 @@ class MQTLlavaPreTrainedModel(PreTrainedModel):
             init.copy_(module.position_embedding, sinusoidal_grid_positions(side, width))
 
     def initialize_weights(self):
-        """The parts first, as models of their own: as parts of a model from outside transformers, modules without tensors of
-        their own, such as CLIP's attention, are passed over, and weights that a checkpoint lacks get another scale than a
-        new model's."""
+        """The parts first, as models of their own. As parts of one from outside transformers, modules without tensors, such as
+        CLIP's attention, are passed over, and weights that a checkpoint lacks get another scale than a new model's."""
         self.base_model.vision_tower.initialize_weights()
         self.base_model.language_model.initialize_weights()
         super().initialize_weights()
@@ -530,18 +529,15 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         if pixel_values is not None and image_outputs is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
         if image_outputs is None and (input_ids is not None or inputs_embeds is not None):
-            is_placeholder = self.model.get_placeholder_mask(
-                None if inputs_embeds is not None else input_ids, inputs_embeds
-            )
-            is_placeholder = is_placeholder[:, num_cached:]
+            input_ids = input_ids if inputs_embeds is None else None
+            is_placeholder = self.model.get_placeholder_mask(input_ids, inputs_embeds)[:, num_cached:]
             if pixel_values is not None:
                 counts = count_visual_tokens(is_placeholder, len(pixel_values), counts)
                 if counts:
                     image_outputs = self.model.get_image_features(pixel_values, counts, return_dict=True)
             elif is_placeholder.any():
                 raise ValueError(
-                    "The prompt has image placeholders, but no images stand behind them: pass `pixel_values` as the processor "
-                    "makes them, or `mm_encoder_outputs`."
+                    "The prompt has placeholders, but no images stand behind them: pass `pixel_values` too."
                 )
         if image_outputs is not None:  # with a list of our own, since transformers repeats it for beams in place
             image_outputs = BaseModelOutputWithPooling(pooler_output=list(image_outputs.pooler_output))
