@@ -220,9 +220,9 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
         vLLM, which swaps the Linear inside its `nn.MultiheadAttention`.)
         """
         tower, depth = self.vision_tower, self.config.vision_feature_depth
-        unused = [f"encoder.layers.{index}." for index in range(depth, len(tower.encoder.layers))]
-        unused = [re.escape(name) for name in (*unused, "post_layernorm.", "head.")]
-        self._keys_to_ignore_on_load_unexpected = [rf"vision_tower\.({'|'.join(unused)})"]
+        layers = [f"encoder.layers.{index}." for index in range(depth, len(tower.encoder.layers))]
+        unused = "|".join(map(re.escape, [*layers, "post_layernorm.", "head."]))
+        self._keys_to_ignore_on_load_unexpected = [rf"vision_tower\.({unused})"]
         tower.encoder.layers = tower.encoder.layers[:depth]
         tower.post_layernorm = nn.Identity()
         if hasattr(tower, "head"):
@@ -256,8 +256,7 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
             `ValueError`: for counts that are not one integer from 1 to M per image.
         """
         refuse_num_visual_tokens(kwargs, "`visual_token_counts`")
-        num_query_tokens = self.config.num_query_tokens
-        counts = None  # of all queries: an exported program takes any number of images
+        num_query_tokens, counts = self.config.num_query_tokens, None  # exported, it takes any number of images
         if visual_token_counts is not None or not torch.compiler.is_compiling():
             counts = resolve_visual_token_counts(visual_token_counts, len(pixel_values), num_query_tokens)
         wanted = kwargs.pop("output_hidden_states", None)
@@ -271,9 +270,9 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
         features = outputs.last_hidden_state
         if not self.tower_ends_at_features:
             features = outputs.hidden_states[self.config.vision_feature_layer]
-        drops_class_token = self.config.vision_feature_select_strategy == "default"
+        first_patch = int(self.config.vision_feature_select_strategy == "default")  # behind the class token
         num_visual_tokens = num_query_tokens if counts is None else max(counts, default=0)
-        visual_tokens = self.query_transformer(features[:, int(drops_class_token) :], num_visual_tokens)
+        visual_tokens = self.query_transformer(features[:, first_patch:], num_visual_tokens)
         if counts is not None:
             visual_tokens = [tokens[:count] for tokens, count in zip(visual_tokens, counts)]
         return BaseModelOutputWithPooling(
@@ -345,9 +344,8 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
             else:
                 lengths = [len(tokens) for tokens in image_outputs.pooler_output]
                 count_visual_tokens(is_placeholder, len(lengths), lengths)
-            inputs_embeds = merge_visual_tokens(
-                inputs_embeds, is_placeholder, image_outputs.pooler_output, passed_over
-            )
+            visual_tokens = image_outputs.pooler_output
+            inputs_embeds = merge_visual_tokens(inputs_embeds, is_placeholder, visual_tokens, passed_over)
 
         outputs = self.language_model(
             attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs

@@ -28,7 +28,7 @@ class Notes(TrainerCallback):
         model.register_forward_pre_hook(self.note_batch, with_kwargs=True)
 
     def note_batch(self, module, args, kwargs):
-        if kwargs.get("visual_token_counts") is not None:
+        if kwargs.get("pixel_values") is not None:  # not the second pass of distillation, over the same images
             self.batches.append(kwargs["visual_token_counts"].tolist())
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
