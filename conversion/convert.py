@@ -16,6 +16,7 @@ from .files import fetch, read_json, read_tensors
 from .plan import Plan
 from .verify import (
     Check,
+    broken_tensors,
     check_verifiable,
     require,
     verify_adapter,
@@ -56,6 +57,7 @@ class Report:
         split (`int`): packed q/k/v tensors that were taken apart, or put together on the way back.
         nbytes (`int`): of the weights that were written.
         base_models (`list[str]`): folders and repositories that the result is made of.
+        broken (`list[str]`): tensors in which NaN or infinity was seen, see [`broken_tensors`].
     """
 
     layout: str
@@ -69,6 +71,7 @@ class Report:
     files: list[str]
     base_models: list[str] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -163,6 +166,7 @@ def convert(
     if not dry_run:
         with new_folder(destination, overwrite) as folder:
             _write(plan, folder, max_shard_size, _counter(progress, report.nbytes))
+            report.broken = broken_tensors(folder)
             if verify:
                 report.checks = verify_plan(plan, folder, dtype)
                 require(report.checks, plan.source_tensors or plan.tensors)

@@ -120,6 +120,9 @@ def convert(
         print(json.dumps(asdict(report)))
     else:
         print_report(report, dry_run)
+    if report.broken:
+        more = f" and {len(report.broken) - 3} more" if len(report.broken) > 3 else ""
+        print(f"Warning: NaN or infinity in {', '.join(report.broken[:3])}{more}, as in the source", file=sys.stderr)
     if push_to_hub is not None:
         if dry_run:
             print(f"would push to {push_to_hub}: {', '.join(report.files)}", file=sys.stderr)

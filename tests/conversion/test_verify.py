@@ -6,7 +6,9 @@ from importlib import import_module
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from mqt_llava import cli
 from mqt_llava.conversion import VerificationError, convert, full, names
 from mqt_llava.conversion.verify import Check, verify_plan
 from tests.conversion.checkpoints import edit_json, write_authors, write_weights
@@ -127,6 +129,17 @@ def test_what_cannot_be_compared_is_refused(source, tmp_path):
             convert(str(source), tmp_path / "out", verify=True)
         edit_json(source / "config.json", rope_scaling=None)
     convert(str(source), tmp_path / "out")
+
+
+@pytest.mark.parametrize("shape", [None, "lm_head"])
+def test_broken_values_are_warned_of_without_verify(source, tmp_path, weights, shape):
+    """As far as a look at three rows of each tensor shows them."""
+    name = "model.norm.weight" if shape is None else "lm_head.weight"
+    write_weights(source, weights | {name: torch.full_like(weights[name], float("nan"))})
+    result = CliRunner().invoke(cli.app, ["convert", str(source), str(tmp_path / "out")])
+    ours = "model.language_model.norm.weight" if shape is None else name
+    assert result.exit_code == 0 and f"Warning: NaN or infinity in {ours}, as in the source" in result.stderr
+    assert (tmp_path / "out").exists()
 
 
 def test_nan_is_never_near_enough():
