@@ -715,7 +715,6 @@ def test_pipeline_from_a_folder(checkpoint, image):
 # Assisted decoding ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.every_version
 @pytest.mark.parametrize("m", [None, *NUM_VISUAL_TOKENS])
 @pytest.mark.parametrize("row", [0, 2, 3])
 def test_assisted_decoding(model, m, row):
@@ -874,7 +873,6 @@ def assert_same_logits(compiled, model, inputs):
         torch.testing.assert_close(compiled(**inputs).logits, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.every_version
 @pytest.mark.parametrize("with_counts", [True, False], ids=["counts", "no_counts"])
 def test_forward_is_one_graph(model, compile_model, with_counts):
     """The traced graph is run as it is here, not compiled any further."""
