@@ -56,7 +56,9 @@ def assemble(vision_tower, language_model, processor, num_attention_heads):
     )
     model = MQTLlavaForConditionalGeneration(config)
     start_local(model.model.query_transformer)
-    model.model.vision_tower.load_state_dict(vision_tower.state_dict())
+    used = model.model.vision_tower.state_dict().keys()  # not the last norm, which is behind the features
+    weights = vision_tower.state_dict()
+    model.model.vision_tower.load_state_dict({name: weights[name] for name in used})
     model.model.language_model.load_state_dict(language_model.model.state_dict())
     model.lm_head.load_state_dict(language_model.lm_head.state_dict())
     tokenizer = processor.tokenizer
