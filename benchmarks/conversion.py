@@ -9,7 +9,6 @@ function alone.
 """
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -18,13 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
-from tests.reference import official_layout
+from benchmarks.checkpoint import write_source
 
 
-HIDDEN, HEADS, INTERMEDIATE, VOCAB = 4096, 32, 11008, 32000
 CONVERT = """
 import sys, torch
 from pathlib import Path
@@ -33,53 +28,6 @@ report = convert(sys.argv[1], sys.argv[2], dtype=None if sys.argv[3] == "stored"
 print(report.seconds)
 print(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
 """
-
-
-def random_tensors(names):
-    generator = torch.Generator().manual_seed(0)
-    for name, (shape, *_) in names.items():
-        yield name, torch.randn(shape, generator=generator, dtype=torch.bfloat16)
-
-
-def write_source(folder: Path, layers: int, as_bin: bool):
-    """The authors' layout: configs and tokenizer from the reference's script, weights from here."""
-    small = folder.with_name(folder.name + "-small")
-    tokenizer = Path(official_layout.__file__).parent / "tokenizer.model"
-    official_layout.write_checkpoint(
-        small, layers=1, hidden=64, heads=2, kv_heads=2, vocab=64, clip_path="clip", tokenizer_model=str(tokenizer)
-    )
-    folder.mkdir(parents=True)
-    for file in small.iterdir():
-        if not file.name.startswith("model"):
-            shutil.copy(file, folder)
-    shutil.rmtree(small)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
-        "num_hidden_layers": layers,
-        "vocab_size": VOCAB,
-        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
-        "torch_dtype": "bfloat16",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    names = official_layout.llm_tensors(HIDDEN, layers, HEADS, HEADS, INTERMEDIATE, VOCAB)
-    names |= official_layout.resampler_tensors(HIDDEN)
-    names |= {official_layout.VT + k: v for k, v in official_layout.clip_tensors(24, 4096, 336, 14).items()}
-    tensors = dict(random_tensors(names))
-    if as_bin:
-        torch.save(tensors, folder / "pytorch_model.bin")
-        return
-    half = len(tensors) // 2
-    parts = [dict(list(tensors.items())[:half]), dict(list(tensors.items())[half:])]
-    weight_map = {}
-    for i, part in enumerate(parts, 1):
-        file = f"model-{i:05d}-of-00002.safetensors"
-        save_file(part, folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def timed(*command) -> list[float]:

@@ -115,7 +115,8 @@ def convert(
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): As for `save_pretrained`.
         keep_adapter (`bool`, *optional*): Write a PEFT adapter instead of merging a LoRA folder.
         verify (`bool`, *optional*): Compare the result with the source before it is moved to `destination`.
-        progress (`Callable[[int, int], None]`, *optional*): Is told the bytes that were read, and of how many.
+        progress (`Callable[[str, int, int], None]`, *optional*): Is told "converting" and the bytes that were written, then
+            with `verify` "verifying" and the tensors that were read, each time with how many there will be.
         prepare (`Callable[[Report], None]`, *optional*): Is called before anything is written, with `dry_run` too.
         finish (`Callable[[Path, Report], None]`, *optional*): Is called when the folder is whole, before it is moved.
 
@@ -146,7 +147,9 @@ def convert(
         raise ValueError(f"--base-model is for stage-1 weights and LoRA folders; this is the layout {layout!r}")
 
     if keep_adapter:
-        return _keep_adapter(source_path, destination, base_model, verify, overwrite, dry_run, prepare, finish, start)
+        return _keep_adapter(
+            source_path, destination, base_model, verify, overwrite, dry_run, progress, prepare, finish, start
+        )
     if layout == "back":
         return _convert_back(
             source_path, destination, dtype, max_shard_size, verify, overwrite, dry_run, progress, start
@@ -165,10 +168,12 @@ def convert(
         prepare(report)
     if not dry_run:
         with new_folder(destination, overwrite) as folder:
-            _write(plan, folder, max_shard_size, _counter(progress, report.nbytes))
+            _write(plan, folder, max_shard_size, _counter(progress, "converting", report.nbytes))
             report.broken = broken_tensors(folder)
             if verify:
-                report.checks = verify_plan(plan, folder, dtype)
+                report.checks = verify_plan(
+                    plan, folder, dtype, _counter(progress, "verifying", 3 * len(plan.tensors))
+                )
                 require(report.checks, plan.source_tensors or plan.tensors)
             if finish is not None:
                 finish(folder, report)
@@ -199,15 +204,15 @@ def _dtypes(tensors) -> list[str]:
     return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
 
 
-def _counter(progress, total: int):
-    if progress is None:
-        return None
+def _counter(progress, phase: str, total: int):
+    """A function that is told what was done, and hands on how much is done."""
     done = 0
 
-    def count(nbytes):
+    def count(more):
         nonlocal done
-        done += nbytes
-        progress(done, total)
+        done += more
+        if progress is not None:
+            progress(phase, min(done, total), total)
 
     return count
 
@@ -250,20 +255,26 @@ def _convert_back(source, destination, dtype, max_shard_size, verify, overwrite,
     )
     if not dry_run:
         with new_folder(destination, overwrite) as folder:
-            back.write(plan, folder, destination, max_shard_size, _counter(progress, nbytes))
+            back.write(plan, folder, destination, max_shard_size, _counter(progress, "converting", nbytes))
             if verify:
                 again = full.plan(folder, str(folder / "vision_tower"))
                 again.check()
                 whole = back.whole_tower(ours, plan.config)
                 expected, found = (back.without_image_row(part, plan.config) for part in (whole, again.tensors))
-                report.checks = [verify_tensors(expected, found, dtype), *verify_back(again, source, dtype)]
+                tick = _counter(progress, "verifying", 3 * len(expected))
+                report.checks = [
+                    verify_tensors(expected, found, dtype, tick),
+                    *verify_back(again, source, dtype, tick),
+                ]
                 require(report.checks, ours)
             report.files = sorted(path.name for path in folder.iterdir())
     report.seconds = time.perf_counter() - start
     return report
 
 
-def _keep_adapter(source, destination, base_model, verify, overwrite, dry_run, prepare, finish, start) -> Report:
+def _keep_adapter(
+    source, destination, base_model, verify, overwrite, dry_run, progress, prepare, finish, start
+) -> Report:
     base = None if base_model is None else fetch(base_model, *WEIGHT_PATTERNS, "tokenizer.model", "*.jinja")
     if base is None or read_json(base / "config.json").get("model_type") != "mqt_llava":
         raise ValueError(
@@ -293,8 +304,10 @@ def _keep_adapter(source, destination, base_model, verify, overwrite, dry_run, p
         with new_folder(destination, overwrite) as folder:
             lora.write_adapter(source, folder, base_model)
             if verify:
-                report.checks = verify_adapter(base, source, folder)
-                require(report.checks, read_tensors(base) | halves | others)
+                of_base = read_tensors(base)
+                tick = _counter(progress, "verifying", 2 * len(of_base))
+                report.checks = verify_adapter(base, source, folder, tick)
+                require(report.checks, of_base | halves | others)
             if finish is not None:
                 finish(folder, report)
             report.files = sorted(path.name for path in folder.iterdir())

@@ -1,7 +1,8 @@
 """A second opinion on a conversion: the authors' mathematics on the source tensors, against the converted model.
 
-Nothing here uses our model, our names or transformers' layers: the forward pass is written out from the tensors as they are
-stored in the source, in float32, one layer in memory at a time.
+The mathematics uses nothing of our model, our names or transformers' layers: the forward pass is written out from the tensors as
+they are stored in the source. The converted model runs as `from_pretrained` loads it. Both compute in float32, one layer in
+memory at a time, so that what is needed does not grow with the model.
 """
 
 from dataclasses import dataclass
@@ -11,13 +12,14 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
 
 from . import lora
 from .authors import NUM_HEADS, reads_pieces
 from .files import LazyTensor, read_tensors
 from .names import AUTHORS_QUERY_TRANSFORMER, AUTHORS_VISION_TOWER, to_authors
 from .plan import Plan
+from .streaming import count_layers, load_language_model, load_model
 from .tokenization import read_pieces
 from .writing import cast
 
@@ -110,18 +112,24 @@ def scaling_factor(settings: dict) -> float | None:
     return {"default": 1.0, "linear": rope.get("factor")}.get(kind)
 
 
-class Source:
-    """The authors' tensors in float32, by what follows a prefix."""
+def ignore(count: int):
+    """Progress that nobody follows."""
 
-    def __init__(self, tensors: dict[str, LazyTensor], prefix: str = ""):
+
+class Source:
+    """The authors' tensors in float32, by what follows a prefix. `tick` is told of each that was read."""
+
+    def __init__(self, tensors: dict[str, LazyTensor], tick=ignore, prefix: str = ""):
         self.tensors = tensors
+        self.tick = tick
         self.prefix = prefix
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        self.tick(1)
         return self.tensors[self.prefix + name].load().float()
 
     def under(self, prefix: str) -> "Source":
-        return Source(self.tensors, self.prefix + prefix)
+        return Source(self.tensors, self.tick, self.prefix + prefix)
 
     def linear(self, x, name: str):
         bias = self[name + ".bias"] if self.prefix + name + ".bias" in self.tensors else None
@@ -230,13 +238,14 @@ def compare(name: str, amount: str, ours, expected, tolerance: float) -> Check:
     return Check(name, amount, (ours - expected).abs().max().item() / scale, tolerance)
 
 
-def verify_tensors(expected: dict[str, LazyTensor], found: dict[str, LazyTensor], dtype=None) -> Check:
+def verify_tensors(expected: dict[str, LazyTensor], found: dict[str, LazyTensor], dtype=None, tick=ignore) -> Check:
     """Whether two checkpoints hold the same values under the same names."""
     differing = len(expected.keys() ^ found.keys())
     for name, tensor in cast(expected, dtype).items():
         if name in found:
             values = tensor.load()
             differing += not torch.equal(values, found[name].load().to(values.dtype))
+        tick(1)
     return Check("tensors that differ", f"{len(expected)} tensors", float(differing), 0.0)
 
 
@@ -263,38 +272,38 @@ def verify_ids(processor, folder: Path) -> Check:
 
 
 @torch.no_grad()
-def verify_plan(plan: Plan, folder: Path, dtype: torch.dtype | None) -> list[Check]:
-    """Compare the converted folder, loaded through the Auto classes in float32, with what it was made of.
+def verify_plan(plan: Plan, folder: Path, dtype: torch.dtype | None, tick=ignore) -> list[Check]:
+    """Compare the converted folder, loaded through the Auto classes, with what it was made of.
 
     Args:
         dtype (`torch.dtype`, *optional*): to which the weights were cast.
+        tick (`Callable[[int], None]`, *optional*): is told of the tensors that were read, some three times their number in all.
     """
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     checks = [
-        verify_tensors(plan.tensors, read_tensors(folder)),
+        verify_tensors(plan.tensors, read_tensors(folder), tick=tick),
         verify_ids(processor, plan.tokenizer_folder),
     ]
     if plan.parts is not None:
-        return checks + verify_parts(*plan.parts, processor, folder, dtype)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-    source = Source(cast(plan.source_tensors, dtype))
-    return checks + verify_outputs(model, processor, source, plan.source_config)
+        return checks + verify_parts(*plan.parts, processor, folder, dtype, tick)
+    source = Source(cast(plan.source_tensors, dtype), tick)
+    return checks + verify_outputs(load_model(folder), processor, source, plan.source_config)
 
 
 @torch.no_grad()
-def verify_parts(language_folder: Path, vision_folder: Path, processor, folder: Path, dtype) -> list[Check]:
+def verify_parts(
+    language_folder: Path, vision_folder: Path, processor, folder: Path, dtype, tick=ignore
+) -> list[Check]:
     """Compare a new model in `folder` with what it was made of, each run by its own class: its visual tokens have no source."""
-
-    def load(auto_class, place):
-        return auto_class.from_pretrained(place, dtype=dtype or torch.float32, trust_remote_code=False).float().eval()
-
     text_ids = processor.tokenizer(QUESTIONS[-1], return_tensors="pt")["input_ids"]
-    language = load(AutoModelForCausalLM, language_folder)
+    language_config = AutoConfig.from_pretrained(language_folder, trust_remote_code=False)
+    language = load_language_model(language_config, cast(read_tensors(language_folder), dtype))
+    count_layers(language, tick)
     expected_logits = language(input_ids=text_ids).logits
-    del language  # no two of them in memory
-    tower = load(AutoModel, vision_folder)
-    tower = getattr(tower, "vision_model", tower)
-    model = load(AutoModelForImageTextToText, folder)
+    tower = AutoModel.from_pretrained(vision_folder, dtype=dtype or torch.float32, trust_remote_code=False)
+    tower = getattr(tower, "vision_model", tower).float()
+    model = load_model(folder)
+    count_layers(model, tick)
     config = model.config
     pixel_values = random_pixels(config.vision_config.image_size)
     expected = tower(pixel_values, output_hidden_states=True).hidden_states[config.vision_feature_layer]
@@ -311,21 +320,18 @@ def random_pixels(side: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def verify_adapter(base: Path, source: Path, folder: Path) -> list[Check]:
+def verify_adapter(base: Path, source: Path, folder: Path, tick=ignore) -> list[Check]:
     """Compare a PEFT adapter in `folder`, on its base in our layout, with the authors' LoRA folder it was made of."""
-    from peft import PeftModel
-
     processor = AutoProcessor.from_pretrained(base, trust_remote_code=False)
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
+    model = load_model(base, adapter=folder)
     theirs = to_authors(read_tensors(base), model.config.text_config.vocab_size)
     theirs = cast(theirs, torch.float32)
-    tensors = lora.merged(theirs, source, base)
-    model = PeftModel.from_pretrained(model, folder).get_base_model()
-    return verify_outputs(model, processor, Source(tensors), model.config.text_config.to_dict())
+    source = Source(lora.merged(theirs, source, base), tick)
+    return verify_outputs(model, processor, source, model.config.text_config.to_dict())
 
 
 @torch.no_grad()
-def verify_back(plan: Plan, source: Path, dtype: torch.dtype | None) -> list[Check]:
+def verify_back(plan: Plan, source: Path, dtype: torch.dtype | None, tick=ignore) -> list[Check]:
     """Compare the authors' layout with our folder that it was made of.
 
     Args:
@@ -333,8 +339,8 @@ def verify_back(plan: Plan, source: Path, dtype: torch.dtype | None) -> list[Che
         dtype (`torch.dtype`, *optional*): to which the weights were cast.
     """
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or torch.float32, trust_remote_code=False)
-    outputs = verify_outputs(model.float(), processor, Source(plan.source_tensors), plan.source_config)
+    written = Source(plan.source_tensors, tick)
+    outputs = verify_outputs(load_model(source, dtype), processor, written, plan.source_config)
     return [verify_ids(processor, plan.tokenizer_folder), *outputs]
 
 
@@ -344,6 +350,7 @@ def verify_outputs(model, processor, source: Source, settings: dict) -> list[Che
     Args:
         settings (`dict`): the language model's config.
     """
+    count_layers(model, source.tick)
     checks, config, vision = [], model.config, model.config.vision_config
     pixel_values = random_pixels(vision.image_size)
     tower = source.under(AUTHORS_VISION_TOWER + "vision_model.")

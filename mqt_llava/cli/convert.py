@@ -135,26 +135,28 @@ def convert(
 
 
 class progress_bar:
-    """A bar of bytes on stderr: `with progress_bar() as progress: progress(done, total)`."""
+    """A bar on stderr for each phase of the work: `with progress_bar() as progress: progress(phase, done, total)`."""
 
     def __enter__(self):
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
         self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self.task = None
+        self.tasks = {}
         return self.update
 
-    def update(self, done: int, total: int):
-        if self.task is None:
+    def update(self, phase: str, done: int, total: int):
+        if phase not in self.tasks:
             self.bar.start()
-            self.task = self.bar.add_task("", total=total)
-        self.bar.update(self.task, completed=done)
+            for task in self.tasks.values():
+                self.bar.remove_task(task)
+            self.tasks[phase] = self.bar.add_task(phase, total=total)
+        self.bar.update(self.tasks[phase], completed=done)
 
     def __exit__(self, *error):
-        if self.task is not None:
+        if self.tasks:
             self.bar.stop()
 
 

@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from enum import Enum
+from logging import getLogger
 from pathlib import Path
 from typing import Annotated
 
@@ -55,6 +56,7 @@ def silence_libraries():
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     logging.set_verbosity_error()
+    getLogger("accelerate").setLevel("ERROR")
     downloads_are_silent = are_progress_bars_disabled()
     logging.disable_progress_bar()
     if not downloads_are_silent:

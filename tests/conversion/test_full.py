@@ -104,7 +104,7 @@ def test_dtypes_stay_as_they_are_or_become_what_is_asked(source, weights, conver
 
 def test_report(authors, weights, tmp_path):
     seen = []
-    report = convert(str(authors), tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
+    report = convert(str(authors), tmp_path / "out", progress=lambda *told: seen.append(told))
     ours = read_weights(tmp_path / "out")
     packed = [name for name in weights if ".in_proj_" in name]
     assert (report.tensors_in, report.tensors_out, report.split) == (len(weights), len(ours), len(packed))
@@ -115,8 +115,9 @@ def test_report(authors, weights, tmp_path):
     assert set(report.files) == FILES
     assert report.base_models == ["lmsys/vicuna-7b-v1.5", "clip"]
     assert report.seconds > 0 and report.checks == []
-    done = [done for done, _ in seen]
-    assert done == sorted(done) and seen[-1] == (report.nbytes, report.nbytes) and len(seen) == len(ours)
+    done = [done for _, done, _ in seen]
+    assert done == sorted(done) and len(seen) == len(ours)
+    assert seen[-1] == ("converting", report.nbytes, report.nbytes)
 
 
 def test_dry_run_says_the_same_and_writes_nothing(authors, tmp_path):

@@ -379,7 +379,7 @@ def test_neighbours_are_left_alone(authors, taken):
 CONVERT = """
 import os, sys, time
 from mqt_llava.conversion import convert
-def progress(done, total):
+def progress(phase, done, total):
     if done * 2 > total:
         print("half", flush=True)
         time.sleep(60)

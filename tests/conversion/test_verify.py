@@ -1,16 +1,23 @@
 """The verifier passes what is right, and nothing else."""
 
 import json
+import shutil
 from importlib import import_module
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from hypothesis import HealthCheck, given, settings
+from hypothesis.strategies import data, integers, sampled_from
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from mqt_llava import cli
 from mqt_llava.conversion import VerificationError, convert, full, names
-from mqt_llava.conversion.verify import Check, verify_plan
+from mqt_llava.conversion.files import read_tensors
+from mqt_llava.conversion.streaming import load_model
+from mqt_llava.conversion.verify import Check, verify_plan, verify_tensors
 from tests.conversion.checkpoints import edit_json, write_authors, write_weights
 
 
@@ -51,6 +58,48 @@ def test_tampered_tensor(authors, converted, tmp_path, name, failed):
     weights[name] = weights[name] * 1.1
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert failing(authors, tmp_path) == failed | {"tensors that differ"}
+
+
+@given(data())
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_one_changed_value_in_any_tensor(authors, converted, tmp_path, choice):
+    """Whatever the value becomes, and wherever it is."""
+    changed = tmp_path / "model.safetensors"
+    if not changed.exists():
+        shutil.copy(converted / changed.name, changed)
+    tensors = read_tensors(tmp_path)
+    tensor = tensors[choice.draw(sampled_from(sorted(tensors)), label="name")]
+    position = tensor.stored[1] + choice.draw(integers(0, tensor.nbytes - 1), label="byte")
+    with open(changed, "r+b") as file:
+        file.seek(position)
+        (byte,) = file.read(1)
+        file.seek(position)
+        file.write(bytes([byte ^ 1 << choice.draw(integers(0, 7), label="bit")]))
+        file.flush()
+        assert verify_tensors(full.plan(authors).tensors, read_tensors(tmp_path)).difference == 1
+        file.seek(position)
+        file.write(bytes([byte]))
+
+
+def test_one_layer_in_memory_at_a_time(converted):
+    """What `--verify` needs does not grow with the number of layers."""
+    model = load_model(converted)
+    streamed = [*model.model.language_model.modules(), model.lm_head]
+    streamed = [module for module in streamed if next(module.parameters(recurse=False), None) is not None]
+    present = []
+
+    class Present(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            loaded = [other for other in streamed if not next(other.parameters(recurse=False)).is_meta]
+            present.append(loaded == [module])
+            return args, kwargs
+
+    for module in streamed:
+        add_hook_to_module(module, Present(), append=True)
+    logits = model(input_ids=torch.arange(9)[None]).logits
+    assert present == [True] * (2 * 9 + 3)  # of two layers, and embeddings, norm and head
+    whole = AutoModelForImageTextToText.from_pretrained(converted, dtype=torch.float32)
+    assert torch.equal(logits, whole(input_ids=torch.arange(9)[None]).logits)
 
 
 def test_tokenizer_with_other_ids(authors, tmp_path):
