@@ -22,7 +22,7 @@ def random_tensors(layers: int) -> dict[str, LazyTensor]:
     tower = official_layout.clip_tensors(CLIP_LAYERS, CLIP_INTERMEDIATE, CLIP_SIDE, CLIP_PATCH)
     spec |= {official_layout.VT + name: value for name, value in tower.items()}
     # Residuals add up: at the scales for two layers, all answers of 32 would be one token over and over
-    damping = {name: layers**-0.5 for name in ("o_proj.weight", "down_proj.weight")}
+    damping = dict.fromkeys(("o_proj.weight", "down_proj.weight"), layers**-0.5)
 
     def draw(seed, shape, mean, std):
         if mean is None:  # the position table is computed
