@@ -1,9 +1,15 @@
 """What the program `mqt-llava` starts. It is no part of the package, whose import takes seconds: Ctrl-C is answered in them, too."""
 
+import logging
 import sys
 
 
 def main():
+    for library in (
+        "torchao",
+        "torch.utils._pytree",
+    ):  # which transformers imports where it is there, and which says so
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         from mqt_llava.cli import main
     except KeyboardInterrupt:

@@ -154,6 +154,7 @@ class CostModel:
         batch_size: int = 1,
         num_new_tokens: int = 1,
         dtype: torch.dtype | str = torch.bfloat16,
+        num_cached_tokens: int = 0,
     ) -> Cost:
         """
         Args:
@@ -163,6 +164,8 @@ class CostModel:
             batch_size (`int`): prompts.
             num_new_tokens (`int`): tokens of each answer. The first one comes with the prefill.
             dtype (`torch.dtype` or its name): of weights, cache and activations.
+            num_cached_tokens (`int`): text tokens at the beginning of each prompt whose keys and values are there already, as
+                from a [`PrefixCache`].
 
         Raises:
             `ValueError`: for m that is no integer from 1 to M, and for sizes that are too small.
@@ -170,12 +173,15 @@ class CostModel:
         m = resolve_visual_token_counts(num_visual_tokens, 1, self.config.num_query_tokens)[0]
         sizes = {"num_text_tokens": (num_text_tokens, 0), "num_images": (num_images, 0)}
         sizes |= {"batch_size": (batch_size, 1), "num_new_tokens": (num_new_tokens, 1)}
+        sizes |= {"num_cached_tokens": (num_cached_tokens, 0)}
         for name, (size, least) in sizes.items():
             if isinstance(size, bool) or not isinstance(size, int) or size < least:
                 raise ValueError(f"`{name}` must be an integer, at least {least}; got {size!r}.")
         length, images, steps = num_text_tokens + num_images * m, num_images * batch_size, num_new_tokens - 1
         if length == 0:
             raise ValueError("The prompt is empty: `num_text_tokens` and `num_images` are both 0.")
+        if num_cached_tokens > num_text_tokens:
+            raise ValueError(f"`num_cached_tokens` is {num_cached_tokens}, of {num_text_tokens} text tokens.")
         itemsize = resolve_dtype(dtype).itemsize
         weights = {part: number * itemsize for part, number in self.num_parameters.items()}
 
@@ -183,7 +189,7 @@ class CostModel:
         prefill_flops = {
             "vision_tower": images * self.vision_flops,
             "query_transformer": self.count_query_transformer(m, images) if images else 0,
-            "language_model": batch_size * self.count_text(length),
+            "language_model": batch_size * (self.count_text(length) - self.count_text(num_cached_tokens)),
             "lm_head": head_flops,
         }
         read = {part: weights[part] for part in ("vision_tower", "query_transformer", "language_model")}

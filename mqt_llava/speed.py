@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .cpu import compute_in_float32, is_slow
+
 
 @dataclass(frozen=True)
 class DeviceSpeed:
@@ -22,8 +24,9 @@ class DeviceSpeed:
 def measure_device(device="cpu", dtype: torch.dtype | str = torch.bfloat16, repeats: int = 5) -> DeviceSpeed:
     """The matmul rate and the memory bandwidth that a device reaches: the best of several short runs, in a second or so.
 
-    The rate is that of a product of square matrices. The bandwidth is the better of a matrix times a vector, which is
-    what decoding does, and a copy, which reads and writes.
+    The rate is that of a linear layer on as many tokens as it has inputs, in float32 on a CPU that is slow in `dtype` (see
+    [`compute_in_float32`]). The bandwidth is the better of the layer on one token, which is what decoding does, and a copy,
+    which reads and writes.
 
     Args:
         device: as torch takes it.
@@ -31,13 +34,18 @@ def measure_device(device="cpu", dtype: torch.dtype | str = torch.bfloat16, repe
     """
     device, dtype = torch.device(device), resolve_dtype(dtype)
     side = 2048 if device.type == "cpu" else 8192
-    square = torch.randn(side, side, device=device, dtype=dtype)  # a GPU multiplies ones faster than numbers
-    flops_per_second = 2 * side**3 / best_time(lambda: square @ square, device, repeats)
     # beyond every cache: 256 MB in float32 on a CPU, 2 GB in bfloat16 on a GPU
-    long = torch.randn(16 * side, side, device=device, dtype=dtype)
-    vector, copy = torch.randn(1, side, device=device, dtype=dtype), torch.empty_like(long)
-    read = long.nbytes / best_time(lambda: nn.functional.linear(vector, long), device, repeats)
-    copied = 2 * long.nbytes / best_time(lambda: copy.copy_(long), device, repeats)
+    weight = torch.randn(16 * side, side, device=device, dtype=dtype)  # a GPU multiplies ones faster than numbers
+    layer = nn.Linear(side, side, bias=False, device="meta")
+    layer.weight = nn.Parameter(weight[:side])
+    layer = nn.Sequential(layer)
+    if device.type == "cpu" and is_slow(dtype):
+        compute_in_float32(layer)
+    tokens, copy = torch.randn(side, side, device=device, dtype=dtype), torch.empty_like(weight)
+    with torch.no_grad():
+        flops_per_second = 2 * side**3 / best_time(lambda: layer(tokens), device, repeats)
+        read = weight.nbytes / best_time(lambda: nn.functional.linear(tokens[:1], weight), device, repeats)
+    copied = 2 * weight.nbytes / best_time(lambda: copy.copy_(weight), device, repeats)
     return DeviceSpeed(flops_per_second, max(read, copied))
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -19,12 +20,18 @@ from .models import (
     ModelOption,
     check_num_visual_tokens,
     load_config,
+    load_costs,
     load_model,
     name_base,
     name_checkpoint,
     parse_num_visual_tokens,
+    place,
+    resolve_device,
     silence_libraries,
 )
+
+
+PROMPT_TOKENS = 256  # of text, to reckon with before anything is asked
 
 
 def ask(
@@ -57,7 +64,15 @@ def ask(
         int, typer.Option(metavar="N", min=1, help="Length of an answer, at most, in tokens.")
     ] = 512,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="auto: the checkpoint's on a GPU, float32 on a CPU.")] = Dtype.auto,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the weights. auto: the checkpoint's; float32 on a CPU with memory to spare.")
+    ] = Dtype.auto,
+    compute_dtype: Annotated[
+        Dtype,
+        typer.Option(help="Of a CPU's products of many tokens. auto: float32, where that is faster than --dtype."),
+    ] = Dtype.auto,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="The language model in 4 bits.")] = False,
+    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="The language model in 8 bits.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object for each question instead of streaming.")
     ] = False,
@@ -81,17 +96,28 @@ def ask(
         raise UsageError("--compare and --num-visual-tokens exclude each other")
     if compare is not None and question is None:
         raise UsageError("--compare needs a question as an argument")
+    if load_in_4bit and load_in_8bit:
+        raise UsageError("--load-in-4bit and --load-in-8bit exclude each other")
+    num_bits = 4 if load_in_4bit else 8 if load_in_8bit else None
     compared = [] if compare is None else [parse_num_visual_tokens(text) for text in compare.split(",")]
     check_quoted(images_and_question, sources)
     images = [load_image(source) for source in sources]
 
     silence_libraries()
+    import torch
+
     checkpoint = name_base(adapter) if adapter and model is None else name_checkpoint(model)
     config = load_config(checkpoint)
     given = num_visual_tokens is not None
     num_visual_tokens = check_num_visual_tokens(num_visual_tokens, config.num_query_tokens)
     compared = [check_num_visual_tokens(m, config.num_query_tokens) for m in compared]
-    processor, network = load_model(checkpoint, device, dtype.value, adapter)
+    device = resolve_device(device)
+    request = {"num_images": len(images), "num_text_tokens": PROMPT_TOKENS, "num_new_tokens": max_new_tokens}
+    costs = load_costs(checkpoint, config)
+    placement = place(checkpoint, costs, device, dtype.value, num_bits, **request)
+    if compute_dtype not in (Dtype.auto, Dtype.float32) and getattr(torch, compute_dtype.value) != placement.dtype:
+        raise UsageError(f"--compute-dtype is float32 or that of the weights; got {compute_dtype.value}")
+    processor, network = load_model(checkpoint, device, placement, adapter, num_bits, compute_dtype.value)
     if not given:  # a checkpoint may have an m of its own
         own = (network.generation_config, processor.image_processor)
         own = [getattr(settings, "num_visual_tokens", None) for settings in own]
@@ -105,7 +131,7 @@ def ask(
     }
 
     if compare is not None:
-        rows = compare_answers(processor, network, images, question, compared, max_new_tokens)
+        rows = compare_answers(processor, network, costs, images, question, compared, max_new_tokens)
         if as_json:
             print(json.dumps({"question": question, "compare": rows, **setting}))
         else:
@@ -152,6 +178,7 @@ def chat(conversation: Conversation, setting: dict | None):
     if at_terminal:
         count = f"{len(conversation.images)} image" + "s" * (len(conversation.images) > 1)
         print(f"{count}, {conversation.num_visual_tokens} visual tokens each. Ctrl-D ends the chat.", file=sys.stderr)
+        conversation.prefill()
     asked, failed = 0, 0
     for number, question in read_questions(at_terminal):
         asked += 1
@@ -191,14 +218,28 @@ def read_questions(at_terminal: bool) -> Iterator[tuple[int, str]]:
         print(file=sys.stderr)
 
 
-def compare_answers(processor, model, images, question, compared, max_new_tokens) -> list[dict]:
-    """One answer for each number of visual tokens, with its time and compute."""
-    Conversation(processor, model, images, compared[0], 2).ask(question)  # the first run is slower than all others
+def compare_answers(processor, model, costs, images, question, compared, max_new_tokens) -> list[dict]:
+    """One answer for each number of visual tokens, with its time and, up to its first token, its compute. What they share is
+    computed once: the beginning of the prompt, which is left out of both, and the images, which count for each."""
+    from ..prefix_cache import PrefixCache
+
+    prefix = None
+    with contextlib.suppress(ValueError):  # of a template whose prompts have no beginning in common
+        prefix = PrefixCache(model, processor)
+    num_cached = 0 if prefix is None else len(prefix)
+    first = Conversation(processor, model, images, max(compared), max_new_tokens)
+    _, inputs = first.prepare(question)
+    start = time.perf_counter()
+    first.encode(inputs["pixel_values"])
+    encoding = time.perf_counter() - start
+    num_text_tokens = inputs["input_ids"].shape[1] - len(images) * max(compared)
     rows = []
     for m in compared:
-        conversation = Conversation(processor, model, images, m, max_new_tokens)
-        flops = conversation.count_flops(question)
-        rows.append({**conversation.ask(question), "flops": flops})
+        conversation = Conversation(processor, model, images, m, max_new_tokens, first.image_features, prefix)
+        row = conversation.ask(question)
+        seconds = round(row["seconds"] + encoding, 4)
+        request = {"num_text_tokens": num_text_tokens, "num_cached_tokens": num_cached, "num_images": len(images)}
+        rows.append({**row, "seconds": seconds, "cached_tokens": num_cached, "flops": costs(m, **request).flops})
     return rows
 
 

@@ -1,6 +1,7 @@
 """A conversation about images, answered token by token."""
 
 import contextlib
+import copy
 import time
 
 from ..modeling.budget_mqt_llava import CACHE_NAME
@@ -16,17 +17,30 @@ class Conversation:
         images (`list[PIL.Image.Image]`): they stand at the beginning of the first turn.
         num_visual_tokens (`int`): m, for each of the images.
         max_new_tokens (`int`): length of an answer, at most.
+        image_features (*optional*): of the images, as `get_image_features` makes them of m or more tokens.
+        prefix ([`PrefixCache`], *optional*): of the beginning that all conversations share.
     """
 
-    def __init__(self, processor, model, images, num_visual_tokens: int, max_new_tokens: int):
+    def __init__(
+        self,
+        processor,
+        model,
+        images,
+        num_visual_tokens: int,
+        max_new_tokens: int,
+        image_features=None,
+        prefix=None,
+    ):
         self.processor = processor
         self.model = model
         self.images = images
         self.num_visual_tokens = num_visual_tokens
         self.max_new_tokens = max_new_tokens
         self.messages = []
-        self.image_features = None
+        self.image_features = image_features
         self.cache = self.cached_ids = None  # keys and values, and the ids of shape `(1, length)` that they are of
+        if prefix is not None:
+            self.cache, self.cached_ids = copy.deepcopy(prefix.cache), prefix.input_ids[None]
 
     def prepare(self, question: str):
         """The messages up to the question, and the model's inputs for them."""
@@ -60,14 +74,10 @@ class Conversation:
 
     def ask(self, question: str, stream: bool = False) -> dict:
         """Answer a question, print the answer as it is made if `stream`, and remember both."""
-        import torch
-
         messages, inputs = self.prepare(question)
         streamer = AnswerStreamer(self.processor.tokenizer, silent=not stream)
         start = time.perf_counter()
-        if self.image_features is None:
-            with torch.no_grad():
-                self.image_features = self.model.get_image_features(inputs["pixel_values"], self.num_visual_tokens)
+        self.encode(inputs["pixel_values"])
         input_ids = inputs["input_ids"]
         length = input_ids.shape[1]
         cache, num_cached = self.cache_for(input_ids)
@@ -98,6 +108,33 @@ class Conversation:
             "seconds": round(seconds, 4),
         }
 
+    def encode(self, pixel_values):
+        import torch
+
+        if self.image_features is None:
+            with torch.no_grad():
+                self.image_features = self.model.get_image_features(pixel_values, self.num_visual_tokens)
+
+    def prefill(self):
+        """Compute what is known before the first question: the images, and the prompt up to the question."""
+        import torch
+        from transformers import DynamicCache
+
+        (_, inputs), (_, other) = self.prepare("1"), self.prepare("a")
+        self.encode(inputs["pixel_values"])
+        pairs = zip(inputs["input_ids"][0].tolist(), other["input_ids"][0].tolist())
+        num_known = next(i for i, (one, another) in enumerate(pairs) if one != another)
+        self.cached_ids = inputs["input_ids"][:, :num_known]
+        self.cache = DynamicCache(config=self.model.config.get_text_config())
+        with torch.no_grad():
+            self.model(
+                input_ids=self.cached_ids,
+                mm_encoder_outputs={"image": self.image_features},
+                use_cache=True,
+                logits_to_keep=1,
+                **{CACHE_NAME: self.cache},
+            )
+
     def cache_for(self, input_ids):
         """A cache to go on from with this prompt, and how many of its positions it holds."""
         from transformers import DynamicCache
@@ -107,24 +144,14 @@ class Conversation:
             same = self.cached_ids[0, :shorter] == input_ids[0, :shorter]
             num_common = int(same.cumprod(0).sum())
             is_image = input_ids[0] == self.processor.image_token_id
+            # those of images go on with all of them, or with none
+            whole = not is_image[num_common:].any() or not is_image[:num_common].any()
             with contextlib.suppress(RuntimeError, ValueError):  # a cache of a sliding window cannot go back
-                if not is_image[num_common:].any():
+                if whole and num_common:
                     if num_common < self.cached_ids.shape[1]:
                         self.cache.crop(num_common - self.cached_ids.shape[1])
                     return self.cache, num_common
         return DynamicCache(config=self.model.config.get_text_config()), 0
-
-    def count_flops(self, question: str) -> int:
-        """Floating point operations of one forward pass over images and prompt: what precedes the first token."""
-        import torch
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-        from torch.utils.flop_counter import FlopCounterMode
-
-        _, inputs = self.prepare(question)
-        # The counter knows no fused attention of CPUs and would leave it out; plain products are the same on any device
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            self.model(**inputs, logits_to_keep=1)
-        return counter.get_total_flops()
 
 
 def is_text(question: str) -> bool:

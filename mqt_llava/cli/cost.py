@@ -14,7 +14,7 @@ from .models import (
     ModelOption,
     check_num_visual_tokens,
     load_config,
-    loading,
+    load_costs,
     name_checkpoint,
     parse_num_visual_tokens,
     resolve_device,
@@ -94,13 +94,12 @@ def cost(
     )
     num_visual_tokens = [check_num_visual_tokens(m, num_query_tokens) for m in num_visual_tokens]
 
-    from ..cost import CostModel, measure_device
+    from ..cost import measure_device
 
     device = resolve_device(device)
     dtype = dtype.value if dtype is not Dtype.auto else "float32" if device.type == "cpu" else "bfloat16"
     speed = measure_device(device, dtype)
-    with loading(checkpoint):
-        costs = CostModel(config)
+    costs = load_costs(checkpoint, config)
     request = {
         "num_text_tokens": text_tokens,
         "num_images": images,

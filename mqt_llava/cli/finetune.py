@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .errors import UsageError
-from .models import ModelOption, load_config, load_processor, loading, name_checkpoint
+from .models import ModelOption, load_config, load_costs, load_processor, loading, name_checkpoint
 from .runs import OPTIONS, running
 
 
@@ -91,13 +91,16 @@ def finetune(
     if eval_num_visual_tokens and eval_data is None:
         raise UsageError("--eval-num-visual-tokens needs --eval-data")
     checkpoint = name_checkpoint(model)
-    num_query_tokens = load_config(checkpoint).num_query_tokens
+    config = load_config(checkpoint)
+    num_query_tokens = config.num_query_tokens
     try:
         import peft
+        import torch
         from huggingface_hub.utils import validate_repo_id
         from transformers import AutoModelForImageTextToText, TrainingArguments, set_seed
 
         from ..hub import check_base_is_on_hub
+        from ..placement import check_training
         from ..training.adapters import check_resumed
         from ..training.collator import MQTLlavaDataCollator
         from ..training.data import load_conversations, refuse_broken, with_num_visual_tokens
@@ -154,12 +157,16 @@ def finetune(
 
         set_seed(seed)
         processor = load_processor(checkpoint)
+        dtype = torch.bfloat16 if bf16 or load_in_4bit else torch.float32
+        if training.world_size == 1:  # several may share the weights out
+            num_bits = 4 if load_in_4bit else None
+            check_training(load_costs(checkpoint, config), training.device, dtype, num_bits=num_bits)
         with loading(checkpoint):
             load = load_quantized if load_in_4bit else AutoModelForImageTextToText.from_pretrained
             base = load(
                 checkpoint,
                 trust_remote_code=False,
-                **({} if load_in_4bit else {"dtype": "bfloat16" if bf16 else "float32"}),
+                **({} if load_in_4bit else {"dtype": dtype}),
             )
         if load_in_4bit:
             base = peft.prepare_model_for_kbit_training(

@@ -135,28 +135,98 @@ def load_processor(checkpoint: str):
         return AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
 
 
-def load_model(checkpoint: str, device: str, dtype: str, adapter: str | None = None):
-    """Processor and model, ready to answer on `device`; an adapter is merged into the weights."""
+def load_costs(checkpoint: str, config):
+    """The [`CostModel`] of a checkpoint, without its weights."""
+    from ..cost import CostModel
+
+    with loading(checkpoint):
+        return CostModel(config)
+
+
+def place(checkpoint: str, costs, device, dtype: str, num_bits: int | None = None, **request):
+    """How the model fits into the memory that is free, a [`Placement`]: said in one line where that is not plain, or that it
+    does not fit."""
+    import torch
+
+    from ..placement import place_model
+
+    try:
+        placement = place_model(costs, device, None if dtype == "auto" else getattr(torch, dtype), num_bits, **request)
+    except ValueError as error:
+        raise UsageError(f"cannot load the model {checkpoint}: {error}") from None
+    if placement.note:
+        print(placement.note, file=sys.stderr)
+    return placement
+
+
+def load_model(
+    checkpoint: str, device, placement, adapter: str | None = None, num_bits: int | None = None, compute: str = "auto"
+):
+    """Processor and model, ready to answer; an adapter is merged into the weights. On a terminal it shows how far it is.
+
+    Args:
+        device (`torch.device`): as [`resolve_device`] has it. placement (`Placement`): see [`place`].
+        num_bits (`int`, *optional*): 4 or 8, to quantize the language model.
+        compute (`str`): in which dtype a CPU multiplies many tokens. `"auto"`: in that of the weights, or in float32 where that
+            is faster.
+    """
     from transformers import AutoModelForImageTextToText
 
-    device = resolve_device(device)
-    if dtype == "auto" and device.type == "cpu":
-        dtype = "float32"
-    processor = load_processor(checkpoint)
-    with loading(checkpoint):
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            checkpoint, dtype=dtype, trust_remote_code=False, output_loading_info=True
-        )
-    if report["missing_keys"]:  # transformers would answer with random weights and a warning
-        raise UsageError(
-            f"cannot load the model {checkpoint}: no weights for {', '.join(sorted(report['missing_keys']))}"
-        )
-    if adapter is not None:
-        with loading(adapter, "adapter"):
-            from ..training.adapters import load_adapter
+    from ..cpu import compute_in_float32, is_slow
 
-            model = load_adapter(model, adapter).merge_and_unload()
-    return processor, model.to(device).eval()
+    processor = load_processor(checkpoint)
+    options = {} if placement.device_map is None else {"device_map": placement.device_map}
+    with loading(checkpoint), showing_progress() as bar:
+        if num_bits is not None:
+            from ..quantization import quantization_config
+
+            options = {"device_map": placement.device_map or {"": device}}
+            options["quantization_config"] = quantization_config(num_bits, device, placement.dtype)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            checkpoint, dtype=placement.dtype, trust_remote_code=False, output_loading_info=True, **options
+        )
+        if report["missing_keys"]:  # transformers would answer with random weights and a warning
+            raise ValueError(f"no weights for {', '.join(sorted(report['missing_keys']))}")
+        if adapter is not None:
+            with loading(adapter, "adapter"):
+                from ..training.adapters import load_adapter
+
+                model = load_adapter(model, adapter).merge_and_unload()
+        if not options:
+            model = model.to(device)
+        if device.type == "cpu" and num_bits is None:
+            read_mapped(model, bar)
+    if compute == "float32" or (compute == "auto" and device.type == "cpu" and is_slow(placement.dtype)):
+        compute_in_float32(model)
+    return processor, model.eval()
+
+
+@contextlib.contextmanager
+def showing_progress():
+    """Bars on stderr for what takes more than a second, those of transformers as well. Gives the function that makes one."""
+    from tqdm import tqdm
+    from transformers.utils import logging
+
+    def bar(_, args, options):
+        # `None`: not unless stderr is a terminal
+        return tqdm(*args, **options | {"disable": None, "delay": 1, "leave": False})
+
+    before = logging.set_tqdm_hook(bar)
+    try:
+        yield bar
+    finally:
+        logging.set_tqdm_hook(before)
+
+
+def read_mapped(model, bar):
+    """Read weights that lie in their files still. It would happen anyway, unseen, in the first answer."""
+    import torch
+
+    with bar(None, (), {"desc": "Reading weights", "total": sum(p.nbytes for p in model.parameters())}) as shown:
+        for parameter in model.parameters():
+            if parameter.device.type == "cpu" and parameter.is_contiguous():
+                parameter.detach().flatten().view(torch.uint8)[::4096].max()  # a byte of each page
+            shown.update(parameter.nbytes)
 
 
 def resolve_device(name: str):

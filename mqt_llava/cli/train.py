@@ -3,7 +3,7 @@
 import typer
 
 from .errors import UsageError
-from .models import load_config
+from .models import load_config, load_costs
 from .runs import running
 
 
@@ -13,6 +13,9 @@ def train(context: typer.Context):
     Options are passed on, as they are, to `mqt_llava.training.arguments`.
     """
     try:
+        import torch
+
+        from ..placement import check_training
         from ..training.arguments import help_text, parse_arguments
         from ..training.train import train as train_stage
     except ImportError as error:
@@ -26,8 +29,18 @@ def train(context: typer.Context):
         arguments, training = parse_arguments(context.args)
         if arguments.eval_num_visual_tokens and not arguments.eval_data_path:
             raise UsageError("--eval_num_visual_tokens needs --eval_data_path")
-        load_config(arguments.model)
+        config = load_config(arguments.model)
     except (ValueError, ImportError, OSError) as error:
         raise UsageError(str(error)) from None
     with running(training.output_dir, {"resume": "--resume", "overwrite": "--overwrite"}):
+        if training.world_size == 1:  # several may share the weights out
+            check_training(
+                load_costs(arguments.model, config),
+                training.device,
+                getattr(torch, arguments.dtype),
+                ("query_transformer", "embeddings", "language_model", "lm_head")[
+                    : 1 if arguments.stage == 1 else None
+                ],
+                num_moments=2 if training.optim in ("adamw_torch", "adamw_torch_fused") else 0,
+            )
         train_stage(arguments, training)

@@ -6,7 +6,9 @@ import torch
 from peft import LoraConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import AutoModelForImageTextToText
+
+from ..quantization import quantization_config
 
 
 TARGETS = {
@@ -98,13 +100,7 @@ def load_quantized(checkpoint, compute_dtype=torch.bfloat16, **kwargs):
         compute_dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): of the products, and of what is not quantized.
         kwargs: as `from_pretrained` takes them.
     """
-    quantization_config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=["model.vision_tower", "model.query_transformer", "lm_head"],
-    )
+    device = torch.accelerator.current_accelerator() or "cpu"
     return AutoModelForImageTextToText.from_pretrained(
-        checkpoint, quantization_config=quantization_config, dtype=compute_dtype, **kwargs
+        checkpoint, quantization_config=quantization_config(4, device, compute_dtype), dtype=compute_dtype, **kwargs
     )

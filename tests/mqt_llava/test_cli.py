@@ -288,7 +288,7 @@ def test_chat_encodes_the_images_once(ask, files):
     batches = []  # of images, at every run of a vision tower
 
     def count(module, args, output):
-        if type(module).__name__ == "CLIPVisionEmbeddings":
+        if type(module).__name__ == "CLIPVisionEmbeddings" and not output.is_meta:
             batches.append(len(output))
 
     hook = torch.nn.modules.module.register_module_forward_hook(count)
@@ -303,8 +303,9 @@ def test_chat_computes_what_is_new_alone(ask, files):
     prefills = []
 
     def record(module, args, kwargs, output):
-        if type(module).__name__ == "LlamaModel" and kwargs["inputs_embeds"].shape[1] > 1:
-            prefills.append(kwargs["inputs_embeds"].shape[1])
+        embeds = kwargs["inputs_embeds"] if type(module).__name__ == "LlamaModel" else None
+        if embeds is not None and embeds.shape[1] > 1 and not embeds.is_meta:
+            prefills.append(embeds.shape[1])
 
     hook = torch.nn.modules.module.register_module_forward_hook(record, with_kwargs=True)
     questions = "List everything.\nIs there a cat?\nWhat colour is the background?"
@@ -312,7 +313,7 @@ def test_chat_computes_what_is_new_alone(ask, files):
     hook.remove()
     lengths = [json.loads(line)["prompt_tokens"] for line in result.stdout.splitlines()]
     answers = [json.loads(line)["new_tokens"] for line in result.stdout.splitlines()]
-    assert prefills[0] == lengths[0]
+    assert prefills[0] == lengths[0] and len(prefills) == 3
     for turn in (1, 2):
         assert prefills[turn] == lengths[turn] - (lengths[turn - 1] + answers[turn - 1] - 1)
 
@@ -416,14 +417,15 @@ def test_a_bad_line_does_not_end_the_run(ask, files):
 # --- comparison ---
 
 
-def flops_of_products(m, length):
+def flops_of_products(m, length, num_cached=0):
     """Floating point operations of the small model's prefill, by hand: 2 for each multiply-add."""
     width, inner, patches, layers = 32, 64, 36, 2  # of three layers: features come from before the last
     tower = 2 * patches * 3 * 25 * width  # patch embedding: 5 x 5 pixels of 3 colours
     tokens = patches + 1
     tower += layers * 2 * tokens * (4 * width**2 + 2 * width * inner + 2 * tokens * width)
     query = 2 * (m * width**2 + 2 * patches * width**2 + 2 * m * patches * width + 2 * m * width**2)
-    text = 2 * 2 * length * (width * (2 * width + 2 * 16) + 3 * width * inner + 2 * length * width)
+    each, pair = width * (2 * width + 2 * 16) + 3 * width * inner, 2 * width
+    text = 2 * 2 * (each * (length - num_cached) + pair * (length**2 - num_cached**2))
     return tower + query + text + 2 * width * 264
 
 
@@ -439,8 +441,27 @@ def test_compare_has_one_answer_for_each_m(ask, files):
         assert row["answer"] == expected_answer(make_images(1), [QUESTION], m)
         assert row["seconds"] > 0
         # rotary positions are a product too, so a little more than by hand
-        by_hand = flops_of_products(m, row["prompt_tokens"])
+        by_hand = flops_of_products(m, row["prompt_tokens"], row["cached_tokens"])
         assert by_hand <= row["flops"] < 1.01 * by_hand
+
+
+def test_compare_computes_what_is_shared_once(ask, files):
+    """The images, and the prompt up to the first of them."""
+    batches, prefills = [], []
+
+    def count(module, args, kwargs, output):
+        if type(module).__name__ == "CLIPVisionEmbeddings" and not output.is_meta:
+            batches.append(len(output))
+        embeds = kwargs["inputs_embeds"] if type(module).__name__ == "LlamaModel" else None
+        if embeds is not None and embeds.shape[1] > 1 and not embeds.is_meta:
+            prefills.append(embeds.shape[1])
+
+    hook = torch.nn.modules.module.register_module_forward_hook(count, with_kwargs=True)
+    rows = json.loads(ask(*files, QUESTION, "--compare", "1,4,16", "--json").stdout)["compare"]
+    hook.remove()
+    shared = rows[0]["cached_tokens"]
+    assert batches == [2] and shared > 10
+    assert prefills == [shared, *(row["prompt_tokens"] - shared for row in rows)]
 
 
 def test_compare_prints_a_table(ask, files):
@@ -662,7 +683,7 @@ def test_program_refuses_in_one_line(tmp_path):
 
 
 def run_program(*arguments, **settings):
-    command = [sys.executable, "-m", "mqt_llava.cli", *map(str, arguments)]
+    command = [sys.executable, "-c", "from mqt_llava_cli import main; main()", *map(str, arguments)]
     return subprocess.run(command, stderr=subprocess.PIPE, text=True, **settings)
 
 

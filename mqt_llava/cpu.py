@@ -1,0 +1,67 @@
+"""bfloat16 weights on CPUs that have no units for bfloat16: products of many tokens are computed in float32."""
+
+import time
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+ROWS = 1024  # of a weight that are in float32 at a time: a few MB, which stay in the CPU's caches
+FEW_TOKENS = 8  # for fewer, reading the weights takes longer than the products
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that stays in its dtype and multiplies in float32, a block of its weight after the other.
+
+    The result is rounded to the dtype of the input. For few tokens, and where gradients are wanted, it is a plain layer.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        num_tokens = input.numel() // input.shape[-1]
+        trains = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
+        if num_tokens < FEW_TOKENS or trains or input.dtype == torch.float32 or input.device.type != "cpu":
+            return super().forward(input)
+        tokens = input.reshape(num_tokens, -1).float()
+        output = input.new_empty(num_tokens, self.out_features)
+        block = tokens.new_empty(min(ROWS, self.out_features), self.in_features)
+        for weight, part in zip(self.weight.split(ROWS), output.split(ROWS, dim=1)):
+            part.copy_(tokens @ block[: len(weight)].copy_(weight).T)
+        if self.bias is not None:
+            output += self.bias
+        return output.view(*input.shape[:-1], -1)
+
+
+def compute_in_float32(model: nn.Module) -> nn.Module:
+    """
+    Let a bfloat16 or float16 model on a CPU multiply in float32 where there are many tokens: in the vision tower, the query
+    transformer and the prefill. The weights stay as and where they are, so it takes no more memory than a block of one of
+    them. Decoding reads them as before.
+
+    Args:
+        model (`nn.Module`): changed in place. Layers that something else has replaced, as quantization does, stay.
+    """
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear and layer.weight.dtype in (torch.bfloat16, torch.float16):
+            with torch.device("meta"):
+                new = Float32Linear(layer.in_features, layer.out_features, layer.bias is not None)
+            new.weight, new.bias = layer.weight, layer.bias
+            model.set_submodule(name, new.train(layer.training))
+    return model
+
+
+def is_slow(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies in float32 faster than in `dtype`: measured, in some ten milliseconds."""
+    if dtype == torch.float32:
+        return False
+    input, weight = torch.randn(64, 1024), torch.randn(1024, 1024)
+    return _best_time(input.to(dtype), weight.to(dtype)) > 1.5 * _best_time(input, weight)
+
+
+def _best_time(input, weight) -> float:
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        F.linear(input, weight)
+        times.append(time.perf_counter() - start)
+    return min(times)

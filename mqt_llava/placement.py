@@ -1,0 +1,149 @@
+"""Where a model fits, before its weights are read: in which dtype, and on which devices."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from .cost import CostModel
+
+
+ROOM = 1.25  # how much of what float32 takes must be free, for it to be chosen in place of the checkpoint's own dtype
+QUANTIZED_ITEMSIZE = {4: 4.5 / 8, 8: 1.01}  # bytes of a weight with its share of the scales
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How to load a model.
+
+    Args:
+        dtype (`torch.dtype`): of weights that are not quantized.
+        needed_bytes (`int`): weights, cache and activations.
+        device_map (`str`, *optional*): `"auto"` where a GPU does not hold all of it.
+        note (`str`, *optional*): what is to be said of it, in one line.
+    """
+
+    dtype: torch.dtype
+    needed_bytes: int
+    device_map: str | None = None
+    note: str | None = None
+
+
+def free_memory(device, cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes that a device has free for this process: of a CPU, what the machine has available and the container, by its
+    cgroups' limits, allows."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return min([psutil.virtual_memory().available, *_free_in_cgroups(cgroups, process)])
+
+
+def _free_in_cgroups(root: Path, process: Path) -> list[int]:
+    """What each limit that holds for this process leaves, of version 1 or 2. Cached files are not counted as used."""
+    free = []
+    for line in process.read_text().splitlines() if process.exists() else []:
+        _, controllers, name = line.split(":", 2)
+        if controllers == "memory":
+            home, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        elif not controllers:
+            home, names = root, ("memory.max", "memory.current", "inactive_file")
+        else:
+            continue
+        folder = home / name.lstrip("/")
+        # inside a container the own group is the root of what can be seen
+        for group in (folder, *folder.parents) if folder.is_dir() else (home,):
+            try:
+                limit, used = ((group / file).read_text().strip() for file in names[:2])
+                cached = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
+                free.append(int(limit) - int(used) + int(cached.get(names[2], 0)))
+            except (OSError, ValueError):  # no such file, or no limit: "max"
+                pass
+            if group == home:
+                break
+    return free
+
+
+def place_model(
+    costs: CostModel, device, dtype: torch.dtype | None = None, num_bits: int | None = None, **request
+) -> Placement:
+    """
+    Find how a model fits into what a device has free.
+
+    Args:
+        costs (`CostModel`): of the model.
+        dtype (`torch.dtype`, *optional*): of the weights. Without it the checkpoint's own; on a CPU float32, where there is
+            room to spare, since not every CPU computes fast in another one.
+        num_bits (`int`, *optional*): 4 or 8, for a language model whose weights are quantized.
+        request: number and length of prompts and answers, as [`CostModel`] takes them.
+
+    Raises:
+        `ValueError`: where it fits nowhere, with what is needed, what is free and what would fit.
+    """
+    device = torch.device(device)
+    own = costs.config.dtype or costs.config.text_config.dtype or torch.float32
+    free = free_memory(device)
+
+    def needed(dtype, num_bits=num_bits):
+        cost = costs(dtype=dtype, **request)
+        weights = cost.weight_bytes["language_model"]
+        quantized = weights if num_bits is None else weights / dtype.itemsize * QUANTIZED_ITEMSIZE[num_bits]
+        return int(cost.memory_bytes - weights + quantized)
+
+    if dtype is None:
+        spare = device.type == "cpu" and num_bits is None and ROOM * needed(torch.float32) <= free
+        dtype = torch.float32 if spare else own
+    need = needed(dtype)
+    if need <= free:
+        return Placement(dtype, need)
+    words = f"the model needs {gigabytes(need)} in {_words(dtype, num_bits)}; {device} has {gigabytes(free)} free"
+    if device.type == "cuda" and need <= free + free_memory("cpu"):
+        return Placement(dtype, need, "auto", f"{words}: the rest goes to the CPU (device_map='auto'), which is slow")
+    others = [(own, num_bits), (torch.bfloat16, num_bits), (own, 8), (own, 4)]
+    fitting = {_words(*other): needed(*other) for other in others if needed(*other) <= free}
+    options = "; ".join(f"{_option(words)} needs {gigabytes(size)}" for words, size in fitting.items())
+    raise ValueError(f"{words}. {f'What would fit: {options}' if options else 'In no dtype it would fit'}")
+
+
+def _words(dtype: torch.dtype, num_bits: int | None) -> str:
+    return f"{num_bits} bits" if num_bits else str(dtype).removeprefix("torch.")
+
+
+def _option(words: str) -> str:
+    return f"--load-in-{words.removesuffix(' bits')}bit" if words.endswith("bits") else f"--dtype {words}"
+
+
+def gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.3g} GB"
+
+
+def check_training(
+    costs: CostModel, device, dtype: torch.dtype, parts=(), num_moments: int = 2, num_bits: int | None = None
+):
+    """
+    Refuse a training that cannot fit, by what it needs at least: weights, and of those that are trained gradients and the
+    optimizer's moments. Activations come on top, and depend on much. LoRA's own weights are small.
+
+    Args:
+        dtype (`torch.dtype`): of weights, gradients and moments.
+        parts (`tuple[str]`): what is trained in full, as `Cost.weight_bytes` names it.
+        num_moments (`int`): numbers that the optimizer keeps for each weight, as AdamW its two.
+        num_bits (`int`, *optional*): 4 or 8, for a language model whose weights are quantized.
+
+    Raises:
+        `ValueError`: with what is needed and what is free.
+    """
+    weights = costs(1, dtype=dtype).weight_bytes
+    trained = sum(weights[part] for part in parts)
+    if num_bits is not None:
+        weights["language_model"] *= QUANTIZED_ITEMSIZE[num_bits] / dtype.itemsize
+    need, free = sum(weights.values()) + (1 + num_moments) * trained, free_memory(device)
+    if need > free:
+        what = "weights, gradients and optimizer" if parts else "the weights"
+        raise ValueError(
+            f"training needs more than {gigabytes(need)} for {what} in {_words(dtype, num_bits)}; {torch.device(device)} has "
+            f"{gigabytes(free)} free"
+        )
