@@ -4,7 +4,8 @@
 
 Both models have the same vision tower, language model, dtype, attention and machine, and random weights. One run measures
 all of it in interleaved rounds and takes medians. `cpu` has CLIP ViT-L/14 at 336 pixels and a language model of 0.5 B;
-`7b` is for a GPU, without one its rows are written as not measured; `tiny` takes seconds and is for the tests.
+`7b` is for a GPU, without one its rows are written as not measured; `7b-cpu` needs 18 GB of memory; `tiny` takes seconds and
+is for the tests.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from benchmarks.measure import interleave, machine, markdown, peak_memory, secon
 from benchmarks.models import build, configs, llava_flops, measurements, variants
 from mqt_llava import MQTLlavaProcessor
 from mqt_llava.cost import CostModel, measure_device, resolve_dtype
+from mqt_llava.cpu import is_slow
 from tests.small_model import make_tokenizer
 
 
@@ -39,6 +41,16 @@ PRESETS = {
         "new_tokens": 9,
         "repeats": 3,
     },
+    "7b-cpu": {
+        "vision": CLIP_LARGE,
+        "text": {},
+        "dtype": "bfloat16",
+        "device": "cpu",
+        "new_tokens": 4,
+        "repeats": 3,
+        "batch_sizes": [1],
+        "num_visual_tokens": [256, 64, 16, 4, 1],
+    },
     "7b": {
         "vision": CLIP_LARGE,
         "text": {},
@@ -49,16 +61,23 @@ PRESETS = {
         "ways": ["sdpa", "flash_attention_2", "compiled"],
     },
 }
-WAYS = {"sdpa": {}, "flash_attention_2": {"attention": "flash_attention_2"}, "compiled": {"compiled": True}}
+WAYS = {
+    "sdpa": {},
+    "float32": {"float32": True},
+    "flash_attention_2": {"attention": "flash_attention_2"},
+    "compiled": {"compiled": True},
+}
+DEFAULTS = {"batch_sizes": [1, 8], "num_visual_tokens": [256, 144, 64, 36, 16, 4, 1]}
 PARTS = ("vision", "connector", "merge", "prefill")
 LEGEND = """\
 Times are medians in ms for the whole batch, memory is in MB. `m` is the number of visual tokens; `text` that of text
 tokens. `connector` is the query transformer or LLaVA's projector. `preprocess` decodes and prepares a JPEG of 3000 x
 2000 for each row; `first token` is `generate` from there on. `glue` is the share of `first token` that is in none of
 its parts (`vision`, `connector`, `merge`, `prefill`) run alone. `speed-up` and `FLOP ratio` compare the first token
-with LLaVA's, round by round. `floor` is the time that the FLOPs and weights need at the matmul rate and memory
-bandwidth measured in this run, `of bound` the share of that bandwidth which decoding in `generate` uses; `decode
-step` is one forward pass, `tokens/s` all rows together in `generate`. `first call` is in s: the first whole answer,
+with LLaVA's, round by round. `predicted` is the first token as `mqt_llava.cost` predicts it from the speed of linear layers
+that was measured before anything was loaded, `predicted step` a further token, and `of bound` the share of the memory bandwidth
+which decoding in `generate` uses; `decode step` is one forward pass, `tokens/s` all rows together in `generate`. In rows with
+`float32` the CPU multiplies many tokens in float32 (`mqt_llava.cpu`). `first call` is in s: the first whole answer,
 with whatever is compiled for it. `peak` is the most memory beyond the weights, up to the first token; `prefill peak`
 that of the prefill alone.
 """
@@ -68,12 +87,13 @@ COLUMNS = {  # the unit and the format of each
     "batch": (1, "d"),
     "m": (1, "d"),
     "text": (1, "d"),
-    **dict.fromkeys(("preprocess", *PARTS, "first token", "floor"), (MS, ",.1f")),
+    **dict.fromkeys(("preprocess", *PARTS, "first token", "predicted"), (MS, ",.1f")),
     "glue": (1, ".1%"),
     "speed-up": (1, ".2f"),
     "FLOP ratio": (1, ".2f"),
     "of ratio": (1, ".0%"),
     "decode step": (MS, ",.2f"),
+    "predicted step": (MS, ",.2f"),
     "tokens/s": (1, ",.1f"),
     "of bound": (1, ".0%"),
     "images/s": (1, ",.2f"),
@@ -94,6 +114,7 @@ def benchmark(preset: dict) -> tuple[list[dict], str]:
         return [describe(variant, costs, full_flops) for variant in chosen], "Not measured: there is no GPU here."
 
     setting = f"{machine(device)}, {preset['dtype']}"
+    speed = measure_device(device, dtype)
     torch.manual_seed(0)
     models = build(preset, dtype, device)
     timed, remembered = {}, {}
@@ -108,12 +129,12 @@ def benchmark(preset: dict) -> tuple[list[dict], str]:
         for batch_size in preset["batch_sizes"]:
             timed[(model, batch_size), "preprocess"] = preprocessing(model, side, batch_size, device)
 
-    speed = measure_device(device, dtype)
     results, first_calls = interleave(timed, preset["repeats"], 60 * preset.get("minutes", float("inf")))
     setting += f", medians of {len(next(iter(results.values())))} rounds"
     peaks = {key: peak_memory(function, device) for key, function in remembered.items()}
 
     rows, llava = [], {}
+    float32 = device.type == "cpu" and is_slow(dtype)  # what the prediction is for
     for variant in chosen:
         row = describe(variant, costs, full_flops)
         rows.append(row)
@@ -133,9 +154,10 @@ def benchmark(preset: dict) -> tuple[list[dict], str]:
         llava.setdefault((row["way"], row["batch"]), first)  # its row is the first one
         row["speed-up"] = median(llava[row["way"], row["batch"]] / first)
         row["of ratio"] = row["speed-up"] / row["FLOP ratio"]
-        if variant.model == "MQT":
+        if variant.model == "MQT" and variant.float32 == float32:
             cost = costs(**variant.request, num_new_tokens=1 + preset["new_tokens"], dtype=dtype)
-            row["floor"] = cost.time_to_first_token(speed)
+            row["predicted"] = cost.time_to_first_token(speed)
+            row["predicted step"] = cost.time_per_token(speed)
             row["of bound"] = median(cost.decode_read_bytes / speed.bytes_per_second / step)
     return rows, f"{setting}, {speed.flops_per_second / 1e12:.3g} TFLOP/s, {speed.bytes_per_second / 1e9:.3g} GB/s"
 
@@ -146,7 +168,7 @@ def median(values) -> float:
 
 def describe(variant, costs: CostModel, full_flops: int) -> dict:
     """What is known of a row before anything is measured."""
-    way = f"{variant.attention}{', compiled' if variant.compiled else ''}"
+    way = ", ".join([variant.attention, *["compiled"] * variant.compiled, *["float32"] * variant.float32])
     flops = costs(**variant.request).flops if variant.model == "MQT" else variant.batch_size * full_flops
     return {
         "model": f"{variant.model}, {way}",
@@ -184,12 +206,13 @@ def main():
     parser.add_argument("--minutes", type=float, help="after which no further round begins; default: none")
     parser.add_argument("--new_tokens", type=int, help="decoded behind the first one; default: the preset's")
     parser.add_argument("--ways", nargs="+", choices=WAYS, help="default: the preset's")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--num_visual_tokens", type=int, nargs="+", default=[256, 144, 64, 36, 16, 4, 1])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", help="default: the preset's, or 1 8")
+    parser.add_argument("--num_visual_tokens", type=int, nargs="+", help="default: the preset's, or all")
     parser.add_argument("--output_dir", type=Path, help="where to write table, CSV and figure")
     parser.add_argument("--name", help="of these files, behind `generation_`; default: the preset's")
     arguments = parser.parse_args()
-    preset = PRESETS[arguments.preset] | {name: value for name, value in vars(arguments).items() if value is not None}
+    preset = DEFAULTS | PRESETS[arguments.preset]
+    preset |= {name: value for name, value in vars(arguments).items() if value is not None}
     rows, setting = benchmark(preset)
     table = f"{setting}\n\n{LEGEND}\n{markdown(rows, COLUMNS)}"
     print(table)

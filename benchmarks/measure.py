@@ -25,7 +25,8 @@ def machine(device: torch.device) -> str:
     models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
     name = models[0] if models else platform.processor() or platform.machine()
     load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
-    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {versions}{load}"
+    level = torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {level}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {versions}{load}"
 
 
 def synchronize(device: torch.device):

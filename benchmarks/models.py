@@ -1,5 +1,6 @@
 """The two models that are compared, with random weights, and what is measured of each."""
 
+import contextlib
 import functools
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +14,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from benchmarks.measure import Stopwatch, seconds, synchronize
 from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration
 from mqt_llava.cost import CostModel
+from mqt_llava.cpu import Float32Linear, compute_in_float32
 from mqt_llava.modeling.budget_mqt_llava import CACHE_NAME
 
 
+LINEAR = torch.nn.Linear.forward
 TEXT_TOKENS = 40  # of each prompt: a short question with the system prompt
 LLAVA_TOKENS = 576
 IMAGE_TOKEN = 32000
@@ -31,6 +34,7 @@ class Variant:
     num_visual_tokens: int
     num_text_tokens: int = TEXT_TOKENS
     attention: str = "sdpa"
+    float32: bool = False  # products of many tokens on a CPU, see `mqt_llava.cpu`
     compiled: bool = (
         False  # tower and language model, and a static cache, for which `generate` compiles decoding on a GPU
     )
@@ -38,7 +42,7 @@ class Variant:
     @property
     def tower(self) -> tuple:
         """What the time of the vision tower depends on: it is measured once for all numbers of visual tokens."""
-        return self.model, self.batch_size, self.attention
+        return self.model, self.batch_size, self.attention, self.float32
 
     @property
     def shared(self) -> tuple:
@@ -80,11 +84,16 @@ def build(preset: dict, dtype: torch.dtype, device: torch.device) -> dict[str, t
     llava_config, mqt_config = configs(preset)
     with torch.device(device):
         mqt = MQTLlavaForConditionalGeneration._from_config(mqt_config, dtype=dtype).eval()
+        # without a language model of its own, which would be as large again
+        num_layers, llava_config.text_config.num_hidden_layers = llava_config.text_config.num_hidden_layers, 0
         llava = LlavaForConditionalGeneration._from_config(llava_config, dtype=dtype).eval()
+    llava.config.text_config.num_hidden_layers = num_layers
     llava.model.language_model, llava.lm_head = mqt.model.language_model, mqt.lm_head
     for model in (llava, mqt):
         model.generation_config.eos_token_id = None  # every answer is as long as asked
         model.generation_config.pad_token_id = 0
+        if device.type == "cpu":
+            compute_in_float32(model)  # for the variants that want it
     return {"LLaVA-1.5": llava, "MQT": mqt}
 
 
@@ -119,7 +128,8 @@ def measurements(model, variant: Variant, new_tokens: int, device: torch.device)
             part._compiled_call_impl = compiled_call if variant.compiled else None
         if variant.compiled:
             cache[CACHE_NAME].reset()
-        with torch.no_grad():
+        plain = contextlib.nullcontext() if variant.float32 else mock.patch.object(Float32Linear, "forward", LINEAR)
+        with torch.no_grad(), plain:
             return function()
 
     def generate(max_new_tokens=1 + new_tokens, streamer=None):

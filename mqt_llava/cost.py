@@ -33,6 +33,7 @@ class Cost:
         num_visual_tokens (`int`): m.
         num_prompt_tokens (`int`): length of each prompt, text and visual tokens.
         prefill_flops (`dict[str, int]`): FLOPs up to the first token of each part of the model, for the whole batch.
+        prefill_tokens (`dict[str, int]`): on how many tokens at once each part computes them.
         decode_flops (`int`): FLOPs of one further token for each row of the batch, at the mean length.
         num_decode_steps (`int`): how many further tokens there are.
         weight_bytes (`dict[str, int]`): the weights of each part. An `lm_head` tied to the embeddings has none.
@@ -45,6 +46,7 @@ class Cost:
     num_visual_tokens: int
     num_prompt_tokens: int
     prefill_flops: dict[str, int]
+    prefill_tokens: dict[str, int]
     decode_flops: int
     num_decode_steps: int
     weight_bytes: dict[str, int]
@@ -63,12 +65,18 @@ class Cost:
         return sum(self.weight_bytes.values()) + self.kv_cache_bytes + self.activation_bytes
 
     def time_to_first_token(self, speed: DeviceSpeed) -> float:
-        """Seconds up to the first token on prepared inputs: a floor, which launches and small matrices keep from."""
-        return sum(speed.seconds(flops, self.prefill_read_bytes[part]) for part, flops in self.prefill_flops.items())
+        """Seconds up to the first token on prepared inputs."""
+        tower = speed if speed.image_rate is None else DeviceSpeed(speed.image_rate, speed.bytes_per_second)
+        return sum(
+            (tower if part == "vision_tower" else speed).seconds(
+                flops, self.prefill_read_bytes[part], self.prefill_tokens[part]
+            )
+            for part, flops in self.prefill_flops.items()
+        )
 
     def time_per_token(self, speed: DeviceSpeed) -> float:
-        """Seconds for one further token of each row, again a floor."""
-        return speed.seconds(self.decode_flops, self.decode_read_bytes)
+        """Seconds for one further token of each row."""
+        return speed.seconds(self.decode_flops, self.decode_read_bytes, self.prefill_tokens["lm_head"])
 
     def latency(self, speed: DeviceSpeed) -> float:
         """Seconds up to the last token."""
@@ -203,6 +211,12 @@ class CostModel:
             num_visual_tokens=m,
             num_prompt_tokens=length,
             prefill_flops=prefill_flops,
+            prefill_tokens={
+                "vision_tower": images * (self.num_patches + 1),
+                "query_transformer": images * self.num_patches,
+                "language_model": batch_size * (length - num_cached_tokens),
+                "lm_head": batch_size,
+            },
             decode_flops=batch_size * (self.flops_per_token + self.flops_per_pair * attended) + head_flops,
             num_decode_steps=steps,
             weight_bytes=weights,

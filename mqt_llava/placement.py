@@ -48,23 +48,35 @@ def _free_in_cgroups(root: Path, process: Path) -> list[int]:
     for line in process.read_text().splitlines() if process.exists() else []:
         _, controllers, name = line.split(":", 2)
         if controllers == "memory":
-            home, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            home, files = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
         elif not controllers:
-            home, names = root, ("memory.max", "memory.current", "inactive_file")
+            home, files = root, ("memory.max", "memory.current")
         else:
             continue
         folder = home / name.lstrip("/")
         # inside a container the own group is the root of what can be seen
         for group in (folder, *folder.parents) if folder.is_dir() else (home,):
             try:
-                limit, used = ((group / file).read_text().strip() for file in names[:2])
-                cached = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
-                free.append(int(limit) - int(used) + int(cached.get(names[2], 0)))
-            except (OSError, ValueError):  # no such file, or no limit: "max"
+                limit, used = (int((group / file).read_text()) for file in files)
+                usage = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
+                prefix = "total_" * (home != root)
+                cached = sum(int(usage[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))
+                free.append(limit - used + cached)
+            except (KeyError, OSError, ValueError):  # no such file, or no limit: "max"
                 pass
             if group == home:
                 break
     return free
+
+
+def choose_dtype(costs: CostModel, device, **request) -> torch.dtype:
+    """In which dtype a model is loaded where nothing is said: the checkpoint's own; on a CPU float32, where there is room to
+    spare, since not every CPU computes fast in another one."""
+    own = costs.config.dtype or costs.config.text_config.dtype or torch.float32
+    if torch.device(device).type != "cpu":
+        return own
+    spare = ROOM * costs(dtype=torch.float32, **request).memory_bytes <= free_memory(device)
+    return torch.float32 if spare else own
 
 
 def place_model(
@@ -75,8 +87,8 @@ def place_model(
 
     Args:
         costs (`CostModel`): of the model.
-        dtype (`torch.dtype`, *optional*): of the weights. Without it the checkpoint's own; on a CPU float32, where there is
-            room to spare, since not every CPU computes fast in another one.
+        dtype (`torch.dtype`, *optional*): of the weights. Without it that of [`choose_dtype`], or the checkpoint's own where
+            they are quantized.
         num_bits (`int`, *optional*): 4 or 8, for a language model whose weights are quantized.
         request: number and length of prompts and answers, as [`CostModel`] takes them.
 
@@ -94,8 +106,7 @@ def place_model(
         return int(cost.memory_bytes - weights + quantized)
 
     if dtype is None:
-        spare = device.type == "cpu" and num_bits is None and ROOM * needed(torch.float32) <= free
-        dtype = torch.float32 if spare else own
+        dtype = choose_dtype(costs, device, **request) if num_bits is None else own
     need = needed(dtype)
     if need <= free:
         return Placement(dtype, need)

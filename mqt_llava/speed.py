@@ -1,67 +1,129 @@
-"""How fast a device is: its matmul rate and its memory bandwidth, measured."""
+"""How fast a device is: layers on few and many tokens, and reading memory, measured."""
 
+import statistics
 import time
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
 from torch import nn
+from transformers import AutoModel, CLIPVisionConfig, LlamaConfig
 
-from .cpu import compute_in_float32, is_slow
+from .cpu import FEW_TOKENS, compute_in_float32, is_slow
+
+
+TOKEN_COUNTS = (1, FEW_TOKENS - 1, FEW_TOKENS, 32, 96, 288)
+SECONDS = 0.2  # for each of them
+# Two layers of each kind, of the sizes in a 7B model with CLIP ViT-L/14: together larger than caches are
+LANGUAGE_MODEL = LlamaConfig(num_hidden_layers=2, vocab_size=8)
+VISION_TOWER = CLIPVisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=2,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+)
 
 
 @dataclass(frozen=True)
 class DeviceSpeed:
-    """How fast a device multiplies matrices and reads memory; see [`measure_device`]."""
+    """How fast a device multiplies matrices and reads memory; see [`measure_device`].
+
+    Args:
+        flops_per_second (`float`): of a language model on many tokens.
+        bytes_per_second (`float`): at which memory is read.
+        token_rates (`tuple[tuple[int, float], ...]`, *optional*): FLOPs per second of a language model on so many tokens at once,
+            which is less for few of them, since all weights are read for them, too.
+        image_rate (`float`, *optional*): FLOPs per second of a vision tower.
+    """
 
     flops_per_second: float
     bytes_per_second: float
+    token_rates: tuple[tuple[int, float], ...] = ()
+    image_rate: float | None = None
 
-    def seconds(self, flops: float, num_bytes: float) -> float:
-        """The least time for so many FLOPs on so many bytes: computing and reading overlap, the slower one counts."""
-        return max(flops / self.flops_per_second, num_bytes / self.bytes_per_second)
+    def seconds(self, flops: float, num_bytes: float, num_tokens: int | None = None) -> float:
+        """
+        The time for so many FLOPs on so many bytes: computing and reading overlap, the slower one counts.
+
+        Args:
+            num_tokens (`int`, *optional*): on which the layers run at once. Without it the time is the least that is possible.
+        """
+        rate = self.flops_per_second
+        if num_tokens is not None and self.token_rates:
+            counts = [count for count, _ in self.token_rates]
+            above = min(bisect_left(counts, num_tokens), len(counts) - 1)
+            (low, low_rate), (high, high_rate) = self.token_rates[max(above - 1, 0)], self.token_rates[above]
+            rate = high_rate
+            if low < num_tokens < high:  # a layer's time is all but linear in between
+                share = (num_tokens - low) / (high - low)
+                rate = num_tokens / ((1 - share) * low / low_rate + share * high / high_rate)
+        return max(flops / rate, num_bytes / self.bytes_per_second)
 
 
-def measure_device(device="cpu", dtype: torch.dtype | str = torch.bfloat16, repeats: int = 5) -> DeviceSpeed:
-    """The matmul rate and the memory bandwidth that a device reaches: the best of several short runs, in a second or so.
-
-    The rate is that of a linear layer on as many tokens as it has inputs, in float32 on a CPU that is slow in `dtype` (see
-    [`compute_in_float32`]). The bandwidth is the better of the layer on one token, which is what decoding does, and a copy,
-    which reads and writes.
+@torch.no_grad()
+def measure_device(device="cpu", dtype: torch.dtype | str = torch.bfloat16) -> DeviceSpeed:
+    """How fast layers run on a device: two of a 7B language model on few and many tokens, two of a vision tower on an image, and
+    a copy of memory. That takes some seconds, and 2 GB. On a CPU that is slow in `dtype` they multiply many tokens in float32,
+    see [`compute_in_float32`].
 
     Args:
         device: as torch takes it.
-        dtype (`torch.dtype` or its name): of the matrices. Weights of this type are what the bandwidth is for.
+        dtype (`torch.dtype` or its name): of weights and activations.
     """
     device, dtype = torch.device(device), resolve_dtype(dtype)
-    side = 2048 if device.type == "cpu" else 8192
-    # beyond every cache: 256 MB in float32 on a CPU, 2 GB in bfloat16 on a GPU
-    weight = torch.randn(16 * side, side, device=device, dtype=dtype)  # a GPU multiplies ones faster than numbers
-    layer = nn.Linear(side, side, bias=False, device="meta")
-    layer.weight = nn.Parameter(weight[:side])
-    layer = nn.Sequential(layer)
-    if device.type == "cpu" and is_slow(dtype):
-        compute_in_float32(layer)
-    tokens, copy = torch.randn(side, side, device=device, dtype=dtype), torch.empty_like(weight)
-    with torch.no_grad():
-        flops_per_second = 2 * side**3 / best_time(lambda: layer(tokens), device, repeats)
-        read = weight.nbytes / best_time(lambda: nn.functional.linear(tokens[:1], weight), device, repeats)
-    copied = 2 * weight.nbytes / best_time(lambda: copy.copy_(weight), device, repeats)
-    return DeviceSpeed(flops_per_second, max(read, copied))
+    language, vision = (random_model(config, device, dtype) for config in (LANGUAGE_MODEL, VISION_TOWER))
+    num_weights = count_linear(language)
+    rates = []
+    for count in TOKEN_COUNTS if device.type == "cpu" else (*TOKEN_COUNTS, 2048):
+        embeds = torch.randn(1, count, LANGUAGE_MODEL.hidden_size, device=device, dtype=dtype)
+        seconds = mean_time(lambda embeds=embeds: language(inputs_embeds=embeds, use_cache=False), device)
+        rates.append((count, 2 * count * num_weights / seconds))
+    num_patches = (VISION_TOWER.image_size // VISION_TOWER.patch_size) ** 2 + 1
+    patches = torch.randn(1, num_patches, VISION_TOWER.hidden_size, device=device, dtype=dtype)
+    seconds = mean_time(lambda: vision.encoder(inputs_embeds=patches), device)
+    image_rate = 2 * num_patches * count_linear(vision) / seconds
+    weight = torch.cat([parameter.flatten() for parameter in language.parameters()])
+    half = len(weight) // 2
+    copied = 2 * weight[:half].nbytes / mean_time(lambda: weight[:half].copy_(weight[half : 2 * half]), device)
+    read = rates[0][1] * dtype.itemsize / 2  # each weight is two FLOPs
+    return DeviceSpeed(max(rate for _, rate in rates), max(read, copied), tuple(rates), image_rate)
 
 
-def best_time(function, device: torch.device, repeats: int) -> float:
-    """Seconds of a call, the fastest of several, after one that is not counted. On a GPU that of many in a row, without the
-    time to launch and to wait."""
-    calls = 1 if device.type == "cpu" else 20
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
+def random_model(config, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A model whose weights repeat themselves: to draw all of them would take longer than to time it."""
+    with init_empty_weights():
+        model = AutoModel.from_config(config, dtype=dtype).eval()
+    numbers = 0.02 * torch.randn(2**20)
+    for name, parameter in model.named_parameters():
+        values = torch.empty(parameter.shape, dtype=dtype)
+        for part in values.flatten().split(len(numbers)):
+            part.copy_(numbers[: len(part)])
+        set_module_tensor_to_device(model, name, device, value=values)
+    model.to(device)
+    return compute_in_float32(model) if device.type == "cpu" and is_slow(dtype) else model
+
+
+def count_linear(model: nn.Module) -> int:
+    return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+
+
+def mean_time(function, device: torch.device) -> float:
+    """Seconds of a call: the mean of the faster half, after one that is not counted. Those of a GPU are timed ten in a row."""
+    calls = 1 if device.type == "cpu" else 10
+    times, start = [], time.perf_counter()
+    while len(times) < 3 or time.perf_counter() < start + SECONDS:
+        before = time.perf_counter()
         for _ in range(calls):
             function()
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
-        times.append((time.perf_counter() - start) / calls)
-    return min(times[1:])
+        times.append((time.perf_counter() - before) / calls)
+    times = sorted(times[1:])
+    return statistics.mean(times[: (len(times) + 1) // 2])
 
 
 def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -49,7 +49,7 @@ def cost(
     new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of an answer.")] = 1,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts answered at once.")] = 1,
     device: Annotated[str, typer.Option(help="Whose speed is measured: auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="auto: as `ask` chooses it.")] = Dtype.auto,
     flops: Annotated[
         float | None,
         typer.Option(
@@ -71,8 +71,8 @@ def cost(
 ):
     """Show what an answer costs for each number of visual tokens m: compute, memory and time.
 
-    Compute and memory follow from the checkpoint's config. Times are the least that the device's matmul rate and memory
-    bandwidth allow, both measured now. With a budget, the largest m that keeps within it is named.
+    Compute and memory follow from the checkpoint's config. Times are predicted from them, and from how fast the device runs
+    linear layers and reads memory, which is measured now. With a budget, the largest m that keeps within it is named.
 
     \b
     mqt-llava cost --new-tokens 100
@@ -95,18 +95,20 @@ def cost(
     num_visual_tokens = [check_num_visual_tokens(m, num_query_tokens) for m in num_visual_tokens]
 
     from ..cost import measure_device
+    from ..placement import choose_dtype
 
     device = resolve_device(device)
-    dtype = dtype.value if dtype is not Dtype.auto else "float32" if device.type == "cpu" else "bfloat16"
-    speed = measure_device(device, dtype)
     costs = load_costs(checkpoint, config)
     request = {
         "num_text_tokens": text_tokens,
         "num_images": images,
         "batch_size": batch_size,
         "num_new_tokens": new_tokens,
-        "dtype": dtype,
     }
+    chosen = dtype.value if dtype is not Dtype.auto else str(choose_dtype(costs, device, **request))
+    dtype = chosen.removeprefix("torch.")
+    request["dtype"] = dtype
+    speed = measure_device(device, dtype)
     budgets = {"flops": flops, "memory_bytes": memory, "latency_s": latency}
     budgets = {name: budget for name, budget in budgets.items() if budget is not None}
     fitting = None
@@ -125,7 +127,7 @@ def cost(
         print_table(rows, full_flops=costs(num_query_tokens, **request).flops, fitting=fitting)
         print(
             f"Prompts: {batch_size} of {text_tokens} text tokens and {images} image{'s' * (images > 1)}. Answers of "
-            f"{new_tokens} token{'s' * (new_tokens > 1)}. {dtype} on {device}.\nTimes are floors at "
+            f"{new_tokens} token{'s' * (new_tokens > 1)}. {dtype} on {device}.\nTimes are predicted from "
             f"{speed.flops_per_second / 1e12:.3g} TFLOP/s and {speed.bytes_per_second / 1e9:.3g} GB/s, measured now."
         )
         if fitting is not None:

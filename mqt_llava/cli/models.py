@@ -23,6 +23,9 @@ ModelOption = Annotated[
 ]
 
 
+EXTRAS = {"peft": "train", "bitsandbytes": "quantize", "torchao": "quantize"}  # which extra has a library
+
+
 class Dtype(str, Enum):
     auto = "auto"
     bfloat16 = "bfloat16"
@@ -71,9 +74,10 @@ def loading(checkpoint: str, kind: str = "model"):
     except UsageError:
         raise
     except ImportError as error:
-        if (error.name or "").partition(".")[0] not in ("accelerate", "peft"):
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
             raise
-        raise UsageError(f"{error.name} is missing: pip install 'mqt-llava[train]'") from None
+        raise UsageError(f"{error.name} is missing: pip install 'mqt-llava[{extra}]'") from None
     except Exception as error:
         reason = str(error).strip().split("\n")[0].rstrip(":") or type(error).__name__
         raise UsageError(f"cannot load the {kind} {checkpoint}: {reason}") from None
@@ -162,7 +166,8 @@ def place(checkpoint: str, costs, device, dtype: str, num_bits: int | None = Non
 def load_model(
     checkpoint: str, device, placement, adapter: str | None = None, num_bits: int | None = None, compute: str = "auto"
 ):
-    """Processor and model, ready to answer; an adapter is merged into the weights. On a terminal it shows how far it is.
+    """Processor and model, ready to answer; an adapter is merged into weights that are not quantized. On a terminal it shows how
+    far it is.
 
     Args:
         device (`torch.device`): as [`resolve_device`] has it. placement (`Placement`): see [`place`].
@@ -191,7 +196,9 @@ def load_model(
             with loading(adapter, "adapter"):
                 from ..training.adapters import load_adapter
 
-                model = load_adapter(model, adapter).merge_and_unload()
+                model = load_adapter(model, adapter)
+                if num_bits is None:
+                    model = model.merge_and_unload()
         if not options:
             model = model.to(device)
         if device.type == "cpu" and num_bits is None:

@@ -1,3 +1,5 @@
+import contextlib
+import fcntl
 import functools
 import http.server
 import importlib
@@ -6,8 +8,11 @@ import json
 import os
 import pty
 import re
+import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import warnings
 from pathlib import Path
@@ -801,3 +806,54 @@ def test_download_progress_stays_as_it_was():
             assert not logging.is_progress_bar_enabled()
     finally:
         (disable_progress_bars if was_disabled else enable_progress_bars)()
+
+
+# Weights that take their time to be read
+SLOW = """
+import time
+from mqt_llava.cli import models
+def read(model, bar):
+    for _ in bar(None, (range(100),), {"desc": "Reading weights"}):
+        time.sleep(0.2)
+models.read_mapped = read
+from mqt_llava_cli import main
+main()
+"""
+
+
+def test_loading_shows_progress_and_can_be_interrupted(checkpoint, files):
+    """On a terminal, when it takes more than a second."""
+    terminal, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "-c", SLOW, "ask", files[0], QUESTION, "--model", str(checkpoint)]
+    with subprocess.Popen(command, stderr=side, stdout=subprocess.PIPE) as process:
+        os.close(side)
+        seen = ""
+        while "Reading weights" not in seen:
+            new = os.read(terminal, 65536).decode()
+            assert new, seen
+            seen += new
+        process.send_signal(signal.SIGINT)
+        output = process.stdout.read()
+        with contextlib.suppress(OSError):  # the other side is closed
+            while new := os.read(terminal, 65536):
+                seen += new.decode()
+    os.close(terminal)
+    assert process.returncode == 130 and output == b""
+    assert "Traceback" not in seen and "Loading weights" not in seen  # that was quick
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_what_is_known_before_the_question_is_computed_before_it(num_images):
+    """And the answer is the same."""
+    model, processor, lengths = make_model(), make_processor(), []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    chat = conversation.Conversation(processor, model, make_images(2)[:num_images], 4, LENGTH)
+    chat.prefill()
+    known = lengths.pop()
+    result = chat.ask(QUESTION)
+    assert lengths[0] == result["prompt_tokens"] - known
+    assert known > 4 * num_images and lengths[0] < 40
+    assert result["answer"] == expected_answer(make_images(2)[:num_images], [QUESTION], 4)

@@ -172,9 +172,18 @@ def test_needs_a_budget():
 
 
 def test_measures_the_device():
-    speed = measure_device("cpu", "float32", repeats=1)
+    speed = measure_device("cpu", "float32")
     assert 1e8 < speed.flops_per_second < 1e16
     assert 1e7 < speed.bytes_per_second < 1e14
+    assert all(0 < rate <= speed.flops_per_second for _, rate in speed.token_rates)
+
+
+def test_few_tokens_take_longer_each():
+    speed = DeviceSpeed(100.0, float("inf"), ((1, 10.0), (10, 50.0), (100, 100.0)))
+    seconds = [speed.seconds(count, 0, count) for count in (1, 10, 55, 100, 1000)]
+    assert seconds == pytest.approx([0.1, 0.2, 0.6, 1, 10])  # in between the mean of 0.2 and 1
+    assert speed.seconds(55, 0) == 0.55 and speed.seconds(1, 0, 0) == 0.1
+    assert DeviceSpeed(100.0, 1.0).seconds(1, 5, 1) == 5
 
 
 class TestCommand:

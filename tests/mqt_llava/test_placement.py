@@ -36,7 +36,7 @@ def write_group(folder, version, limit, used, cached):
     for name, value in zip(names, (limit, used)):
         (folder / name).write_text(f"{value}\n")
     prefix = "" if version == 2 else "total_"
-    (folder / "memory.stat").write_text(f"anon 5\n{prefix}inactive_file {cached}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{prefix}inactive_file {cached - 10}\n{prefix}active_file 10\n")
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -45,7 +45,7 @@ def test_limits_of_containers(tmp_path, version):
     root, process = tmp_path / "cgroup", tmp_path / "process"
     process.write_text("5:cpu:/other\n4:memory:/jobs/one\n" if version == 1 else "0::/jobs/one\n")
     home = root / "memory" if version == 1 else root
-    write_group(home, version, 2**62 if version == 1 else "max", 9000, 0)
+    write_group(home, version, 2**62 if version == 1 else "max", 9000, 10)
     assert free_memory("cpu", root, process) == pytest.approx(psutil.virtual_memory().available, rel=0.2)
     (home / "jobs/one").mkdir(parents=True)
     write_group(home / "jobs", version, 5000, 3000, 500)

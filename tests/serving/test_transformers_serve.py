@@ -1,5 +1,6 @@
 """`mqt-llava serve`: transformers' own server, with the shipped checkpoint."""
 
+import subprocess
 import sys
 
 import pytest
@@ -54,3 +55,28 @@ def test_answers_are_those_of_generate(address, pictures):
         ask(num_visual_tokens=0)
     assert ask() == expected[-1]
     assert requests.get(f"{address}/health", timeout=5).ok
+
+
+def test_load_in_8bit():
+    """The server answers with a quantized language model, as `ask` does."""
+    pytest.importorskip("torchao")
+    command = [sys.executable, "-m", "mqt_llava.cli", "serve", "--device", "cpu", "--load-in-8bit"]
+    with serving(command) as (address, _):
+        client = OpenAI(base_url=f"{address}/v1", api_key="none")
+        picture = Image.open("examples/scene.png")
+        completion = client.chat.completions.create(
+            model=mqt_llava.TINY_CHECKPOINT,
+            messages=[{"role": "user", "content": content([as_url(picture)], QUESTION)}],
+            temperature=0,
+            max_tokens=24,
+        )
+        found = completion.choices[0].message.content
+    command = [sys.executable, "-m", "mqt_llava.cli", "ask", "examples/scene.png", QUESTION, "--load-in-8bit"]
+    expected = subprocess.run([*command, "--max-new-tokens", "24"], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == expected.strip()
+
+
+def test_what_does_not_fit_is_refused():
+    command = [sys.executable, "-m", "mqt_llava.cli", "serve", "--device", "cpu", "--load-in-8bit", "--load-in-4bit"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "Error: --load-in-4bit and --load-in-8bit exclude each other" in result.stderr
