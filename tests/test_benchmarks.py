@@ -1,5 +1,6 @@
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +68,43 @@ def test_generation_marks_what_is_not_measured():
     if "Not measured" in setting:
         assert {row["first token"] for row in rows} == {"not measured"}
         assert {row["way"] for row in rows} == {"sdpa", "flash_attention_2", "sdpa, compiled"}
+
+
+@pytest.mark.slow
+def test_rehearsal_at_real_size(tmp_path):
+    """With one layer in place of 32."""
+    result = run_benchmark("real_size", "--folder", tmp_path / "work", "--layers", "1", "--output_dir", tmp_path)
+    table = (tmp_path / "real_size.md").read_text()
+    assert table in result.stdout and not (tmp_path / "work").exists()
+    assert re.search(r"This takes \d+\.\d GB in .+, which has \d+\.\d GB free", result.stderr)
+    for step in (
+        "convert MQT-LLaVA-7b",
+        "cost",
+        "--num-visual-tokens 256",
+        "--compare 1,16,256",
+        "--load-in-4bit",
+        "again",
+    ):
+        assert re.search(rf"\| [^|]*{re.escape(step)}[^|]*\| [\d.]+ \| [\d.]+ \| [\d.]+ \| \S", table), step
+    assert table.count("tensors that differ 0") == 2
+
+
+def test_rehearsal_leaves_what_is_there(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.real_size", "--folder", tmp_path]
+    result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert result.returncode == 2 and f"{tmp_path} is there already" in result.stderr and tmp_path.exists()
+
+
+@pytest.mark.slow
+def test_paths_of_a_cpu_side_by_side(tmp_path):
+    options = "--avx2 --preset tiny --num_visual_tokens 16 --repeats 1 --output_dir".split()
+    result = run_benchmark("cpu_path", *options, tmp_path)
+    table = (tmp_path / "cpu_path_avx2.md").read_text()
+    assert table in result.stdout and re.search(r"\| 16 \| [\d.]+ \| [\d.]+ \|", table)
+
+
+@pytest.mark.slow
+def test_quantization_of_each_part(tmp_path):
+    result = run_benchmark("quantization", "--pictures", "3", "--num_bits", "4", "--output_dir", tmp_path)
+    table = (tmp_path / "quantization.md").read_text()
+    assert table in result.stdout and table.count("| 4 | ") == 4 and table.count("| 16 | nothing") == 1
