@@ -5,10 +5,8 @@ import sys
 
 
 def main():
-    for library in (
-        "torchao",
-        "torch.utils._pytree",
-    ):  # which transformers imports where it is there, and which says so
+    # transformers imports torchao where it is there, and hears what it could not load
+    for library in ("torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         from mqt_llava.cli import main

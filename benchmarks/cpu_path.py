@@ -72,6 +72,7 @@ def main():
     table = f"{setting} {legend}\n\n{markdown(rows, COLUMNS)}"
     print(table)
     if arguments.output_dir:
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
         name = "cpu_path_avx2.md" if arguments.avx2 else "cpu_path.md"
         (arguments.output_dir / name).write_text(table)
 

@@ -106,7 +106,8 @@ COLUMNS = {  # the unit and the format of each
 def benchmark(preset: dict) -> tuple[list[dict], str]:
     """The rows of the table, in seconds and bytes, and the setting in words."""
     device, dtype = torch.device(preset["device"]), resolve_dtype(preset["dtype"])
-    ways = [WAYS[name] for name in preset.get("ways", ["sdpa"])]
+    float32 = device.type == "cpu" and is_slow(dtype)  # what `mqt-llava ask` would take, and what is predicted
+    ways = [WAYS[name] for name in preset.get("ways", ["float32" if float32 else "sdpa"])]
     chosen = variants(preset["batch_sizes"], preset["num_visual_tokens"], ways)
     costs = CostModel(configs(preset)[1])
     full_flops = llava_flops(preset, costs)
@@ -134,7 +135,6 @@ def benchmark(preset: dict) -> tuple[list[dict], str]:
     peaks = {key: peak_memory(function, device) for key, function in remembered.items()}
 
     rows, llava = [], {}
-    float32 = device.type == "cpu" and is_slow(dtype)  # what the prediction is for
     for variant in chosen:
         row = describe(variant, costs, full_flops)
         rows.append(row)

@@ -35,9 +35,8 @@ class Variant:
     num_text_tokens: int = TEXT_TOKENS
     attention: str = "sdpa"
     float32: bool = False  # products of many tokens on a CPU, see `mqt_llava.cpu`
-    compiled: bool = (
-        False  # tower and language model, and a static cache, for which `generate` compiles decoding on a GPU
-    )
+    # Tower and language model, and a static cache, for which `generate` compiles decoding on a GPU
+    compiled: bool = False
 
     @property
     def tower(self) -> tuple:

@@ -5,17 +5,22 @@
 On scenes that `mqt-llava-tiny` was not trained on: how many greedy answers are right, and how far the distribution of each token
 of the right answer moves (Kullback-Leibler divergence in nats, mean over tokens). 12 M parameters feel rounding more than 7 B do;
 what the table is for is the comparison of the parts, and of small with large m. The head is never quantized: both libraries leave it
-out, and here it is tied to the embeddings.
+out, and here it is tied to the embeddings. Then the time of a layer of a 7B model by each library.
 """
 
 import argparse
+import copy
+import statistics
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from benchmarks.measure import machine, markdown
+from benchmarks.measure import machine, markdown, seconds
 from mqt_llava import TINY_CHECKPOINT
 from mqt_llava.quantization import quantization_config
 from mqt_llava.training.evaluate import evaluation_set, is_right
@@ -28,6 +33,8 @@ PARTS = {
     "vision tower": "model.vision_tower",
 }
 QUANTIZED = {"nothing": (), **{name: (name,) for name in PARTS}, "everything": tuple(PARTS)}
+TOKEN_COUNTS = (1, 16, 57, 300)
+TIME_COLUMNS = {"layer": (None, "s")} | {str(count): (1e-3, ",.1f") for count in TOKEN_COUNTS}
 COLUMNS = {"bits": (None, "s"), "quantized": (None, "s")}
 COLUMNS |= {f"right, m = {m}": (0.01, ".1f") for m in NUM_VISUAL_TOKENS}
 COLUMNS |= {f"divergence, m = {m}": (1, ".2g") for m in NUM_VISUAL_TOKENS}
@@ -63,6 +70,35 @@ def distributions(model, processor, samples, m: int, batch_size: int = 100) -> t
     return torch.cat(found)
 
 
+@torch.no_grad()
+def layer_times() -> list[dict]:
+    """How long a layer of a 7B model takes in bfloat16, and quantized by each library."""
+    layers = {"bfloat16": nn.Linear(4096, 11008, bias=False, dtype=torch.bfloat16)}
+    weight = layers["bfloat16"].weight.data
+    if find_spec("bitsandbytes"):
+        from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+
+        layers["8 bits, bitsandbytes"] = layer = Linear8bitLt(4096, 11008, bias=False, has_fp16_weights=False)
+        layer.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        layers["4 bits, bitsandbytes"] = layer = Linear4bit(4096, 11008, False, torch.bfloat16, quant_type="nf4")
+        layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")
+    if find_spec("torchao"):
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        layers["8 bits, torchao"] = layer = nn.Sequential(copy.deepcopy(layers["bfloat16"]))
+        quantize_(layer, Int8DynamicActivationInt8WeightConfig())
+    rows = []
+    for name, layer in layers.items():
+        layer.to("cpu")
+        row = {"layer": name}
+        for count in TOKEN_COUNTS:
+            tokens = torch.randn(count, 4096, dtype=torch.bfloat16)
+            times = [seconds(partial(layer, tokens), torch.device("cpu")) for _ in range(6)]
+            row[str(count)] = statistics.median(times[1:])
+        rows.append(row)
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=150)
@@ -87,9 +123,11 @@ def main():
             rows.append(row)
             print(row, flush=True)
     setting = f"{machine(torch.device('cpu'))}. {len(samples)} questions, divergence over {len(few)} of them."
-    table = f"{setting}\n\n{markdown(rows, COLUMNS)}"
+    times = "A linear layer of 4096 x 11008 on so many tokens, in ms (medians of 5), by the libraries that there are:"
+    table = f"{setting}\n\n{markdown(rows, COLUMNS)}\n{times}\n\n{markdown(layer_times(), TIME_COLUMNS)}"
     print(table)
     if arguments.output_dir:
+        arguments.output_dir.mkdir(parents=True, exist_ok=True)
         (arguments.output_dir / "quantization.md").write_text(table)
 
 

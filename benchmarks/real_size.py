@@ -64,7 +64,8 @@ def resident(pid: int) -> tuple[int, int]:
         memory = psutil.Process(pid).memory_info()
     except psutil.Error:  # it has ended
         return 0, 0
-    return memory.rss - memory.shared, memory.shared
+    shared = getattr(memory, "shared", 0)  # Linux alone tells
+    return memory.rss - shared, shared
 
 
 def rehearse(folder: Path, layers: int) -> list[dict]:
@@ -78,10 +79,11 @@ def rehearse(folder: Path, layers: int) -> list[dict]:
     def convert(step, *arguments):
         rows.append(run(step, *program, "convert", *arguments, "--verify", "--json"))
         report = json.loads(rows[-1]["output"])
-        checks = {check["name"]: check for check in report["checks"]}
-        rows[-1]["result"] = f"{report['nbytes'] / 1e9:.2f} GB, " + ", ".join(
-            f"{name} {checks[name]['difference']:.1g}" for name in ("tensors that differ", "visual tokens", "logits")
-        )
+        worst = {}
+        for check in report["checks"]:
+            worst[check["name"]] = max(check["difference"], worst.get(check["name"], 0))
+        differences = ", ".join(f"{name} {difference:.1g}" for name, difference in worst.items())
+        rows[-1]["result"] = f"{report['nbytes'] / 1e9:.2f} GB; {differences}"
 
     def ask(step, *options):
         question = [photo, QUESTION, "--model", converted, "--max-new-tokens", 8, "--json", *options]

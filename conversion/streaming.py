@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import cpu_offload, init_empty_weights
 from accelerate.hooks import ModelHook, add_hook_to_module
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from .files import LazyTensor
 
@@ -33,16 +33,33 @@ class Rounded(ModelHook):
         return args, kwargs
 
 
+def round_weights(model, dtype: torch.dtype):
+    for module in model.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            add_hook_to_module(module, Rounded(dtype), append=True)
+
+
 class Weights(Mapping):
-    """Tensors of a causal language model in float32, by the names of its class, read each time they are asked for."""
+    """Tensors in float32, by the names of a causal language model's class, read each time they are asked for.
+
+    Args:
+        tensors (`dict[str, LazyTensor]`): by those names, with the prefix of the base model or without it.
+
+    Raises:
+        `ValueError`: where a weight of the model is not among them.
+    """
 
     def __init__(self, tensors: dict[str, LazyTensor], model):
-        prefix, tied = model.base_model_prefix + ".", model.get_output_embeddings()
+        prefix, head = model.base_model_prefix + ".", model.get_output_embeddings()
+        embeddings = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
         self.tensors = {}
         for name in model.state_dict():
-            stored = name if name in tensors else name.removeprefix(prefix)
-            if stored not in tensors and model.get_submodule(name.rpartition(".")[0]) is tied:
-                stored = next(key for key in tensors if key.endswith("embed_tokens.weight"))
+            names = [name, name.removeprefix(prefix)]
+            if model.get_submodule(name.rpartition(".")[0]) is head:  # it may be tied
+                names += [f"{embeddings}.weight", f"{embeddings}.weight".removeprefix(prefix)]
+            stored = next((one for one in names if one in tensors), None)
+            if stored is None:
+                raise ValueError(f"--verify finds no tensor {name}; convert without it, and compare answers yourself")
             self.tensors[name] = tensors[stored]
 
     def __getitem__(self, name):
@@ -66,15 +83,13 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, adapter: Path | N
         folder, dtype=torch.float32, device_map=DEVICE_MAP, trust_remote_code=False
     )
     if dtype is not None:
-        for module in model.modules():
-            if next(module.parameters(recurse=False), None) is not None:
-                add_hook_to_module(module, Rounded(dtype), append=True)
+        round_weights(model, dtype)
     if adapter is None:
         return model.eval()
     from peft import PeftModel, load_peft_weights
 
     del model.hf_device_map  # else PEFT would move the layers into memory
-    model = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True)
+    model = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True, torch_device="cpu")
     # PEFT puts LoRA where the layer's weights are, which is nowhere now
     weights = load_peft_weights(str(adapter), device="cpu").items()
     pattern = re.compile(r"\.(lora_[AB])\.")
@@ -87,15 +102,28 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, adapter: Path | N
     return model.get_base_model().eval()
 
 
-def load_language_model(config, tensors: dict[str, LazyTensor]):
+def load_language_model(folder: Path, tensors: dict[str, LazyTensor], dtype: torch.dtype | None = None):
     """A causal language model of another library's folder, by its own class and in float32.
 
     Args:
-        config (`PreTrainedConfig`): of the model. tensors (`dict[str, LazyTensor]`): all of the folder.
+        tensors (`dict[str, LazyTensor]`): all of the folder. Those of `.bin` files are read by us: transformers would write them
+            anew, to read a layer at a time.
+        dtype (`torch.dtype`, *optional*): to which the weights are rounded before.
+
+    Raises:
+        `ValueError`: for `.bin` files whose tensors are not called as the class calls them.
     """
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    return cpu_offload(model, "cpu", state_dict=Weights(tensors, model))
+    if any(folder.glob("*.safetensors")):
+        options = {"dtype": torch.float32, "device_map": {"": "disk"}, "trust_remote_code": False}
+        model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    else:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = cpu_offload(model, "cpu", state_dict=Weights(tensors, model))
+    if dtype is not None:
+        round_weights(model, dtype)
+    return model
 
 
 def count_layers(model, tick):

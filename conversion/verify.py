@@ -1,8 +1,8 @@
 """A second opinion on a conversion: the authors' mathematics on the source tensors, against the converted model.
 
 The mathematics uses nothing of our model, our names or transformers' layers: the forward pass is written out from the tensors as
-they are stored in the source. The converted model runs as `from_pretrained` loads it. Both compute in float32, one layer in
-memory at a time, so that what is needed does not grow with the model.
+they are stored in the source. The converted model runs as `from_pretrained` loads it. Both compute in float32, one layer of the
+language model in memory at a time, so that what is needed does not grow with it.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer
+from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
 from . import lora
 from .authors import NUM_HEADS, reads_pieces
@@ -296,8 +296,7 @@ def verify_parts(
 ) -> list[Check]:
     """Compare a new model in `folder` with what it was made of, each run by its own class: its visual tokens have no source."""
     text_ids = processor.tokenizer(QUESTIONS[-1], return_tensors="pt")["input_ids"]
-    language_config = AutoConfig.from_pretrained(language_folder, trust_remote_code=False)
-    language = load_language_model(language_config, cast(read_tensors(language_folder), dtype))
+    language = load_language_model(language_folder, read_tensors(language_folder), dtype)
     count_layers(language, tick)
     expected_logits = language(input_ids=text_ids).logits
     tower = AutoModel.from_pretrained(vision_folder, dtype=dtype or torch.float32, trust_remote_code=False)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 
-ROWS = 1024  # of a weight that are in float32 at a time: a few MB, which stay in the CPU's caches
+ROWS = 1024  # of a weight that are in float32 at a time, 17 MB for 4096 inputs. More of them are no faster
 FEW_TOKENS = 8  # for fewer, reading the weights takes longer than the products
 
 
@@ -25,10 +25,9 @@ class Float32Linear(nn.Linear):
         tokens = input.reshape(num_tokens, -1).float()
         output = input.new_empty(num_tokens, self.out_features)
         block = tokens.new_empty(min(ROWS, self.out_features), self.in_features)
-        for weight, part in zip(self.weight.split(ROWS), output.split(ROWS, dim=1)):
-            part.copy_(tokens @ block[: len(weight)].copy_(weight).T)
-        if self.bias is not None:
-            output += self.bias
+        bias = tokens.new_zeros(self.out_features) if self.bias is None else self.bias.float()
+        for weight, part, offset in zip(self.weight.split(ROWS), output.split(ROWS, dim=1), bias.split(ROWS)):
+            part.copy_(torch.addmm(offset, tokens, block[: len(weight)].copy_(weight).T))
         return output.view(*input.shape[:-1], -1)
 
 
@@ -41,12 +40,9 @@ def compute_in_float32(model: nn.Module) -> nn.Module:
     Args:
         model (`nn.Module`): changed in place. Layers that something else has replaced, as quantization does, stay.
     """
-    for name, layer in list(model.named_modules()):
+    for layer in model.modules():
         if type(layer) is nn.Linear and layer.weight.dtype in (torch.bfloat16, torch.float16):
-            with torch.device("meta"):
-                new = Float32Linear(layer.in_features, layer.out_features, layer.bias is not None)
-            new.weight, new.bias = layer.weight, layer.bias
-            model.set_submodule(name, new.train(layer.training))
+            layer.__class__ = Float32Linear  # hooks and references stay, as with torch's parametrizations
     return model
 
 

@@ -1,6 +1,6 @@
 """Where a model fits, before its weights are read: in which dtype, and on which devices."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -19,26 +19,31 @@ class Placement:
 
     Args:
         dtype (`torch.dtype`): of weights that are not quantized.
-        needed_bytes (`int`): weights, cache and activations.
-        device_map (`str`, *optional*): `"auto"` where a GPU does not hold all of it.
+        options (`dict`): further arguments of `from_pretrained`, where a GPU does not hold all of it.
         note (`str`, *optional*): what is to be said of it, in one line.
     """
 
     dtype: torch.dtype
-    needed_bytes: int
-    device_map: str | None = None
+    options: dict = field(default_factory=dict)
     note: str | None = None
+
+
+def stored_dtype(config) -> torch.dtype:
+    """Of a checkpoint's weights, by its config."""
+    return config.dtype or config.text_config.dtype or torch.float32
 
 
 def free_memory(device, cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> int:
     """Bytes that a device has free for this process: of a CPU, what the machine has available and the container, by its
-    cgroups' limits, allows."""
+    cgroups' limits, allows. Infinite for a kind of device that cannot be asked here."""
     device = torch.device(device)
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if device.type != "cpu":
+        return float("inf")
     return min([psutil.virtual_memory().available, *_free_in_cgroups(cgroups, process)])
 
 
@@ -72,7 +77,7 @@ def _free_in_cgroups(root: Path, process: Path) -> list[int]:
 def choose_dtype(costs: CostModel, device, **request) -> torch.dtype:
     """In which dtype a model is loaded where nothing is said: the checkpoint's own; on a CPU float32, where there is room to
     spare, since not every CPU computes fast in another one."""
-    own = costs.config.dtype or costs.config.text_config.dtype or torch.float32
+    own = stored_dtype(costs.config)
     if torch.device(device).type != "cpu":
         return own
     spare = ROOM * costs(dtype=torch.float32, **request).memory_bytes <= free_memory(device)
@@ -96,35 +101,40 @@ def place_model(
         `ValueError`: where it fits nowhere, with what is needed, what is free and what would fit.
     """
     device = torch.device(device)
-    own = costs.config.dtype or costs.config.text_config.dtype or torch.float32
+    own = stored_dtype(costs.config)
     free = free_memory(device)
 
-    def needed(dtype, num_bits=num_bits):
+    def needed(dtype, num_bits):
         cost = costs(dtype=dtype, **request)
         weights = cost.weight_bytes["language_model"]
         quantized = weights if num_bits is None else weights / dtype.itemsize * QUANTIZED_ITEMSIZE[num_bits]
-        return int(cost.memory_bytes - weights + quantized)
+        return cost.memory_bytes - weights + quantized
 
     if dtype is None:
         dtype = choose_dtype(costs, device, **request) if num_bits is None else own
-    need = needed(dtype)
+    need = needed(dtype, num_bits)
     if need <= free:
-        return Placement(dtype, need)
-    words = f"the model needs {gigabytes(need)} in {_words(dtype, num_bits)}; {device} has {gigabytes(free)} free"
-    if device.type == "cuda" and need <= free + free_memory("cpu"):
-        return Placement(dtype, need, "auto", f"{words}: the rest goes to the CPU (device_map='auto'), which is slow")
-    others = [(own, num_bits), (torch.bfloat16, num_bits), (own, 8), (own, 4)]
-    fitting = {_words(*other): needed(*other) for other in others if needed(*other) <= free}
-    options = "; ".join(f"{_option(words)} needs {gigabytes(size)}" for words, size in fitting.items())
-    raise ValueError(f"{words}. {f'What would fit: {options}' if options else 'In no dtype it would fit'}")
+        return Placement(dtype)
+    words = (
+        f"the model needs {gigabytes(need)} with {as_options(dtype, num_bits)}; {device} has {gigabytes(free)} free"
+    )
+    # What bitsandbytes has quantized for a GPU, it does not compute on a CPU
+    if device.type == "cuda" and num_bits is None:
+        gpus = {index: free_memory(f"cuda:{index}") for index in range(torch.cuda.device_count())}
+        options = {"device_map": "auto", "max_memory": gpus | {"cpu": free_memory("cpu")}}
+        if need <= sum(options["max_memory"].values()):
+            rest = "other GPUs" if need <= sum(gpus.values()) else "the CPU, which is slow"
+            return Placement(dtype, options, f"{words}: the rest goes to {rest} (device_map='auto')")
+    others = dict.fromkeys([(own, num_bits), (torch.bfloat16, num_bits), (own, 8), (own, 4)])
+    fitting = [f"{as_options(*other)} needs {gigabytes(needed(*other))}" for other in others if needed(*other) <= free]
+    raise ValueError(
+        f"{words}. {'What would fit: ' + '; '.join(fitting) if fitting else 'Nothing that there is would fit'}"
+    )
 
 
-def _words(dtype: torch.dtype, num_bits: int | None) -> str:
-    return f"{num_bits} bits" if num_bits else str(dtype).removeprefix("torch.")
-
-
-def _option(words: str) -> str:
-    return f"--load-in-{words.removesuffix(' bits')}bit" if words.endswith("bits") else f"--dtype {words}"
+def as_options(dtype: torch.dtype, num_bits: int | None) -> str:
+    quantized = "" if num_bits is None else f" --load-in-{num_bits}bit"
+    return f"--dtype {str(dtype).removeprefix('torch.')}{quantized}"
 
 
 def gigabytes(num_bytes: float) -> str:
@@ -154,7 +164,7 @@ def check_training(
     need, free = sum(weights.values()) + (1 + num_moments) * trained, free_memory(device)
     if need > free:
         what = "weights, gradients and optimizer" if parts else "the weights"
+        what += f" in {str(dtype).removeprefix('torch.')}" + ("" if num_bits is None else f" and {num_bits} bits")
         raise ValueError(
-            f"training needs more than {gigabytes(need)} for {what} in {_words(dtype, num_bits)}; {torch.device(device)} has "
-            f"{gigabytes(free)} free"
+            f"training needs more than {gigabytes(need)} for {what}; {torch.device(device)} has {gigabytes(free)} free"
         )

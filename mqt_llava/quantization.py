@@ -4,7 +4,7 @@ import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 
-# Not quantized: see docs/benchmarks/quantization.md
+# Small, and what a small m feels most: see docs/benchmarks/quantization.md. The head is left out by both libraries
 KEPT = ["model.vision_tower", "model.query_transformer", "lm_head"]
 
 
@@ -15,7 +15,7 @@ def quantization_config(
     For `from_pretrained(quantization_config=...)`: the language model quantized, everything else as it is.
 
     4 bits are NormalFloat, doubly quantized (arXiv 2305.14314), by bitsandbytes. 8 bits are LLM.int8 by bitsandbytes on a GPU,
-    and on a CPU, where that takes 30 times as long, products of integers by torchao.
+    and on a CPU, where that takes 30 times as long, products of integers by torchao (docs/benchmarks/quantization.md has the times).
 
     Args:
         num_bits (`int`): 4 or 8.
@@ -27,6 +27,8 @@ def quantization_config(
         `ValueError`: for another number of bits.
         `ImportError`: where the library is missing.
     """
+    if num_bits not in (4, 8):
+        raise ValueError(f"`num_bits` must be 4 or 8; got {num_bits!r}.")
     kept = KEPT if kept is None else kept
     if num_bits == 8 and torch.device(device).type == "cpu":
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig
@@ -36,8 +38,6 @@ def quantization_config(
 
     if num_bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
-    if num_bits != 4:
-        raise ValueError(f"`num_bits` must be 4 or 8; got {num_bits!r}.")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

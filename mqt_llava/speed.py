@@ -67,7 +67,7 @@ class DeviceSpeed:
 @torch.no_grad()
 def measure_device(device="cpu", dtype: torch.dtype | str = torch.bfloat16) -> DeviceSpeed:
     """How fast layers run on a device: two of a 7B language model on few and many tokens, two of a vision tower on an image, and
-    a copy of memory. That takes some seconds, and 2 GB. On a CPU that is slow in `dtype` they multiply many tokens in float32,
+    a copy of memory. That takes some seconds, and up to 2 GB. Much smaller layers are slower by their FLOPs than these. On a CPU that is slow in `dtype` they multiply many tokens in float32,
     see [`compute_in_float32`].
 
     Args:
@@ -86,9 +86,9 @@ def measure_device(device="cpu", dtype: torch.dtype | str = torch.bfloat16) -> D
     patches = torch.randn(1, num_patches, VISION_TOWER.hidden_size, device=device, dtype=dtype)
     seconds = mean_time(lambda: vision.encoder(inputs_embeds=patches), device)
     image_rate = 2 * num_patches * count_linear(vision) / seconds
-    weight = torch.cat([parameter.flatten() for parameter in language.parameters()])
-    half = len(weight) // 2
-    copied = 2 * weight[:half].nbytes / mean_time(lambda: weight[:half].copy_(weight[half : 2 * half]), device)
+    first, second = (list(layer.parameters()) for layer in language.layers)
+    num_bytes = 2 * sum(weight.nbytes for weight in first)
+    copied = num_bytes / mean_time(lambda: [a.copy_(b) for a, b in zip(first, second)], device)
     read = rates[0][1] * dtype.itemsize / 2  # each weight is two FLOPs
     return DeviceSpeed(max(rate for _, rate in rates), max(read, copied), tuple(rates), image_rate)
 

@@ -112,9 +112,13 @@ def ask(
     num_visual_tokens = check_num_visual_tokens(num_visual_tokens, config.num_query_tokens)
     compared = [check_num_visual_tokens(m, config.num_query_tokens) for m in compared]
     device = resolve_device(device)
-    request = {"num_images": len(images), "num_text_tokens": PROMPT_TOKENS, "num_new_tokens": max_new_tokens}
+    if compute_dtype is not Dtype.auto and device.type != "cpu":
+        raise UsageError(f"--compute-dtype is for a CPU; the model would be on {device}")
+    longest = getattr(config.text_config, "max_position_embeddings", None) or max_new_tokens
+    request = {"num_images": len(images), "num_text_tokens": PROMPT_TOKENS}
+    request["num_new_tokens"] = min(max_new_tokens, longest)
     costs = load_costs(checkpoint, config)
-    placement = place(checkpoint, costs, device, dtype.value, num_bits, **request)
+    placement = place(checkpoint, config, costs, device, dtype, num_bits, **request)
     if compute_dtype not in (Dtype.auto, Dtype.float32) and getattr(torch, compute_dtype.value) != placement.dtype:
         raise UsageError(f"--compute-dtype is float32 or that of the weights; got {compute_dtype.value}")
     processor, network = load_model(checkpoint, device, placement, adapter, num_bits, compute_dtype.value)
@@ -221,6 +225,8 @@ def read_questions(at_terminal: bool) -> Iterator[tuple[int, str]]:
 def compare_answers(processor, model, costs, images, question, compared, max_new_tokens) -> list[dict]:
     """One answer for each number of visual tokens, with its time and, up to its first token, its compute. What they share is
     computed once: the beginning of the prompt, which is left out of both, and the images, which count for each."""
+    import torch
+
     from ..prefix_cache import PrefixCache
 
     prefix = None
@@ -231,6 +237,8 @@ def compare_answers(processor, model, costs, images, question, compared, max_new
     _, inputs = first.prepare(question)
     start = time.perf_counter()
     first.encode(inputs["pixel_values"])
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize(model.device)
     encoding = time.perf_counter() - start
     num_text_tokens = inputs["input_ids"].shape[1] - len(images) * max(compared)
     rows = []
@@ -239,7 +247,8 @@ def compare_answers(processor, model, costs, images, question, compared, max_new
         row = conversation.ask(question)
         seconds = round(row["seconds"] + encoding, 4)
         request = {"num_text_tokens": num_text_tokens, "num_cached_tokens": num_cached, "num_images": len(images)}
-        rows.append({**row, "seconds": seconds, "cached_tokens": num_cached, "flops": costs(m, **request).flops})
+        flops = None if costs is None else costs(m, **request).flops
+        rows.append({**row, "seconds": seconds, "cached_tokens": num_cached, "flops": flops})
     return rows
 
 
@@ -256,6 +265,6 @@ def print_table(rows: list[dict]):
     table.add_column("compute", justify="right", no_wrap=True)
     for row in rows:
         # Text: an answer with [brackets] is no markup
-        compute = f"{row['flops'] / 1e9:,.2f} GFLOP"
+        compute = "" if row["flops"] is None else f"{row['flops'] / 1e9:,.2f} GFLOP"
         table.add_row(str(row["num_visual_tokens"]), Text(row["answer"]), f"{row['seconds']:.2f} s", compute)
     Console(file=sys.stdout).print(table)

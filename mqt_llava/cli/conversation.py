@@ -122,14 +122,18 @@ class Conversation:
 
         (_, inputs), (_, other) = self.prepare("1"), self.prepare("a")
         self.encode(inputs["pixel_values"])
-        pairs = zip(inputs["input_ids"][0].tolist(), other["input_ids"][0].tolist())
-        num_known = next(i for i, (one, another) in enumerate(pairs) if one != another)
+        shorter = min(prepared["input_ids"].shape[1] for prepared in (inputs, other))
+        same = inputs["input_ids"][0, :shorter] == other["input_ids"][0, :shorter]
+        num_known = int(same.cumprod(0).sum())
+        if not num_known:
+            return
         self.cached_ids = inputs["input_ids"][:, :num_known]
+        has_images = bool((self.cached_ids == self.processor.image_token_id).any())
         self.cache = DynamicCache(config=self.model.config.get_text_config())
         with torch.no_grad():
             self.model(
                 input_ids=self.cached_ids,
-                mm_encoder_outputs={"image": self.image_features},
+                **({"mm_encoder_outputs": {"image": self.image_features}} if has_images else {}),
                 use_cache=True,
                 logits_to_keep=1,
                 **{CACHE_NAME: self.cache},

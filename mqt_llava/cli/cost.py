@@ -14,7 +14,7 @@ from .models import (
     ModelOption,
     check_num_visual_tokens,
     load_config,
-    load_costs,
+    loading,
     name_checkpoint,
     parse_num_visual_tokens,
     resolve_device,
@@ -94,11 +94,12 @@ def cost(
     )
     num_visual_tokens = [check_num_visual_tokens(m, num_query_tokens) for m in num_visual_tokens]
 
-    from ..cost import measure_device
+    from ..cost import CostModel, measure_device
     from ..placement import choose_dtype
 
     device = resolve_device(device)
-    costs = load_costs(checkpoint, config)
+    with loading(checkpoint):
+        costs = CostModel(config)
     request = {
         "num_text_tokens": text_tokens,
         "num_images": images,

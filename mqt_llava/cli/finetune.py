@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from .errors import UsageError
-from .models import ModelOption, load_config, load_costs, load_processor, loading, name_checkpoint
-from .runs import OPTIONS, running
+from .models import ModelOption, load_config, load_processor, loading, name_checkpoint
+from .runs import OPTIONS, check_memory, running
 
 
 TINY = 1e-12  # the least of what must be above 0
@@ -100,7 +100,6 @@ def finetune(
         from transformers import AutoModelForImageTextToText, TrainingArguments, set_seed
 
         from ..hub import check_base_is_on_hub
-        from ..placement import check_training
         from ..training.adapters import check_resumed
         from ..training.collator import MQTLlavaDataCollator
         from ..training.data import load_conversations, refuse_broken, with_num_visual_tokens
@@ -158,9 +157,9 @@ def finetune(
         set_seed(seed)
         processor = load_processor(checkpoint)
         dtype = torch.bfloat16 if bf16 or load_in_4bit else torch.float32
-        if training.world_size == 1:  # several may share the weights out
-            num_bits = 4 if load_in_4bit else None
-            check_training(load_costs(checkpoint, config), training.device, dtype, num_bits=num_bits)
+        check_memory(
+            training, checkpoint, config, dtype, less="--bf16, --load-in-4bit", num_bits=4 if load_in_4bit else None
+        )
         with loading(checkpoint):
             load = load_quantized if load_in_4bit else AutoModelForImageTextToText.from_pretrained
             base = load(

@@ -59,7 +59,8 @@ def silence_libraries():
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     logging.set_verbosity_error()
-    getLogger("accelerate").setLevel("ERROR")
+    for library in ("accelerate", "bitsandbytes"):
+        getLogger(library).setLevel("ERROR")
     downloads_are_silent = are_progress_bars_disabled()
     logging.disable_progress_bar()
     if not downloads_are_silent:
@@ -140,22 +141,29 @@ def load_processor(checkpoint: str):
 
 
 def load_costs(checkpoint: str, config):
-    """The [`CostModel`] of a checkpoint, without its weights."""
+    """The [`CostModel`] of a checkpoint, without its weights; `None` for a language model that it cannot count."""
     from ..cost import CostModel
 
-    with loading(checkpoint):
+    with contextlib.suppress(Exception):  # whatever a model's code raises on tensors without data
         return CostModel(config)
 
 
-def place(checkpoint: str, costs, device, dtype: str, num_bits: int | None = None, **request):
+def place(checkpoint: str, config, costs, device, dtype: Dtype, num_bits: int | None = None, **request):
     """How the model fits into the memory that is free, a [`Placement`]: said in one line where that is not plain, or that it
-    does not fit."""
+    does not fit.
+
+    Args:
+        costs (`CostModel`, *optional*): without them it is taken to fit. request: see [`place_model`].
+    """
     import torch
 
-    from ..placement import place_model
+    from ..placement import Placement, place_model, stored_dtype
 
+    chosen = None if dtype is Dtype.auto else getattr(torch, dtype.value)
+    if costs is None:
+        return Placement(chosen or (torch.float32 if device.type == "cpu" else stored_dtype(config)))
     try:
-        placement = place_model(costs, device, None if dtype == "auto" else getattr(torch, dtype), num_bits, **request)
+        placement = place_model(costs, device, chosen, num_bits, **request)
     except ValueError as error:
         raise UsageError(f"cannot load the model {checkpoint}: {error}") from None
     if placement.note:
@@ -180,13 +188,13 @@ def load_model(
     from ..cpu import compute_in_float32, is_slow
 
     processor = load_processor(checkpoint)
-    options = {} if placement.device_map is None else {"device_map": placement.device_map}
+    options = placement.options
     with loading(checkpoint), showing_progress() as bar:
         if num_bits is not None:
             from ..quantization import quantization_config
 
-            options = {"device_map": placement.device_map or {"": device}}
-            options["quantization_config"] = quantization_config(num_bits, device, placement.dtype)
+            quantization = quantization_config(num_bits, device, placement.dtype)
+            options = {"device_map": {"": device}, "quantization_config": quantization}
         model, report = AutoModelForImageTextToText.from_pretrained(
             checkpoint, dtype=placement.dtype, trust_remote_code=False, output_loading_info=True, **options
         )
@@ -229,7 +237,9 @@ def read_mapped(model, bar):
     """Read weights that lie in their files still. It would happen anyway, unseen, in the first answer."""
     import torch
 
-    with bar(None, (), {"desc": "Reading weights", "total": sum(p.nbytes for p in model.parameters())}) as shown:
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    options = {"desc": "Reading weights", "total": total, "unit": "B", "unit_scale": True}
+    with bar(None, (), options) as shown:
         for parameter in model.parameters():
             if parameter.device.type == "cpu" and parameter.is_contiguous():
                 parameter.detach().flatten().view(torch.uint8)[::4096].max()  # a byte of each page

@@ -1,6 +1,7 @@
 """What the two commands that train have in common: whatever ends a run is said in one line."""
 
 import contextlib
+import os
 import re
 import shutil
 import sys
@@ -8,6 +9,7 @@ import warnings
 from pathlib import Path
 
 from .errors import UsageError
+from .models import load_costs
 
 
 OPTIONS = {  # what Python calls an option of `finetune`
@@ -63,6 +65,35 @@ def running(output_dir, options: dict[str, str]):
             raise
         # torch and safetensors have errors of their own for it
         raise UsageError(f"cannot write to {output_dir}: no space left on the disk ({type(error).__name__})") from None
+
+
+def check_memory(training, checkpoint: str, config, dtype, less: str, **trained):
+    """
+    Refuse a training that cannot fit on its device, before weights are read. Where weights may be shared out or lie elsewhere,
+    on several devices, by FSDP or DeepSpeed, nothing is checked.
+
+    Args:
+        training (`TrainingArguments`), dtype (`torch.dtype`): of the weights.
+        less (`str`): the options with which less is needed. trained: as [`check_training`] takes it.
+
+    Raises:
+        `ValueError`: as [`check_training`].
+    """
+    from ..placement import check_training
+
+    shared = (
+        training.fsdp,
+        training.deepspeed,
+        os.environ.get("ACCELERATE_USE_FSDP"),
+        os.environ.get("ACCELERATE_USE_DEEPSPEED"),
+    )
+    costs = load_costs(checkpoint, config)
+    if training.world_size > 1 or any(shared) or costs is None:
+        return
+    try:
+        check_training(costs, training.device, dtype, **trained)
+    except ValueError as error:
+        raise ValueError(f"{error}. Less is needed with {less}") from None
 
 
 def is_full(folder) -> bool:

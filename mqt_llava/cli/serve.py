@@ -6,8 +6,9 @@ from itertools import pairwise
 import typer
 
 from .. import TINY_CHECKPOINT, MQTLlavaForConditionalGeneration
+from ..placement import stored_dtype
 from .errors import UsageError
-from .models import load_config, load_costs, place, resolve_device
+from .models import Dtype, load_config, load_costs, loading, place, resolve_device
 
 
 def serve(context: typer.Context):
@@ -46,18 +47,26 @@ def place_server(arguments: list[str]) -> list[str]:
         raise UsageError("--load-in-4bit and --load-in-8bit exclude each other")
     arguments = [argument for argument in arguments if not argument.startswith("--load-in-")]
     num_bits = num_bits[0] if num_bits else None
-    options = dict(pairwise(arguments)) | dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-    device, checkpoint = resolve_device(options.get("--device", "auto")), arguments[0].partition("@")[0]
+    checkpoint, options = arguments[0].partition("@")[0], dict(pairwise(arguments))
+    options |= dict(argument.split("=", 1) for argument in arguments if argument.startswith("--") and "=" in argument)
     config = load_config(checkpoint)
-    dtype = options.get("--dtype", "auto")
+    device, dtype = options.get("--device", "auto"), options.get("--dtype", "auto")
+    if "--quantization" in options or not device.startswith(("auto", "cpu", "cuda", "mps")):
+        return arguments  # what is not understood here is the server's to check
+    if dtype not in list(Dtype):
+        raise UsageError(f"--dtype is one of {', '.join(Dtype)}; got {dtype}")
     if dtype == "auto":  # the server takes the checkpoint's own, on a CPU too
-        dtype = str(config.dtype or "float32").removeprefix("torch.")
-    placement = place(checkpoint, load_costs(checkpoint, config), device, dtype, num_bits)
+        dtype = str(stored_dtype(config)).removeprefix("torch.")
+    device = resolve_device(device)
+    placement = place(checkpoint, config, load_costs(checkpoint, config), device, Dtype(dtype), num_bits)
+    if placement.options:  # the last one counts
+        arguments = [*arguments, "--device", "auto"]
     if num_bits is not None:
         from transformers.cli.serving.model_manager import ModelManager
 
         from ..quantization import quantization_config
 
-        quantization = quantization_config(num_bits, device, placement.dtype)
+        with loading(checkpoint):
+            quantization = quantization_config(num_bits, device, placement.dtype)
         ModelManager.get_quantization_config = lambda self: quantization
     return arguments

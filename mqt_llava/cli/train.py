@@ -3,8 +3,8 @@
 import typer
 
 from .errors import UsageError
-from .models import load_config, load_costs
-from .runs import running
+from .models import load_config
+from .runs import check_memory, running
 
 
 def train(context: typer.Context):
@@ -15,7 +15,6 @@ def train(context: typer.Context):
     try:
         import torch
 
-        from ..placement import check_training
         from ..training.arguments import help_text, parse_arguments
         from ..training.train import train as train_stage
     except ImportError as error:
@@ -33,14 +32,10 @@ def train(context: typer.Context):
     except (ValueError, ImportError, OSError) as error:
         raise UsageError(str(error)) from None
     with running(training.output_dir, {"resume": "--resume", "overwrite": "--overwrite"}):
-        if training.world_size == 1:  # several may share the weights out
-            check_training(
-                load_costs(arguments.model, config),
-                training.device,
-                getattr(torch, arguments.dtype),
-                ("query_transformer", "embeddings", "language_model", "lm_head")[
-                    : 1 if arguments.stage == 1 else None
-                ],
-                num_moments=2 if training.optim in ("adamw_torch", "adamw_torch_fused") else 0,
-            )
+        parts = ("query_transformer", "embeddings", "language_model", "lm_head")[: 1 if arguments.stage == 1 else None]
+        num_moments = 2 if training.optim in ("adamw_torch", "adamw_torch_fused") else 0
+        dtype = getattr(torch, arguments.dtype)
+        check_memory(
+            training, arguments.model, config, dtype, "--dtype bfloat16", parts=parts, num_moments=num_moments
+        )
         train_stage(arguments, training)

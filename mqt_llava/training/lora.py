@@ -100,7 +100,6 @@ def load_quantized(checkpoint, compute_dtype=torch.bfloat16, **kwargs):
         compute_dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): of the products, and of what is not quantized.
         kwargs: as `from_pretrained` takes them.
     """
-    device = torch.accelerator.current_accelerator() or "cpu"
     return AutoModelForImageTextToText.from_pretrained(
-        checkpoint, quantization_config=quantization_config(4, device, compute_dtype), dtype=compute_dtype, **kwargs
+        checkpoint, quantization_config=quantization_config(4, "cpu", compute_dtype), dtype=compute_dtype, **kwargs
     )

@@ -9,8 +9,10 @@ import torch
 from typer.testing import CliRunner
 
 from mqt_llava import cli, placement
+from mqt_llava.cli.errors import UsageError
+from mqt_llava.cli.serve import place_server
 from mqt_llava.cost import CostModel
-from mqt_llava.placement import free_memory, place_model
+from mqt_llava.placement import check_training, free_memory, place_model
 from tests.mqt_llava.test_cli import QUESTION, assert_refused, files, restore_global_settings  # noqa: F401
 from tests.small_model import make_config
 
@@ -72,28 +74,37 @@ def test_float32_where_there_is_room_to_spare(costs, free):
     assert place_model(costs, "cpu").dtype == torch.float32
     free(cpu=int(1.1 * in_float32))
     chosen = place_model(costs, "cpu")
-    assert (chosen.dtype, chosen.device_map) == (torch.bfloat16, None)
+    assert (chosen.dtype, chosen.options) == (torch.bfloat16, {})
     assert place_model(costs, "cpu", torch.float32).dtype == torch.float32  # it fits, if barely
     free(cpu=2 * in_float32, cuda=2 * in_float32)
     assert place_model(costs, "cuda").dtype == torch.bfloat16
 
 
-def test_what_a_gpu_does_not_hold_goes_to_the_cpu(costs, free):
+def test_what_a_gpu_does_not_hold_goes_elsewhere(costs, free, monkeypatch):
     need = costs(dtype="bfloat16").memory_bytes
     free(cuda=need - 1, cpu=need)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     chosen = place_model(costs, "cuda:0")
-    assert (chosen.dtype, chosen.device_map) == (torch.bfloat16, "auto")
-    assert re.search(r"needs .+ GB in bfloat16; cuda:0 has .+ GB free: the rest goes to the CPU", chosen.note)
-    assert place_model(costs, "cuda", num_bits=4).device_map is None
+    assert chosen.options == {"device_map": "auto", "max_memory": {0: need - 1, "cpu": need}}
+    words = r"needs .+ GB with --dtype bfloat16; cuda:0 has .+ GB free: the rest goes to the CPU"
+    assert chosen.dtype == torch.bfloat16 and re.search(words, chosen.note)
+    assert place_model(costs, "cuda", num_bits=4).options == {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert "the rest goes to other GPUs" in place_model(costs, "cuda:0").note
+    free(cuda=1000, cpu=need)
+    with pytest.raises(ValueError, match="Nothing that there is would fit"):
+        place_model(costs, "cuda", num_bits=4)
 
 
 def test_what_would_fit_is_said(costs, free):
     free(cpu=costs(dtype="bfloat16").memory_bytes)
-    words = r"needs .+ GB in float32; cpu has .+ GB free. What would fit: --dtype bfloat16 needs .+ GB; --load-in-8bit"
-    with pytest.raises(ValueError, match=words):
+    words = (
+        r"needs .+ GB with --dtype float32; cpu has .+ GB free. What would fit: --dtype bfloat16 needs .+ GB; --dtype"
+    )
+    with pytest.raises(ValueError, match=words + " bfloat16 --load-in-8bit needs"):
         place_model(costs, "cpu", torch.float32)
     free(cpu=1000)
-    with pytest.raises(ValueError, match="In no dtype it would fit"):
+    with pytest.raises(ValueError, match="Nothing that there is would fit"):
         place_model(costs, "cpu")
 
 
@@ -111,10 +122,42 @@ def run(*arguments):
 def test_ask_refuses_what_does_not_fit(checkpoint, files, free):  # noqa: F811
     free(cpu=1000)
     result = run("ask", files[0], QUESTION, "--model", checkpoint)
-    assert_refused(result, "GB in float32", "cpu has 1e-06 GB free")
+    assert_refused(result, "GB with --dtype float32", "cpu has 1e-06 GB free")
 
 
-@pytest.mark.parametrize("command", ["finetune", "stage 1", "stage 2"])
+def test_long_answers_are_as_long_as_the_model_has_positions(checkpoint, files, free):  # noqa: F811
+    free(cpu=10 * CostModel(make_config())(dtype="float32", num_new_tokens=2048).memory_bytes)
+    result = run("ask", files[0], QUESTION, "--model", checkpoint, "--max-new-tokens", 10**9, "--num-visual-tokens", 1)
+    assert result.exit_code == 0, result.output
+
+
+def test_model_that_cannot_be_counted_is_loaded_as_before(checkpoint, files, free, monkeypatch):  # noqa: F811
+    def fail(*_):
+        raise RuntimeError("Expected inputs of BF16 type")
+
+    monkeypatch.setattr("mqt_llava.cost.CostModel.__init__", fail)
+    free(cpu=1000)
+    options = [files[0], QUESTION, "--model", checkpoint, "--json", "--max-new-tokens", 2]
+    result = run("ask", *options, "--compare", "1,4")
+    assert result.exit_code == 0 and [row["flops"] for row in json.loads(result.stdout)["compare"]] == [None, None]
+    assert_refused(run("cost", "--model", checkpoint), "Expected inputs of BF16 type")
+
+
+def test_server_refuses_what_does_not_fit(checkpoint, free):
+    free(cpu=1000)
+    with pytest.raises(UsageError, match="cpu has 1e-06 GB free"):
+        place_server([str(checkpoint), "--device=cpu", "--port", "8000"])
+    for options in (["--device", "balanced"], ["--device", "0"], ["--quantization", "bnb-4bit"]):
+        assert place_server([str(checkpoint), *options]) == [str(checkpoint), *options]
+    with pytest.raises(UsageError, match=r"--dtype is one of auto, .*; got nonsense"):
+        place_server([str(checkpoint), "--dtype", "nonsense"])
+
+
+PARTS = {"finetune": (), "stage 1": ("query_transformer",)}
+PARTS["stage 2"] = ("query_transformer", "embeddings", "language_model", "lm_head")
+
+
+@pytest.mark.parametrize("command", PARTS)
 def test_training_refuses_what_does_not_fit(checkpoint, files, tmp_path, free, command):  # noqa: F811
     """Before weights are read. A stage of the language model needs more than one of the query transformer."""
     row = {"image": files[0], "conversations": [{"from": "human", "value": "<image>\nWhat?"}]}
@@ -122,9 +165,9 @@ def test_training_refuses_what_does_not_fit(checkpoint, files, tmp_path, free, c
     data = tmp_path / "data.json"
     data.write_text(json.dumps([row]))
     weights = CostModel(make_config())(1, dtype="float32").weight_bytes
-    trained = {"finetune": 0, "stage 1": weights["query_transformer"]}
-    trained["stage 2"] = sum(weights.values()) - weights["vision_tower"]
-    need = sum(weights.values()) + 3 * trained[command]
+    need = sum(weights.values()) + 3 * sum(weights[part] for part in PARTS[command])
+    free(cpu=need)
+    check_training(CostModel(make_config()), "cpu", torch.float32, PARTS[command])
     free(cpu=need - 1)
     if command == "finetune":
         arguments = ["finetune", data, "--output-dir", tmp_path / "out", "--model", checkpoint, "--use-cpu"]
@@ -133,4 +176,8 @@ def test_training_refuses_what_does_not_fit(checkpoint, files, tmp_path, free, c
         arguments += ["--output_dir", tmp_path / "out", "--use_cpu"]
     result = run(*arguments)
     assert result.exit_code == 2 and "training needs more than" in result.stderr, result.output
+    assert (
+        f"Less is needed with {'--bf16, --load-in-4bit' if command == 'finetune' else '--dtype bfloat16'}"
+        in result.stderr
+    )
     assert not list((tmp_path / "out").glob("*.safetensors"))

@@ -70,6 +70,7 @@ def test_missing_libraries_are_named(monkeypatch, bits):
 
 def test_adapter_goes_on_a_quantized_model(tmp_path):
     """It is not merged into it: rounded anew, its weights would be lost."""
+    pytest.importorskip("bitsandbytes")
     base = AutoModelForImageTextToText.from_pretrained(TINY_CHECKPOINT)
     torch.manual_seed(0)
     get_peft_model(base, make_lora_config(base, r=4, init_lora_weights=False)).save_pretrained(tmp_path)
