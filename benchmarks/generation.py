@@ -74,7 +74,7 @@ Times are medians in ms for the whole batch, memory is in MB. `m` is the number 
 tokens. `connector` is the query transformer or LLaVA's projector. `preprocess` decodes and prepares a JPEG of 3000 x
 2000 for each row; `first token` is `generate` from there on. `glue` is the share of `first token` that is in none of
 its parts (`vision`, `connector`, `merge`, `prefill`) run alone. `speed-up` and `FLOP ratio` compare the first token
-with LLaVA's, round by round. `predicted` is the first token as `mqt_llava.cost` predicts it from the speed of linear layers
+with LLaVA's, round by round. `predicted` is the first token as `mqt_llava.cost` predicts it from the speed of layers
 that was measured before anything was loaded, `predicted step` a further token, and `of bound` the share of the memory bandwidth
 which decoding in `generate` uses; `decode step` is one forward pass, `tokens/s` all rows together in `generate`. In rows with
 `float32` the CPU multiplies many tokens in float32 (`mqt_llava.cpu`). `first call` is in s: the first whole answer,

@@ -9,7 +9,6 @@ out, and here it is tied to the embeddings. Then the time of a layer of a 7B mod
 """
 
 import argparse
-import copy
 import statistics
 from functools import partial
 from importlib.util import find_spec
@@ -72,29 +71,42 @@ def distributions(model, processor, samples, m: int, batch_size: int = 100) -> t
 
 @torch.no_grad()
 def layer_times() -> list[dict]:
-    """How long a layer of a 7B model takes in bfloat16, and quantized by each library."""
-    layers = {"bfloat16": nn.Linear(4096, 11008, bias=False, dtype=torch.bfloat16)}
-    weight = layers["bfloat16"].weight.data
+    """How long a layer of a 7B model takes in bfloat16, and quantized by each library. Several take turns: one stays in caches."""
+
+    def plain():
+        return nn.Linear(4096, 11008, bias=False, dtype=torch.bfloat16)
+
+    kinds = {"bfloat16": plain}
     if find_spec("bitsandbytes"):
         from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
-        layers["8 bits, bitsandbytes"] = layer = Linear8bitLt(4096, 11008, bias=False, has_fp16_weights=False)
-        layer.weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-        layers["4 bits, bitsandbytes"] = layer = Linear4bit(4096, 11008, False, torch.bfloat16, quant_type="nf4")
-        layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")
+        def eight_bits():
+            layer = Linear8bitLt(4096, 11008, bias=False, has_fp16_weights=False)
+            layer.weight = Int8Params(plain().weight.data, requires_grad=False, has_fp16_weights=False)
+            return layer.to("cpu")
+
+        def four_bits():
+            layer = Linear4bit(4096, 11008, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+            layer.weight = Params4bit(plain().weight.data, requires_grad=False, quant_type="nf4")
+            return layer.to("cpu")
+
+        kinds |= {"8 bits, bitsandbytes": eight_bits, "4 bits, bitsandbytes": four_bits}
     if find_spec("torchao"):
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
-        layers["8 bits, torchao"] = layer = nn.Sequential(copy.deepcopy(layers["bfloat16"]))
-        quantize_(layer, Int8DynamicActivationInt8WeightConfig())
+        def by_torchao():
+            layer = nn.Sequential(plain())
+            quantize_(layer, Int8DynamicActivationInt8WeightConfig())
+            return layer
+
+        kinds["8 bits, torchao"] = by_torchao
     rows = []
-    for name, layer in layers.items():
-        layer.to("cpu")
-        row = {"layer": name}
+    for name, make in kinds.items():
+        layers, row = [make() for _ in range(12)], {"layer": name}
         for count in TOKEN_COUNTS:
             tokens = torch.randn(count, 4096, dtype=torch.bfloat16)
-            times = [seconds(partial(layer, tokens), torch.device("cpu")) for _ in range(6)]
-            row[str(count)] = statistics.median(times[1:])
+            times = [seconds(partial(layer, tokens), torch.device("cpu")) for layer in layers * 2]
+            row[str(count)] = statistics.median(times[len(layers) :])
         rows.append(row)
     return rows
 
@@ -123,7 +135,7 @@ def main():
             rows.append(row)
             print(row, flush=True)
     setting = f"{machine(torch.device('cpu'))}. {len(samples)} questions, divergence over {len(few)} of them."
-    times = "A linear layer of 4096 x 11008 on so many tokens, in ms (medians of 5), by the libraries that there are:"
+    times = "A linear layer of 4096 x 11008 on so many tokens, in ms (medians of 12), by the libraries that there are:"
     table = f"{setting}\n\n{markdown(rows, COLUMNS)}\n{times}\n\n{markdown(layer_times(), TIME_COLUMNS)}"
     print(table)
     if arguments.output_dir:
