@@ -241,7 +241,7 @@ def read_mapped(model, bar):
     options = {"desc": "Reading weights", "total": total, "unit": "B", "unit_scale": True}
     with bar(None, (), options) as shown:
         for parameter in model.parameters():
-            if parameter.device.type == "cpu" and parameter.is_contiguous():
+            if parameter.device.type == "cpu" and parameter.is_contiguous() and parameter.numel():
                 parameter.detach().flatten().view(torch.uint8)[::4096].max()  # a byte of each page
             shown.update(parameter.nbytes)
 

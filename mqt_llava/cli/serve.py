@@ -52,6 +52,8 @@ def place_server(arguments: list[str]) -> list[str]:
     config = load_config(checkpoint)
     device, dtype = options.get("--device", "auto"), options.get("--dtype", "auto")
     if "--quantization" in options or not device.startswith(("auto", "cpu", "cuda", "mps")):
+        if num_bits is not None:
+            raise UsageError(f"--load-in-{num_bits}bit goes neither with --quantization nor with --device {device}")
         return arguments  # what is not understood here is the server's to check
     if dtype not in list(Dtype):
         raise UsageError(f"--dtype is one of {', '.join(Dtype)}; got {dtype}")
