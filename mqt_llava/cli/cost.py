@@ -128,8 +128,9 @@ def cost(
         print_table(rows, full_flops=costs(num_query_tokens, **request).flops, fitting=fitting)
         print(
             f"Prompts: {batch_size} of {text_tokens} text tokens and {images} image{'s' * (images > 1)}. Answers of "
-            f"{new_tokens} token{'s' * (new_tokens > 1)}. {dtype} on {device}.\nTimes are predicted from "
-            f"{speed.flops_per_second / 1e12:.3g} TFLOP/s and {speed.bytes_per_second / 1e9:.3g} GB/s, measured now."
+            f"{new_tokens} token{'s' * (new_tokens > 1)}. {dtype} on {device}.\nTimes are predicted "
+            f"from layers of a 7B model, measured now at up to {speed.flops_per_second / 1e12:.3g} TFLOP/s and "
+            f"{speed.bytes_per_second / 1e9:.3g} GB/s;\nsmall models take longer than their share."
         )
         if fitting is not None:
             print(f"Largest number of visual tokens within the budget: {fitting}")
