@@ -20,7 +20,7 @@ ask_module = importlib.import_module("mqt_llava.cli.ask")
 
 @pytest.fixture
 def blocks(monkeypatch):
-    monkeypatch.setattr(cpu, "ROWS", 10)  # none of the sizes is a multiple of it
+    monkeypatch.setattr(cpu, "BLOCK", 490)  # ten rows of 48: none of the sizes is a multiple of it
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
