@@ -122,9 +122,7 @@ class Conversation:
 
         (_, inputs), (_, other) = self.prepare("1"), self.prepare("a")
         self.encode(inputs["pixel_values"])
-        shorter = min(prepared["input_ids"].shape[1] for prepared in (inputs, other))
-        same = inputs["input_ids"][0, :shorter] == other["input_ids"][0, :shorter]
-        num_known = int(same.cumprod(0).sum())
+        num_known = count_common(inputs["input_ids"], other["input_ids"])
         if not num_known:
             return
         self.cached_ids = inputs["input_ids"][:, :num_known]
@@ -144,9 +142,7 @@ class Conversation:
         from transformers import DynamicCache
 
         if self.cache is not None:
-            shorter = min(self.cached_ids.shape[1], input_ids.shape[1] - 1)  # one token at least is to be computed
-            same = self.cached_ids[0, :shorter] == input_ids[0, :shorter]
-            num_common = int(same.cumprod(0).sum())
+            num_common = count_common(self.cached_ids, input_ids[:, :-1])  # one token at least is to be computed
             is_image = input_ids[0] == self.processor.image_token_id
             # those of images go on with all of them, or with none
             whole = not is_image[num_common:].any() or not is_image[:num_common].any()
@@ -156,6 +152,12 @@ class Conversation:
                         self.cache.crop(num_common - self.cached_ids.shape[1])
                     return self.cache, num_common
         return DynamicCache(config=self.model.config.get_text_config()), 0
+
+
+def count_common(ids, others) -> int:
+    """With how many of the same tokens two prompts begin, each of shape `(1, length)`."""
+    shorter = min(ids.shape[1], others.shape[1])
+    return int((ids[0, :shorter] == others[0, :shorter]).cumprod(0).sum())
 
 
 def is_text(question: str) -> bool:

@@ -77,7 +77,7 @@ def test_load_in_8bit():
     assert found.strip() == result.stdout.strip()
 
 
-def test_what_does_not_fit_is_refused():
+def test_options_that_exclude_each_other():
     command = [sys.executable, "-m", "mqt_llava.cli", "serve", "--device", "cpu", "--load-in-8bit", "--load-in-4bit"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "Error: --load-in-4bit and --load-in-8bit exclude each other" in result.stderr
