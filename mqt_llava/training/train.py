@@ -22,13 +22,14 @@ from .sampling import VisualTokenSampler, evaluation_num_visual_tokens, parse_di
 from .trainer import MQTLlavaTrainer
 
 
-def train(arguments: StageArguments, training: TrainingArguments, callbacks=None):
+def train(arguments: StageArguments, training: TrainingArguments, callbacks=None, optimizer_cls_and_kwargs=None):
     """
     Train a stage, and save model and processor in `training.output_dir`.
 
     Args:
         arguments, training: as [`parse_arguments`] reads them.
         callbacks (`list[TrainerCallback]`, *optional*): for the trainer.
+        optimizer_cls_and_kwargs (`tuple`, *optional*): for the trainer, in place of the optimizer of `training`.
 
     Returns:
         [`MQTLlavaTrainer`]: with the trained model and the log.
@@ -92,6 +93,7 @@ def train(arguments: StageArguments, training: TrainingArguments, callbacks=None
         eval_dataset=eval_dataset,
         processing_class=processor,  # saved with every checkpoint
         callbacks=callbacks,
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         **losses,
     )
     if arguments.overwrite and trainer.is_world_process_zero():

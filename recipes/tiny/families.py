@@ -2,11 +2,11 @@
 
     python -m recipes.tiny.families [--model mqt_llava/checkpoints/mqt-llava-tiny] [--pictures 30] [--output_dir docs/accuracy]
 
-Nothing here is shared with `mqt_llava.training.scenes`, and nothing of here is trained on. Four families, five questions a picture:
+Nothing here is shared with `recipes.tiny.scenes`, and nothing of here is trained on. Four families, five questions a picture:
 `grid` (3 x 3 places, plain background, 500 to 1500 pixels), `free` (things anywhere, apart from each other), `small` (things at
 16 % of the side) and `landscape` (3:2). A list is right with the right things in any order, every other answer letter for letter.
-Then contradictions: of the answers about whether and how many there are of each kind, the share that is at odds with the
-list which the model itself gave.
+Then contradictions: of the answers to whether and how many there are of each kind, how many things there are and what is at
+each place, the share that is at odds with the list which the model itself gave.
 """
 
 import argparse
@@ -125,9 +125,16 @@ def plural(name: str) -> str:
 
 
 def read_list(answer: str) -> Counter:
-    """The things that an answer names: `A cat, a cat and the number 4.`"""
-    parts = re.split(r",| and ", answer.strip().rstrip(".").lower())
-    return Counter(re.sub(r"^(an?|the) ", "", part.strip()) for part in parts if part.strip())
+    """The things that an answer names: `A cat, a cat and the number 4.`, `Two cats and the number 4.`"""
+    plurals = {plural(name): name for name in GLYPHS}
+    things = Counter()
+    for part in re.split(r",| and ", answer.strip().rstrip(".").lower()):
+        number, _, name = part.strip().partition(" ")
+        if number.capitalize() in WORDS and name in plurals:
+            things[plurals[name]] += WORDS.index(number.capitalize())
+        elif number:
+            things[re.sub(r"^(an?|the) ", "", part.strip())] += 1
+    return things
 
 
 @torch.no_grad()
@@ -144,15 +151,38 @@ def answer_all(model, processor, samples: list[tuple[Image.Image, str]], m: int,
     return [answer.strip() for answer in answers]
 
 
+def contradicts(kind: str, question: str, answer: str, listed: Counter) -> bool:
+    """Whether an answer is at odds with the list that the model gave of the same picture."""
+    if kind == "exists":
+        (name,) = (name for name in GLYPHS if question == f"Is there {with_article(name)}?")
+        return answer != ("Yes." if listed[name] else "No.")
+    if kind == "at":
+        return bool(read_list(answer) - listed)
+    if kind == "count":
+        (name,) = (name for name in GLYPHS if question == f"How many {plural(name)} are there?")
+        number = listed[name]
+    else:
+        number = listed.total()
+    return number >= len(WORDS) or answer != f"{WORDS[number]}."
+
+
+def consistency_questions(things: list, seed: int) -> list[tuple[str, str]]:
+    """`[(type, question), ...]`: whether and how many there are of each kind that is there and of two that are not, how many
+    things there are, and what is at each place that has something."""
+    kinds = sorted({name for name, *_ in things} | set(random.Random(seed).sample(list(GLYPHS), 2)))
+    asked = [("exists", f"Is there {with_article(kind)}?") for kind in kinds]
+    asked += [("count", f"How many {plural(kind)} are there?") for kind in kinds]
+    asked.append(("total", "How many things are there?"))
+    return asked + [("at", f"What is {place(row, column)}?") for _, row, column in things if row is not None]
+
+
 def evaluate(model, processor, family: str, num_pictures: int, m: int) -> dict[str, float]:
     """Per cent right: of all questions, and of lists; and per cent of answers that contradict the list."""
-    asked, consistency = [], []
+    asked, again = [], []
     for seed in range(num_pictures):
         picture, colour, things = paint(family, seed)
         asked += [(picture, *question) for question in questions(colour, things, seed)]
-        kinds = sorted({name for name, *_ in things} | set(random.Random(seed).sample(list(GLYPHS), 2)))
-        consistency += [(picture, seed, kind, f"Is there {with_article(kind)}?") for kind in kinds]
-        consistency += [(picture, seed, kind, f"How many {plural(kind)} are there?") for kind in kinds]
+        again += [(picture, seed, *question) for question in consistency_questions(things, seed)]
     answers = answer_all(model, processor, [(picture, question) for picture, _, question, _ in asked], m)
     right, lists = {"all": [], "list": []}, []
     for (_, kind, _, expected), answer in zip(asked, answers):
@@ -161,12 +191,8 @@ def evaluate(model, processor, family: str, num_pictures: int, m: int) -> dict[s
         if kind == "list":
             right["list"].append(correct)
             lists.append(read_list(answer))
-    answers = answer_all(model, processor, [(picture, question) for picture, _, _, question in consistency], m)
-    odd = []
-    for (_, seed, kind, question), answer in zip(consistency, answers):
-        number = lists[seed][kind]
-        word = WORDS[number] if number < len(WORDS) else "many"
-        odd.append(answer != ("Yes." if number else "No.") if question.startswith("Is") else answer != f"{word}.")
+    answers = answer_all(model, processor, [(picture, question) for picture, _, _, question in again], m)
+    odd = [contradicts(*question, answer, lists[seed]) for (_, seed, *question), answer in zip(again, answers)]
     result = {name: 100 * sum(values) / len(values) for name, values in right.items()}
     return result | {"contradictions": 100 * sum(odd) / len(odd)}
 

@@ -1,0 +1,207 @@
+"""Pretrain the vision tower of `mqt-llava-tiny` from scratch: name what every patch of synthetic pictures shows.
+
+LLaVA starts from CLIP, which was pretrained on captioned pictures from the web. Here nothing is downloaded, so the
+tower learns from scenes. Every patch tells which object or figure covers it, of which one it holds the centre (so that two
+cats side by side are two) and what colour the background has. Their mean tells how many there are of each kind, how many things there are and which number
+is printed, the mean of each quarter which kinds are there: visual tokens are sums over patches, and few of them say no more
+than what survives a sum.
+
+    python -m recipes.tiny.pretrain_vision --data_path runs/data --output_dir runs/vision
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from transformers import CLIPVisionConfig, CLIPVisionModel, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.trainer_utils import get_last_checkpoint
+
+from . import make_data, scenes
+from .optimizer import muon_and_adamw
+
+
+EVALUATION_SEED = 10_000_000  # seeds from here on are never trained on
+NAMES = scenes.KINDS + scenes.FIGURES
+LABELS = ("patches", "centres", "colour", "counts", "quarters", "total", "number")
+
+
+def scene_labels(scene):
+    """What means over patches tell: index of the colour; `(3, names)` whether there are one, two, three or more of each;
+    `(4, names)` what has its centre in which quarter of the padded square; number of things; the two figures of the number,
+    10 for none."""
+    counts, quarters = np.zeros((3, len(NAMES)), np.bool_), np.zeros((4, len(NAMES)), np.bool_)
+    number = [10, 10]
+    for thing in scene.things:
+        row, column = int(thing.y >= 0.5), int(thing.x >= 0.5)
+        for figure in thing.name if thing.is_number else [thing.name]:
+            index = NAMES.index(figure)
+            counts[min(2, counts[:, index].sum()), index] = True
+            quarters[2 * row + column, index] = True
+        if thing.is_number:
+            number = [10 if len(thing.name) == 1 else int(thing.name[0]), int(thing.name[-1])]
+    return scenes.COLOURS.index(scene.colour), counts, quarters, len(scene.things), np.array(number)
+
+
+class PatchDataset(Dataset):
+    """The pictures that [`make_data`] wrote, as `(pixels, *labels)`. Rows are kept in memory once read, 50 kB each."""
+
+    def __init__(self, folder):
+        self.images, self.patches = Path(folder) / "images", np.load(Path(folder) / "patches.npy")
+        self.rows = {}
+
+    def __len__(self):
+        return len(self.patches)
+
+    def __getitem__(self, seed):
+        if seed not in self.rows:
+            with Image.open(self.images / f"{seed:07d}.png") as picture:
+                pixels = np.asarray(picture)
+            labels = self.patches[seed].reshape(2, -1).astype(np.int64)
+            self.rows[seed] = pixels, *labels, *scene_labels(scenes.make_scene(seed))
+        return self.rows[seed]
+
+
+class EvaluationDataset(Dataset):
+    """The same of scenes never trained on."""
+
+    def __init__(self, length, image_size, grid):
+        self.rows = []
+        for seed in range(EVALUATION_SEED, EVALUATION_SEED + length):
+            scene = scenes.make_scene(seed)
+            picture, *patches = make_data.paint(scene, image_size, grid=grid)
+            pixels = np.asarray(make_data.prepare(picture, image_size))
+            self.rows.append((pixels, *(labels.reshape(-1) for labels in patches), *scene_labels(scene)))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def collate(samples):
+    """Stack samples. Pixels stay integers, a quarter of the memory, and are normalised by the model."""
+    pictures, *labels = (torch.from_numpy(np.stack(column)) for column in zip(*samples))
+    return {"pixel_values": pictures, **dict(zip(LABELS, labels))}
+
+
+class PatchNamer(nn.Module):
+    """A vision tower with linear readouts of every patch feature, and of their means over the picture and its quarters."""
+
+    def __init__(self, vision_tower):
+        super().__init__()
+        self.vision_tower = vision_tower
+        width = vision_tower.config.hidden_size
+        self.of_patches = [1 + len(NAMES), 1 + len(NAMES), len(scenes.COLOURS)]
+        self.of_picture = [3 * len(NAMES), 1 + scenes.MAX_THINGS, 11, 11]
+        self.patch_readout = nn.Linear(width, sum(self.of_patches))
+        self.picture_readout = nn.Linear(width, sum(self.of_picture))
+        self.quarter_readout = nn.Linear(width, len(NAMES))
+        for readout in (self.picture_readout, self.quarter_readout):
+            nn.init.constant_(readout.bias, -4.0)  # nearly everything is absent
+        # For each patch that shows something eight do not, and for each centre twenty
+        for name, background in (("cover_weight", 0.2), ("centre_weight", 0.1)):
+            self.register_buffer(name, torch.tensor([background] + [1.0] * len(NAMES)), persistent=False)
+        for name, values in (("mean", OPENAI_CLIP_MEAN), ("std", OPENAI_CLIP_STD)):
+            self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
+
+    def forward(self, pixel_values, patches, centres, colour, counts, quarters, total, number):
+        pixels = (pixel_values.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        features = self.vision_tower(pixels).last_hidden_state[:, 1:]
+        features = F.layer_norm(features, features.shape[-1:])
+        covers, middles, colours = self.patch_readout(features).float().flatten(0, 1).split(self.of_patches, -1)
+        of_counts, of_total, *of_number = self.picture_readout(features.mean(1)).float().split(self.of_picture, -1)
+        half = make_data.GRID // 2
+        means = features.unflatten(1, (2, half, 2, half)).mean((2, 4)).flatten(1, 2)
+        of_quarters = self.quarter_readout(means).float()
+        loss = (
+            F.cross_entropy(covers, patches.flatten(), self.cover_weight)
+            + 0.5 * F.cross_entropy(middles, centres.flatten(), self.centre_weight)
+            + 0.2 * F.cross_entropy(colours, colour.repeat_interleave(patches.shape[1]))
+            + 0.1 * F.cross_entropy(of_total, total)
+        )
+        for logits, present in ((of_counts, counts.flatten(1)), (of_quarters, quarters)):
+            entropy = F.binary_cross_entropy_with_logits(logits, present.float(), reduction="sum")
+            loss = loss + 0.02 * entropy / len(logits)
+        for i, logits in enumerate(of_number):
+            loss = loss + 0.1 * F.cross_entropy(logits, number[:, i])
+        return {
+            "loss": loss,
+            "covers": covers.argmax(-1).view_as(patches),
+            "middles": middles.argmax(-1).view_as(centres),
+            "counts": of_counts > 0,
+            "quarters": of_quarters > 0,
+            "total": of_total.argmax(-1),
+        }
+
+
+def compute_metrics(prediction):
+    covers, middles, counts, quarters, total = prediction.predictions
+    labels = dict(zip(LABELS, prediction.label_ids))
+    shown, held = labels["patches"] > 0, labels["centres"] > 0
+    return {
+        "object_patches": (covers == labels["patches"])[shown].mean(),
+        "background_patches": (covers == labels["patches"])[~shown].mean(),
+        "centres": (middles == labels["centres"])[held].mean(),
+        "all_centres": ((middles == labels["centres"]) | ~held).all(-1).mean(),
+        "all_counts": (counts == labels["counts"].reshape(counts.shape)).all(-1).mean(),
+        "all_quarters": (quarters == labels["quarters"]).all((1, 2)).mean(),
+        "total": (total == labels["total"]).mean(),
+    }
+
+
+@dataclass
+class VisionArguments:
+    """The tower. Defaults made that of `mqt-llava-tiny`."""
+
+    data_path: str
+    hidden_size: int = 256
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    image_size: int = make_data.IMAGE_SIZE
+    patch_size: int = make_data.IMAGE_SIZE // make_data.GRID
+    vision_tower: str | None = field(default=None, metadata={"help": "To go on with, instead of one from scratch."})
+
+
+def main():
+    arguments, training = HfArgumentParser((VisionArguments, TrainingArguments)).parse_args_into_dataclasses()
+    set_seed(training.seed)
+    attention = "eager"  # on CPUs in bfloat16, the backward pass of sdpa is slower
+    if arguments.vision_tower:
+        tower = CLIPVisionModel.from_pretrained(arguments.vision_tower, attn_implementation=attention)
+    else:
+        tower = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=arguments.hidden_size,
+                intermediate_size=4 * arguments.hidden_size,
+                num_hidden_layers=arguments.num_hidden_layers,
+                num_attention_heads=arguments.num_attention_heads,
+                image_size=arguments.image_size,
+                patch_size=arguments.patch_size,
+                hidden_act="gelu",
+                attn_implementation=attention,
+            )
+        )
+    training.label_names = list(LABELS)
+    trainer = Trainer(
+        PatchNamer(tower),
+        training,
+        data_collator=collate,
+        train_dataset=PatchDataset(arguments.data_path),
+        eval_dataset=EvaluationDataset(1000, tower.config.image_size, make_data.GRID),
+        compute_metrics=compute_metrics,
+        optimizer_cls_and_kwargs=muon_and_adamw(training),
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))
+    trainer.log_metrics("eval", trainer.evaluate())
+    trainer.model.vision_tower.save_pretrained(training.output_dir)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# How mqt-llava-tiny was trained: from scratch, on two CPU cores. Each step is one command, and goes on where it was broken
+# off when called again. Needs `pip install -c constraints.txt -e ".[train]"` and Debian's fonts-noto-color-emoji and fonts-symbola.
+#
+#     bash recipes/tiny/train.sh runs
+#
+# The logs of the run that made the shipped checkpoint are in docs/training/.
+set -euo pipefail
+runs=${1:?"usage: train.sh FOLDER"}
+python=${PYTHON:-python}
+on_cpu=(--use_cpu --bf16 --max_grad_norm 1 --lr_scheduler_type cosine --learning_rate 1e-3 --save_total_limit 2 --report_to none)
+
+# A stage as `mqt-llava train` has it, gone on with where there is a checkpoint: its folder, then its options. The paper's values
+# that are meant for GPUs and 7B parameters are undone.
+tune() {
+    local resume=()
+    if compgen -G "$runs/$1/checkpoint-*" > /dev/null; then resume=(--resume); fi
+    [ -e "$runs/$1/model.safetensors" ] ||
+        $python -m recipes.tiny.tune --output_dir "$runs/$1" --image_folder "$runs/data/images" "${resume[@]}" "${on_cpu[@]}" \
+            --per_device_train_batch_size 64 --gradient_accumulation_steps 1 --gradient_checkpointing false \
+            --attn_implementation eager --dataloader_num_workers 1 --logging_steps 10 --save_steps 200 "${@:2}"
+}
+
+# 150,000 pictures with captions and one to six questions each, 15,000 pairs, 100,000 scenes told in words (9 minutes)
+[ -e "$runs/data/patches.npy" ] || OMP_NUM_THREADS=1 $python -m recipes.tiny.make_data --output_dir "$runs/data"
+
+# In place of CLIP: a tower that names what every patch shows (55 minutes)
+[ -e "$runs/vision/model.safetensors" ] ||
+    $python -m recipes.tiny.pretrain_vision --data_path "$runs/data" --output_dir "$runs/vision" "${on_cpu[@]}" --torch_compile \
+        --max_steps 4500 --per_device_train_batch_size 128 --per_device_eval_batch_size 250 \
+        --warmup_steps 200 --weight_decay 0.05 --remove_unused_columns False \
+        --dataloader_num_workers 1 --dataloader_persistent_workers --dataloader_prefetch_factor 4 \
+        --logging_steps 20 --eval_strategy steps --eval_steps 500 --save_steps 500
+
+# In place of Vicuna: a language model that answers questions about scenes told in words (5 minutes)
+[ -e "$runs/text/model.safetensors" ] ||
+    $python -m recipes.tiny.pretrain_text --data_path "$runs/data/text.json" --output_dir "$runs/text" "${on_cpu[@]}" \
+        --max_steps 400 --per_device_train_batch_size 64 --warmup_steps 50 --weight_decay 0.01 \
+        --remove_unused_columns False --logging_steps 10 --save_steps 200
+
+# Stage 1: the query transformer alone, captions, m = M (3 minutes)
+[ -e "$runs/start/processor_config.json" ] || $python -m recipes.tiny.assemble --output_dir "$runs/start" \
+    --vision_tower "$runs/vision" --language_model "$runs/text"
+tune stage1 --stage 1 --model "$runs/start" --data_path "$runs/data/captions.json" --max_steps 300 --warmup_steps 20
+
+# Stage 2: query transformer and language model, conversations. Small m are drawn as often as large ones, m = 1 among them, which
+# the paper never draws
+tune stage2 --stage 2 --model "$runs/stage1" --data_path "$runs/data/conversations.json" --max_steps 4000 --warmup_steps 50 \
+    --num_visual_tokens 1,1,1,2,2,2,3,4,4,6,8,8,12,16,16,24,32,32,48,64,64,64
+
+$python -m recipes.tiny.export --model "$runs/stage2" --output_dir "$runs/mqt-llava-tiny"
+$python -m recipes.tiny.evaluate --model "$runs/mqt-llava-tiny" --output_dir "$runs/accuracy"
+$python -m recipes.tiny.families --model "$runs/mqt-llava-tiny" --output_dir "$runs/accuracy"
