@@ -6,6 +6,7 @@ language model learns that much from scenes told in words (`text.json` of `make_
     python -m recipes.tiny.pretrain_text --data_path runs/data/text.json --output_dir runs/text
 """
 
+import os
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -23,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from mqt_llava import MQTLlavaImageProcessor, MQTLlavaProcessor
 from mqt_llava.modeling.processing_mqt_llava import CHAT_TEMPLATE, SYSTEM_PROMPT
 from mqt_llava.training import MQTLlavaDataCollator, load_conversations
+from mqt_llava.training.lengths import with_lengths
 
 from .make_data import IMAGE_SIZE
 from .optimizer import muon_and_adamw
@@ -84,6 +86,7 @@ def make_processor(tokenizer, image_size, num_query_tokens):
 def main():
     arguments, training = HfArgumentParser((TextArguments, TrainingArguments)).parse_args_into_dataclasses()
     set_seed(training.seed)
+    os.makedirs(training.output_dir, exist_ok=True)
     dataset = load_conversations(arguments.data_path)
     texts = (f" {turn['content']} ASSISTANT: USER:" for messages in dataset["messages"] for turn in messages)
     tokenizer = train_tokenizer(texts, arguments.vocab_size)
@@ -103,6 +106,8 @@ def main():
             attn_implementation="eager",  # on CPUs in bfloat16, the backward pass of sdpa is slower than eager
         )
     )
+    if training.train_sampling_strategy == "group_by_length":
+        dataset = with_lengths(dataset, processor, 1)
     trainer = Trainer(
         model,
         training,
@@ -111,8 +116,9 @@ def main():
         optimizer_cls_and_kwargs=muon_and_adamw(training),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))
-    model.save_pretrained(training.output_dir)
-    processor.save_pretrained(training.output_dir)
+    if trainer.is_world_process_zero():
+        model.save_pretrained(training.output_dir)
+        processor.save_pretrained(training.output_dir)
 
 
 if __name__ == "__main__":

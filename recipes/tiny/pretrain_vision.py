@@ -2,13 +2,14 @@
 
 LLaVA starts from CLIP, which was pretrained on captioned pictures from the web. Here nothing is downloaded, so the
 tower learns from scenes. Every patch tells which object or figure covers it, of which one it holds the centre (so that two
-cats side by side are two) and what colour the background has. Their mean tells how many there are of each kind, how many things there are and which number
-is printed, the mean of each quarter which kinds are there: visual tokens are sums over patches, and few of them say no more
-than what survives a sum.
+cats side by side are two) and what colour the background has. The mean of each quarter tells how many of each kind have their centre there, that of the
+picture how many things there are and which number is printed: visual tokens are sums over patches, and few of them say no
+more than what survives a sum.
 
     python -m recipes.tiny.pretrain_vision --data_path runs/data --output_dir runs/vision
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,24 +29,22 @@ from .optimizer import muon_and_adamw
 
 EVALUATION_SEED = 10_000_000  # seeds from here on are never trained on
 NAMES = scenes.KINDS + scenes.FIGURES
-LABELS = ("patches", "centres", "colour", "counts", "quarters", "total", "number")
+LABELS = ("patches", "centres", "colour", "counts", "total", "number")
 
 
 def scene_labels(scene):
-    """What means over patches tell: index of the colour; `(3, names)` whether there are one, two, three or more of each;
-    `(4, names)` what has its centre in which quarter of the padded square; number of things; the two figures of the number,
-    10 for none."""
-    counts, quarters = np.zeros((3, len(NAMES)), np.bool_), np.zeros((4, len(NAMES)), np.bool_)
+    """What means over patches tell: index of the colour; `(4, 3, names)` whether one, two, three or more of each have their
+    centre in each quarter of the padded square; number of things; the two figures of the number, 10 for none."""
+    counts = np.zeros((4, 3, len(NAMES)), np.bool_)
     number = [10, 10]
     for thing in scene.things:
-        row, column = int(thing.y >= 0.5), int(thing.x >= 0.5)
+        quarter = 2 * int(thing.y >= 0.5) + int(thing.x >= 0.5)
         for figure in thing.name if thing.is_number else [thing.name]:
             index = NAMES.index(figure)
-            counts[min(2, counts[:, index].sum()), index] = True
-            quarters[2 * row + column, index] = True
+            counts[quarter, min(2, counts[quarter, :, index].sum()), index] = True
         if thing.is_number:
             number = [10 if len(thing.name) == 1 else int(thing.name[0]), int(thing.name[-1])]
-    return scenes.COLOURS.index(scene.colour), counts, quarters, len(scene.things), np.array(number)
+    return scenes.COLOURS.index(scene.colour), counts, len(scene.things), np.array(number)
 
 
 class PatchDataset(Dataset):
@@ -92,43 +91,41 @@ def collate(samples):
 
 
 class PatchNamer(nn.Module):
-    """A vision tower with linear readouts of every patch feature, and of their means over the picture and its quarters."""
+    """A vision tower with linear readouts of every patch feature, and of their means over the quarters and the picture."""
 
     def __init__(self, vision_tower):
         super().__init__()
         self.vision_tower = vision_tower
         width = vision_tower.config.hidden_size
         self.of_patches = [1 + len(NAMES), 1 + len(NAMES), len(scenes.COLOURS)]
-        self.of_picture = [3 * len(NAMES), 1 + scenes.MAX_THINGS, 11, 11]
+        self.of_picture = [1 + scenes.MAX_THINGS, 11, 11]
         self.patch_readout = nn.Linear(width, sum(self.of_patches))
         self.picture_readout = nn.Linear(width, sum(self.of_picture))
-        self.quarter_readout = nn.Linear(width, len(NAMES))
-        for readout in (self.picture_readout, self.quarter_readout):
-            nn.init.constant_(readout.bias, -4.0)  # nearly everything is absent
+        self.quarter_readout = nn.Linear(width, 3 * len(NAMES))
+        nn.init.constant_(self.quarter_readout.bias, -4.0)  # nearly everything is absent
         # For each patch that shows something eight do not, and for each centre twenty
         for name, background in (("cover_weight", 0.2), ("centre_weight", 0.1)):
             self.register_buffer(name, torch.tensor([background] + [1.0] * len(NAMES)), persistent=False)
         for name, values in (("mean", OPENAI_CLIP_MEAN), ("std", OPENAI_CLIP_STD)):
             self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
 
-    def forward(self, pixel_values, patches, centres, colour, counts, quarters, total, number):
+    def forward(self, pixel_values, patches, centres, colour, counts, total, number):
         pixels = (pixel_values.permute(0, 3, 1, 2).float() - self.mean) / self.std
         features = self.vision_tower(pixels).last_hidden_state[:, 1:]
         features = F.layer_norm(features, features.shape[-1:])
         covers, middles, colours = self.patch_readout(features).float().flatten(0, 1).split(self.of_patches, -1)
-        of_counts, of_total, *of_number = self.picture_readout(features.mean(1)).float().split(self.of_picture, -1)
+        of_total, *of_number = self.picture_readout(features.mean(1)).float().split(self.of_picture, -1)
         half = make_data.GRID // 2
         means = features.unflatten(1, (2, half, 2, half)).mean((2, 4)).flatten(1, 2)
-        of_quarters = self.quarter_readout(means).float()
+        of_counts = self.quarter_readout(means).float().view(counts.shape)
         loss = (
             F.cross_entropy(covers, patches.flatten(), self.cover_weight)
             + 0.5 * F.cross_entropy(middles, centres.flatten(), self.centre_weight)
             + 0.2 * F.cross_entropy(colours, colour.repeat_interleave(patches.shape[1]))
             + 0.1 * F.cross_entropy(of_total, total)
         )
-        for logits, present in ((of_counts, counts.flatten(1)), (of_quarters, quarters)):
-            entropy = F.binary_cross_entropy_with_logits(logits, present.float(), reduction="sum")
-            loss = loss + 0.02 * entropy / len(logits)
+        entropy = F.binary_cross_entropy_with_logits(of_counts, counts.float(), reduction="sum")
+        loss = loss + 0.02 * entropy / len(counts)
         for i, logits in enumerate(of_number):
             loss = loss + 0.1 * F.cross_entropy(logits, number[:, i])
         return {
@@ -136,13 +133,12 @@ class PatchNamer(nn.Module):
             "covers": covers.argmax(-1).view_as(patches),
             "middles": middles.argmax(-1).view_as(centres),
             "counts": of_counts > 0,
-            "quarters": of_quarters > 0,
             "total": of_total.argmax(-1),
         }
 
 
 def compute_metrics(prediction):
-    covers, middles, counts, quarters, total = prediction.predictions
+    covers, middles, counts, total = prediction.predictions
     labels = dict(zip(LABELS, prediction.label_ids))
     shown, held = labels["patches"] > 0, labels["centres"] > 0
     return {
@@ -150,8 +146,7 @@ def compute_metrics(prediction):
         "background_patches": (covers == labels["patches"])[~shown].mean(),
         "centres": (middles == labels["centres"])[held].mean(),
         "all_centres": ((middles == labels["centres"]) | ~held).all(-1).mean(),
-        "all_counts": (counts == labels["counts"].reshape(counts.shape)).all(-1).mean(),
-        "all_quarters": (quarters == labels["quarters"]).all((1, 2)).mean(),
+        "all_counts": (counts == labels["counts"]).all((1, 2, 3)).mean(),
         "total": (total == labels["total"]).mean(),
     }
 
@@ -172,6 +167,7 @@ class VisionArguments:
 def main():
     arguments, training = HfArgumentParser((VisionArguments, TrainingArguments)).parse_args_into_dataclasses()
     set_seed(training.seed)
+    os.makedirs(training.output_dir, exist_ok=True)
     attention = "eager"  # on CPUs in bfloat16, the backward pass of sdpa is slower
     if arguments.vision_tower:
         tower = CLIPVisionModel.from_pretrained(arguments.vision_tower, attn_implementation=attention)
@@ -200,7 +196,8 @@ def main():
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))
     trainer.log_metrics("eval", trainer.evaluate())
-    trainer.model.vision_tower.save_pretrained(training.output_dir)
+    if trainer.is_world_process_zero():
+        trainer.model.vision_tower.save_pretrained(training.output_dir)
 
 
 if __name__ == "__main__":
