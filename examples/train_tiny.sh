@@ -35,7 +35,7 @@ $python -m mqt_llava.training.pretrain_text --data_path "$runs/data/text.json" -
     --adam_beta2 0.98 --remove_unused_columns False --logging_steps 10 --save_steps 200
 
 # Stage 1: the query transformer alone, captions, m = M (3 minutes)
-[ -e "$runs/start/processor_config.json" ] || $python -m mqt_llava.training.assemble --output_dir "$runs/start" \
+[ -e "$runs/start/processor_config.json" ] || $python -m recipes.tiny.assemble --output_dir "$runs/start" \
     --vision_tower "$runs/vision" --language_model "$runs/text"
 train stage1 --stage 1 --model "$runs/start" --data_path "$runs/data/captions.json" \
     --max_steps 300 --learning_rate 1e-3 --warmup_steps 20 --save_steps 200
@@ -55,5 +55,5 @@ train stage2-small --stage 2 --model "$runs/stage2-even" --data_path "$runs/data
 train stage2 --stage 2 --model "$runs/stage2-small" --data_path "$runs/data/short.json" --seed 44 \
     --num_visual_tokens "$num_visual_tokens" --max_steps 1300 --learning_rate 7e-4 --warmup_steps 30 --save_steps 400
 
-$python -m mqt_llava.training.export --model "$runs/stage2" --output_dir "$runs/mqt-llava-tiny"
+$python -m recipes.tiny.export --model "$runs/stage2" --output_dir "$runs/mqt-llava-tiny"
 $python -m mqt_llava.training.evaluate --model "$runs/mqt-llava-tiny" --output_dir "$runs/accuracy"

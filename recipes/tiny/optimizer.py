@@ -17,21 +17,19 @@ class MuonAndAdamW(torch.optim.Optimizer):
         model (`nn.Module`): its parameters that require gradients.
         lr (`float`): of AdamW. Muon's is twice that, by updates whose size is that of AdamW's (arXiv 2502.16982).
         weight_decay (`float`): of matrices.
-        vision_tower_lr_factor (`float`, *optional*, defaults to 1): of a vision tower's parameters.
     """
 
-    def __init__(self, model, lr, weight_decay=0.0, vision_tower_lr_factor=1.0):
+    def __init__(self, model, lr, weight_decay=0.0):
         groups = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                factor = vision_tower_lr_factor if "vision_tower" in name else 1
                 decay = weight_decay if parameter.ndim > 1 else 0
                 is_hidden = parameter.ndim == 2 and bool(HIDDEN.search(name))
-                groups.setdefault((is_hidden, factor, decay), []).append(parameter)
+                groups.setdefault((is_hidden, decay), []).append(parameter)
         muon, adamw = (
             [
-                {"params": parameters, "lr": lr * factor * (MUON_LR_FACTOR if for_muon else 1), "weight_decay": decay}
-                for (is_hidden, factor, decay), parameters in groups.items()
+                {"params": parameters, "lr": lr * (MUON_LR_FACTOR if for_muon else 1), "weight_decay": decay}
+                for (is_hidden, decay), parameters in groups.items()
                 if is_hidden == for_muon
             ]
             for for_muon in (True, False)
@@ -60,7 +58,6 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self._share_groups()
 
 
-def muon_and_adamw(training, **kwargs):
+def muon_and_adamw(training):
     """For `Trainer(optimizer_cls_and_kwargs=...)`, which calls a factory with the model."""
-    kwargs |= {"lr": training.learning_rate, "weight_decay": training.weight_decay}
-    return lambda: MuonAndAdamW, kwargs
+    return lambda: MuonAndAdamW, {"lr": training.learning_rate, "weight_decay": training.weight_decay}

@@ -83,14 +83,6 @@ def make_processor(tokenizer, image_size, num_query_tokens):
     return MQTLlavaProcessor(image_processor, tokenizer, num_query_tokens=num_query_tokens, chat_template=template)
 
 
-class WholeTextCollator(MQTLlavaDataCollator):
-    """Labels everywhere, as in pretraining: what is asked for is often what was told, and so copying is learned."""
-
-    def tokenize(self, messages):
-        input_ids, _ = super().tokenize(messages)
-        return input_ids, list(input_ids)
-
-
 def main():
     arguments, training = HfArgumentParser((TextArguments, TrainingArguments)).parse_args_into_dataclasses()
     set_seed(training.seed)
@@ -119,7 +111,7 @@ def main():
     trainer = Trainer(
         model,
         training,
-        data_collator=WholeTextCollator(processor),
+        data_collator=MQTLlavaDataCollator(processor),
         train_dataset=dataset,
         optimizer_cls_and_kwargs=muon_and_adamw(training),
     )

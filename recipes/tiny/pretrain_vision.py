@@ -2,9 +2,9 @@
 
 LLaVA starts from CLIP, which was pretrained on captioned pictures from the web. Here nothing is downloaded, so the
 tower learns from scenes. Every patch tells which object or figure covers it, of which one it holds the centre (so that two
-cats side by side are two) and what colour the background has. The mean of each quarter tells how many of each kind have their centre there, that of the
-picture how many things there are and which number is printed: visual tokens are sums over patches, and few of them say no
-more than what survives a sum.
+cats side by side are two) and what colour the background has. The mean of each quarter tells how many of each kind have their
+centre there, that of the picture how many things there are and which number is printed: visual tokens are sums over patches,
+and few of them say no more than what survives a sum.
 
     python -m recipes.tiny.pretrain_vision --data_path runs/data --output_dir runs/vision
 """

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mqt_llava.training import assemble, export, make_data, pretrain_text, pretrain_vision, scenes, train
+from mqt_llava.training import make_data, pretrain_text, pretrain_vision, scenes, train
 from mqt_llava.training.data import load_conversations, open_image
+from recipes.tiny import assemble, export
 
 
 REFERENCE = Path(__file__).parent.parent / "reference"
