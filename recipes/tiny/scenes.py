@@ -379,12 +379,8 @@ def list_all(scene):
     return _sentence(_join(parts)) if parts else "There is nothing."
 
 
-def ask(scene, kind, rng, kinds=KINDS):
-    """
-    A `(question, answer)` of a type in `QUESTION_TYPES`, or None where the scene admits none of that type.
-
-    `kinds` are those that are asked for where they are absent.
-    """
+def ask(scene, kind, rng):
+    """A `(question, answer)` of a type in `QUESTION_TYPES`, or None where the scene admits none of that type."""
     objects = [t for t in scene.things if not t.is_number]
     numbers = [t for t in scene.things if t.is_number]
     present = [t.name for t in objects]
@@ -392,7 +388,7 @@ def ask(scene, kind, rng, kinds=KINDS):
     def any_kind(present_probability):
         if present and rng.random() < present_probability:
             return present[rng.integers(len(present))]
-        absent = [name for name in kinds if name not in present]
+        absent = [name for name in KINDS if name not in present]
         return absent[rng.integers(len(absent))]
 
     if kind == "colour":
@@ -481,8 +477,8 @@ def _neighbours(scene):
     return result
 
 
-def conversation(scene, questions=None):
-    """`[(type, question, answer), ...]` about a scene, no question twice, in random order. `questions` limits their number."""
+def conversation(scene):
+    """`[(type, question, answer), ...]` about a scene, no question twice, in random order."""
     rng = np.random.default_rng([scene.seed, 2])
     kinds = [*QUESTION_TYPES, "exists", "exists", "count", "count", "at", "at", "beside"]
     turns = {}
@@ -490,36 +486,37 @@ def conversation(scene, questions=None):
         turn = ask(scene, kinds[i], rng)
         if turn is not None:
             turns.setdefault(turn[0], (kinds[i], *turn))
-    return list(turns.values())[:questions]
+    return list(turns.values())
 
 
 # --------------------------------------------------------------------------------------------------- two pictures
 
 
 def change(scene):
-    """Another scene, which differs from this one in one thing or in its background: `(scene, what differs)`."""
+    """`(first, second, what differs)`: the scene before or after a change of one thing or of its background."""
     rng = np.random.default_rng([scene.seed, 6])
-    things, names = list(scene.things), {thing.name for thing in scene.things}
-    objects = [i for i, thing in enumerate(things) if not thing.is_number]
+    objects = [thing for thing in scene.things if not thing.is_number]
     kind = ("colour", "gone", "new", "other", "nothing")[rng.choice(5, p=(0.2, 0.2, 0.2, 0.25, 0.15))]
     if kind in ("gone", "new", "other") and not objects:
         kind = "colour"
-    seed = scene.seed + 1_000_000_000  # another shade, other noise
+    same = replace(scene, seed=scene.seed + 1_000_000_000)  # another shade, other noise
+    if kind == "nothing":
+        return scene, same, "Nothing."
     if kind == "colour":
         colour = [name for name in COLOURS if name != scene.colour][rng.integers(len(COLOURS) - 1)]
-        return replace(scene, seed=seed, colour=colour), "The background."
-    if kind == "nothing":
-        return replace(scene, seed=seed), "Nothing."
-    i = objects[rng.integers(len(objects))]
+        return scene, replace(same, colour=colour), "The background."
+    changed = objects[rng.integers(len(objects))]
     if kind == "other":
-        name = [name for name in KINDS if name not in names][rng.integers(len(KINDS) - len(names & set(KINDS)))]
-        answer = f"{_article(name).capitalize()} instead of {_article(things[i].name)}."
-        things[i] = replace(things[i], name=name, is_line_drawing=False)
-        return replace(scene, seed=seed, things=tuple(things)), answer
-    fewer = replace(scene, things=tuple(things[:i] + things[i + 1 :]), seed=seed)
+        absent = [name for name in KINDS if not scene.count(name)]
+        other = replace(changed, name=absent[rng.integers(len(absent))], is_line_drawing=False)
+        things = tuple(other if thing is changed else thing for thing in scene.things)
+        answer = f"{_article(other.name).capitalize()} instead of {_article(changed.name)}."
+        return scene, replace(same, things=things), answer
+    rest = tuple(thing for thing in scene.things if thing is not changed)
+    answer = f"{_article(changed.name).capitalize()} is {kind}."
     if kind == "gone":
-        return fewer, f"{_article(things[i].name).capitalize()} is gone."
-    return replace(scene, seed=seed), f"{_article(things[i].name).capitalize()} is new."
+        return scene, replace(same, things=rest), answer
+    return replace(scene, things=rest), same, answer
 
 
 def ask_pair(seed):
@@ -528,11 +525,7 @@ def ask_pair(seed):
     first, second = make_scene(seed), make_scene(seed + 500_000_000)
     kind = ("differs", "which", "list", "colour")[rng.choice(4, p=(0.4, 0.25, 0.2, 0.15))]
     if kind == "differs":
-        second, answer = change(first)
-        if answer.endswith("is new."):
-            name = answer[: -len(" is new.")].split()[-1]
-            gone = next(t for t in first.things if t.name == name)
-            first = replace(first, things=tuple(t for t in first.things if t is not gone))
+        first, second, answer = change(first)
         return [first, second], "What differs?", answer
     if kind == "which":
         names = sorted({t.name for t in (*first.things, *second.things) if not t.is_number})
