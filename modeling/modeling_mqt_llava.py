@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .adaptive_mqt_llava import begin_schedule
 from .budget_mqt_llava import (
     CACHE_NAME,
     OwnPrompt,
@@ -503,6 +504,8 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         is_default = num_visual_tokens is None
         if is_default and kwargs.get("inputs_embeds") is None:
             num_visual_tokens = default_num_visual_tokens(generation_config, self.generation_config)
+        configs = generation_config, self.generation_config
+        kwargs, num_visual_tokens = begin_schedule(self, kwargs, num_visual_tokens, configs)
         if num_visual_tokens is not None:
             kwargs = rebudget(kwargs, num_visual_tokens, self.config, "left", num_cached)
         if self.generation_config.suppress_tokens is None:  # a generated placeholder would stand for no image

@@ -15,6 +15,7 @@ from transformers import (
     AutoProcessor,
 )
 
+from .modeling.adaptive_mqt_llava import VisualTokenSchedule
 from .modeling.budget_mqt_llava import rebudget
 from .modeling.configuration_mqt_llava import MQTLlavaConfig, __version__
 from .modeling.image_processing_mqt_llava import MQTLlavaImageProcessor
@@ -42,5 +43,6 @@ __all__ = [
     "MQTLlavaProcessor",
     "PrefixCache",
     "TINY_CHECKPOINT",
+    "VisualTokenSchedule",
     "rebudget",
 ]

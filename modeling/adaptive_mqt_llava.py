@@ -1,0 +1,387 @@
+"""As many visual tokens as the question needs: `generate(num_visual_tokens="auto")`.
+
+Visual token i is the same whatever m. So a question can be asked with few tokens, and where the answer is doubtful, once more
+with m' > m: tokens m + 1 to m' go behind those whose keys and values the cache holds, the image is not encoded again, and the
+answer so far is a draft that is checked in one pass."""
+
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from numbers import Integral, Real
+
+import torch
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from .budget_mqt_llava import CACHE_NAME, rebudget, resolve_visual_token_counts
+
+
+AUTO = "auto"
+
+
+@dataclass
+class VisualTokenSchedule:
+    """
+    With how many visual tokens to ask, and how sure an answer must be to be taken.
+
+    The confidence in an answer is the product of its tokens' probabilities, in a long one the least product of `window` tokens
+    in a row. It can only fall while the answer grows, so a doubtful answer is broken off at once. The answer of the last
+    stage is always taken.
+
+    Args:
+        num_visual_tokens (`list[int]`): m of each stage, rising.
+        thresholds (`list[float]`): from which confidence the answer of a stage is taken, from 0 to 1, one for each stage but
+            the last.
+        window (`int`, *optional*, defaults to 32): tokens of the answer.
+        calibration (`dict`, *optional*): on what the thresholds were chosen, as `mqt-llava calibrate` writes it; `None`
+            where they are defaults.
+
+    Raises:
+        `ValueError`: for anything else.
+    """
+
+    num_visual_tokens: list[int]
+    thresholds: list[float]
+    window: int = 32
+    calibration: dict | None = None
+
+    def __post_init__(self):
+        stages, thresholds = self.num_visual_tokens, self.thresholds
+
+        def is_integer(value):
+            return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+
+        if not isinstance(stages, (list, tuple)) or not stages or not all(map(is_integer, stages)):
+            raise ValueError(f"A schedule's `num_visual_tokens` must be a list of positive integers; got {stages!r}.")
+        if any(m >= larger for m, larger in pairwise(stages)):
+            raise ValueError(f"A schedule's `num_visual_tokens` must rise from stage to stage; got {list(stages)}.")
+        if (
+            not isinstance(thresholds, (list, tuple))
+            or len(thresholds) != len(stages) - 1
+            or not all(isinstance(t, Real) and not isinstance(t, bool) and 0 <= t <= 1 for t in thresholds)
+        ):
+            raise ValueError(
+                f"A schedule of {len(stages)} stages has {len(stages) - 1} `thresholds` from 0 to 1; got {thresholds!r}."
+            )
+        if not is_integer(self.window):
+            raise ValueError(f"A schedule's `window` must be a positive integer; got {self.window!r}.")
+
+    @classmethod
+    def default(cls, num_query_tokens: int) -> "VisualTokenSchedule":
+        """For a checkpoint of M = `num_query_tokens` that nothing was calibrated on: M / 32, M / 8 and M, by thresholds that are
+        strict rather than right."""
+        stages = sorted({max(1, num_query_tokens // 32), max(1, num_query_tokens // 8), num_query_tokens})
+        return cls(stages, [0.95, 0.75][: len(stages) - 1])
+
+    def to_dict(self) -> dict:
+        """For `generation_config.visual_token_schedule`, which is saved with a checkpoint."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def resolve_schedule(num_visual_tokens, generation_configs, num_query_tokens: int) -> VisualTokenSchedule | None:
+    """What `generate(num_visual_tokens=...)` asks for, where that is a schedule: `"auto"`, or one.
+
+    Raises:
+        `ValueError`: for another text, for `"auto"` where no generation config has a schedule, and for one beyond M.
+    """
+    if isinstance(num_visual_tokens, str):
+        if num_visual_tokens != AUTO:
+            raise ValueError(f'`num_visual_tokens` must be integers or "auto"; got {num_visual_tokens!r}.')
+        settings = (getattr(config, "visual_token_schedule", None) for config in generation_configs)
+        settings = next((setting for setting in settings if setting is not None), None)
+        if settings is None:
+            raise ValueError(
+                '`num_visual_tokens="auto"` needs `visual_token_schedule` in the generation config, and this checkpoint has none. '
+                "`mqt-llava calibrate` chooses one from questions of yours; or pass "
+                f"`num_visual_tokens=VisualTokenSchedule.default({num_query_tokens})`, which was calibrated on nothing."
+            )
+        try:
+            num_visual_tokens = VisualTokenSchedule(**settings)
+        except TypeError:
+            raise ValueError(
+                "`visual_token_schedule` of a generation config is a dict with `num_visual_tokens`, `thresholds` and, optionally, "
+                f"`window` and `calibration`; got {settings!r}."
+            ) from None
+    if not isinstance(num_visual_tokens, VisualTokenSchedule):
+        return None
+    resolve_visual_token_counts(num_visual_tokens.num_visual_tokens[-1], 1, num_query_tokens)
+    return num_visual_tokens
+
+
+def refuse_all_but_greedy(inputs: dict, generation_configs):
+    """Scores, caches, beams and samples have no single meaning over several passes."""
+
+    def setting(name):
+        values = (inputs.get(name), *(getattr(config, name, None) for config in generation_configs))
+        return next((value for value in values if value is not None), None)
+
+    flags = ("do_sample", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
+    refused = [f"{name}={setting(name)}" for name in flags if setting(name)]
+    refused += [
+        f"{name}={setting(name)}" for name in ("num_beams", "num_return_sequences") if (setting(name) or 1) > 1
+    ]
+    refused += [f"use_cache={setting('use_cache')}"] if setting("use_cache") is False else []
+    refused += [f"{name}={setting(name)!r}" for name in ("cache_implementation", "stop_strings") if setting(name)]
+    objects = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "inputs_embeds", "position_ids")
+    objects += ("negative_prompt_ids", "token_type_ids", CACHE_NAME, "past_key_values", "synced_gpus")
+    refused += [f"`{name}`" for name in dict.fromkeys(objects) if inputs.get(name) is not None]
+    if refused:
+        raise ValueError(
+            f'`num_visual_tokens="auto"` is greedy decoding of prompts given as `input_ids`; got {", ".join(refused)}. (For '
+            "`stop_strings`, pass a `StopStringCriteria` among `stopping_criteria`.)"
+        )
+
+
+@dataclass
+class AdaptiveGenerateOutput(ModelOutput):
+    """
+    What `generate(num_visual_tokens="auto", return_dict_in_generate=True)` returns.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(batch_size, sequence_length)`): the caller's prompt and the answer.
+        visual_token_counts (`torch.LongTensor` of shape `(num_images,)`): how many each image had when the answer was taken.
+        stages (`torch.LongTensor` of shape `(batch_size,)`): at which stage of the schedule that was, from 0.
+        confidences (`torch.FloatTensor` of shape `(batch_size,)`): in the answer, by the tokens of that stage.
+    """
+
+    sequences: torch.LongTensor | None = None
+    visual_token_counts: torch.LongTensor | None = None
+    stages: torch.LongTensor | None = None
+    confidences: torch.FloatTensor | None = None
+
+
+class AdaptiveDecoding:
+    """
+    A decoding loop for `generate(custom_generate=...)`, which prepares logits processors and stopping criteria.
+
+    The prompt is laid out in columns that all rows share, so that one length of the cache is right for all of them:
+
+        [text before the first image, padded left][its m visual tokens][the rest and the draft, padded left]
+
+    To go on with m', the cache is cut behind the first m visual tokens, and m' - m further ones, the rest (images with m' among
+    it) and the draft are run. Rows whose answer is taken have left the batch by then.
+
+    Args:
+        schedule (`VisualTokenSchedule`): what to do.
+        visual_tokens (`list[torch.Tensor]`): of each image, as many as the last stage asks for.
+        config (`MQTLlavaConfig`): of the model.
+        streamer (`BaseStreamer`, *optional*): gets nothing that may be taken back: the answer of the last stage token by token,
+            that of another one when it is taken. (`generate` puts the prompt; it does not pass its streamer to a loop that
+            is not its own.)
+    """
+
+    def __init__(self, schedule, visual_tokens, config, streamer=None):
+        self.schedule, self.visual_tokens, self.config, self.streamer = schedule, visual_tokens, config, streamer
+
+    def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **inputs):
+        self.model, self.prompt = model, input_ids
+        self.logits_processor, self.stopping_criteria = logits_processor, stopping_criteria
+        mask = inputs.get("attention_mask")
+        self.mask = torch.ones_like(input_ids) if mask is None else mask
+        self.before_first_image = 0  # columns
+        batch_size, device = len(input_ids), input_ids.device
+        # What the rows say: tokens, how many, their log-probabilities at this stage, and whether they have ended
+        self.answer = input_ids.new_zeros(batch_size, 0)
+        self.log_probs = torch.zeros(batch_size, 0, device=device)
+        self.length = input_ids.new_zeros(batch_size)
+        self.ended = torch.zeros(batch_size, dtype=torch.bool, device=device)
+
+        stages = self.schedule.num_visual_tokens
+        self.images_of_row = (input_ids == self.config.image_token_id).sum(-1) // stages[0]
+        stage_of_row = input_ids.new_zeros(batch_size)
+        rows, cache = torch.arange(batch_size, device=device), DynamicCache(config=self.config.get_text_config())
+        for stage, m in enumerate(stages):
+            is_last = stage == len(stages) - 1
+            # Rows without images would answer the same at any m
+            threshold = (self.images_of_row[rows] > 0) * (0.0 if is_last else self.schedule.thresholds[stage])
+            stage_of_row[rows] = stage
+            self.answer_with(m, stages[stage - 1] if stage else 0, rows, cache, threshold, is_last)
+            doubtful = self.confidence()[rows] < threshold
+            if not doubtful.any():
+                break
+            cache.crop(self.before_first_image + m - cache.get_seq_length())
+            kept = doubtful.nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            rows = rows[kept]
+        if self.streamer is not None:
+            if not is_last:
+                self.streamer.put(self.answer[0, : self.length[0]].cpu())
+            self.streamer.end()
+        pad_token_id = generation_config.pad_token_id
+        is_padding = torch.arange(self.answer.shape[1], device=device) >= self.length[:, None]
+        answer = self.answer.masked_fill(is_padding, 0 if pad_token_id is None else pad_token_id)
+        sequences = torch.cat([input_ids, answer[:, : int(self.length.max())]], dim=1)
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        counts = torch.tensor(stages, device=device)[stage_of_row].repeat_interleave(self.images_of_row)
+        return AdaptiveGenerateOutput(sequences, counts, stage_of_row, self.confidence())
+
+    def answer_with(self, m, num_cached, rows, cache, threshold, is_last):
+        """Answer the questions of `rows` with m visual tokens, the first `num_cached` of which are in the cache, until each
+        answer has ended or its confidence is below its `threshold`."""
+        draft_length, had_ended = self.length[rows], self.ended[rows]
+        longest = int(draft_length.max())
+        draft = self.answer[rows, :longest]
+        ids, mask, tokens, ends_in_image = self.lay_out(m, rows, draft, draft_length)
+        ids = ids[:, self.before_first_image + num_cached if num_cached else 0 :]
+        tokens = [t[num_cached:] if is_first else t for t, is_first in tokens]
+        # Row by row, what this stage says at each position of the draft and behind it: the draft ends in the last column, and what
+        # is before it does so too, unless that is the image
+        end_of_image = self.before_first_image + m - 1 - (mask.shape[1] - ids.shape[1])
+        kept = torch.arange(ids.shape[1] - longest - 2, ids.shape[1], device=ids.device).clamp(min=0)
+        kept[0] = end_of_image
+        logits = self.forward(ids, mask, cache, kept, tokens)
+        said = []
+        for position in range(longest + 1):
+            column = (1 + longest - draft_length + position).clamp(max=longest + 1)
+            column = column if position else column.masked_fill(ends_in_image, 0)
+            logits_here = logits.gather(1, column[:, None, None].expand(-1, 1, logits.shape[-1]))[:, 0]
+            said.append(self.choose(logits_here, rows, position))
+        choices, log_probs = (torch.stack(columns, dim=1) for columns in zip(*said))
+        agrees = (choices[:, :-1] == draft) & (torch.arange(longest, device=draft.device) < draft_length[:, None])
+        num_kept = agrees.long().cumprod(-1).sum(-1)
+        # The first token that differs, or the first behind the draft, is this stage's own
+        is_whole = had_ended & (num_kept == draft_length)
+        self.make_room(longest + 1)
+        self.answer[rows, : longest + 1], self.log_probs[rows, : longest + 1] = choices, log_probs
+        self.length[rows] = num_kept + (~is_whole).long()
+        self.ended[rows] = is_whole
+        self.check_end(rows[~is_whole])
+        # Rejected tokens stay in the cache, unseen
+        column = torch.arange(mask.shape[1], device=mask.device)
+        mask = mask * (column < mask.shape[1] - (draft_length - num_kept)[:, None])
+        num_streamed = 0
+        while True:
+            if self.streamer is not None and is_last:
+                self.streamer.put(self.answer[0, num_streamed : self.length[0]].cpu())
+                num_streamed = int(self.length[0])
+            running = ~self.ended[rows] & (self.confidence()[rows] >= threshold)
+            if not running.any():
+                return
+            mask = torch.cat([mask, running[:, None].to(mask.dtype)], dim=1)
+            last = self.answer[rows].gather(1, self.length[rows][:, None] - 1)
+            logits = self.forward(last, mask, cache, 1)[:, -1]
+            self.extend(logits, rows, running)
+
+    def lay_out(self, m, rows, draft, draft_length):
+        """The columns of `rows` with m visual tokens per image: ids and mask, `(len(rows), columns)`; `(visual tokens, whether they
+        are of a row's first image)` of each image; and whether a row's prompt ends in its first image."""
+        ids, mask = self.prompt[rows], self.mask[rows]
+        is_of_rows = torch.zeros_like(self.images_of_row, dtype=torch.bool).index_fill_(0, rows, True)
+        images_of_row = self.images_of_row.tolist()
+        image_rows = [row for row, number in enumerate(images_of_row) for _ in range(number)]
+        is_of_rows = is_of_rows.tolist()
+        tokens = [
+            (tokens, i == 0 or image_rows[i - 1] != row)
+            for i, (tokens, row) in enumerate(zip(self.visual_tokens, image_rows))
+            if is_of_rows[row]
+        ]
+        if tokens:
+            encoded = {"image": BaseModelOutputWithPooling(pooler_output=[t for t, _ in tokens])}
+            first_m = self.schedule.num_visual_tokens[0]
+            inputs = {"input_ids": ids, "attention_mask": mask, "mm_encoder_outputs": encoded}
+            inputs["visual_token_counts"] = [first_m] * len(tokens)
+            inputs = rebudget(inputs, m, self.config, "left")
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
+            cut = inputs["mm_encoder_outputs"]["image"].pooler_output
+            tokens = [(t, is_first) for t, (_, is_first) in zip(cut, tokens)]
+        is_placeholder, length = ids == self.config.image_token_id, ids.shape[1]
+        start = (mask != 0).int().argmax(-1, keepdim=True)
+        has_image = is_placeholder.any(-1, keepdim=True)
+        first = torch.where(has_image, is_placeholder.int().argmax(-1, keepdim=True), start)
+        behind = first + m * has_image
+        if m == self.schedule.num_visual_tokens[0]:
+            self.before_first_image = int((first - start).max())
+        num_rest = int((length - behind[:, 0] + draft_length).max())
+
+        def columns(number):
+            return torch.arange(number, device=ids.device)
+
+        before = first - self.before_first_image + columns(self.before_first_image)
+        image = first + columns(m)
+        rest = length + draft_length[:, None] - num_rest + columns(num_rest)
+        source = torch.cat([before, image, rest], dim=1).clamp(0, length + draft.shape[1] - 1)
+        is_real = torch.cat([before >= start, has_image.expand(-1, m), rest >= behind], dim=1)
+        ids = torch.cat([ids, draft], dim=1).gather(1, source)
+        mask = torch.cat([mask, torch.ones_like(draft)], dim=1).gather(1, source)
+        pad_token_id = self.config.get_text_config().pad_token_id
+        pad_token_id = pad_token_id if isinstance(pad_token_id, int) and pad_token_id >= 0 else 0
+        ends_in_image = (has_image & (behind == length))[:, 0]
+        return ids.masked_fill(~is_real, pad_token_id), mask * is_real, tokens, ends_in_image
+
+    def forward(self, input_ids, mask, cache, logits_to_keep, visual_tokens=()):
+        """Logits `(rows, logits_to_keep, vocab_size)` of the last columns."""
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions, CACHE_NAME: cache}
+        if visual_tokens:
+            outputs = BaseModelOutputWithPooling(pooler_output=visual_tokens)
+            inputs["mm_encoder_outputs"] = {"image": outputs}
+        outputs = self.model(**inputs, use_cache=True, logits_to_keep=logits_to_keep, return_dict=True)
+        return outputs.logits.to(self.prompt.device)
+
+    def choose(self, logits, rows, position):
+        """The likeliest tokens behind `position` tokens of the answer, and their log-probabilities."""
+        scores = logits.float()
+        if self.logits_processor:  # they are given all rows, since they may know them by their index
+            scores = scores.new_zeros(len(self.prompt), scores.shape[1]).index_copy_(0, rows, scores)
+            scores = self.logits_processor(self.rows_with(position), scores)[rows]
+        log_probs, choices = scores.log_softmax(-1).max(-1)
+        return choices, log_probs
+
+    def extend(self, logits, rows, running):
+        """Append a token to the answers of the running rows. Answers that began as drafts have different lengths."""
+        lengths = self.length[rows]
+        self.make_room(int(lengths.max()) + 1)
+        for length in lengths[running].unique().tolist():
+            chosen = running & (lengths == length)
+            choices, log_probs = self.choose(logits, rows, length)
+            self.answer[rows[chosen], length] = choices[chosen]
+            self.log_probs[rows[chosen], length] = log_probs[chosen]
+        self.length[rows[running]] += 1
+        self.check_end(rows[running])
+
+    def make_room(self, length):
+        missing = max(0, length - self.answer.shape[1])
+        self.answer = torch.nn.functional.pad(self.answer, (0, missing))
+        self.log_probs = torch.nn.functional.pad(self.log_probs, (0, missing))
+
+    def check_end(self, rows):
+        for length in self.length[rows].unique().tolist():
+            chosen = rows[self.length[rows] == length]
+            self.ended[chosen] = self.stopping_criteria(self.rows_with(length), None)[chosen]
+
+    def rows_with(self, length):
+        """All rows, with so many tokens of their answers."""
+        return torch.cat([self.prompt, self.answer[:, :length]], dim=1)
+
+    def confidence(self):
+        """The least product of the probabilities of `window` tokens in a row, or of all, `(batch_size,)`."""
+        column = torch.arange(self.log_probs.shape[1], device=self.log_probs.device)
+        total = self.log_probs.masked_fill(column >= self.length[:, None], 0).cumsum(-1)
+        window = self.schedule.window
+        if total.shape[1] > window:
+            total = torch.cat([total[:, :window], total[:, window:] - total[:, :-window]], dim=1)
+        return total.amin(-1).exp()
+
+
+def begin_schedule(model, inputs: dict, num_visual_tokens, generation_configs):
+    """Make the inputs of `generate` ready for a schedule: encode the images with as many visual tokens as its last stage asks for.
+
+    Returns:
+        The inputs, with [`AdaptiveDecoding`] as `custom_generate`, and m of the first stage; where `num_visual_tokens` is no
+        schedule, both as they are.
+    """
+    schedule = resolve_schedule(num_visual_tokens, generation_configs, model.config.num_query_tokens)
+    if schedule is None:
+        return inputs, num_visual_tokens
+    refuse_all_but_greedy(inputs, generation_configs)
+    first, last = schedule.num_visual_tokens[0], schedule.num_visual_tokens[-1]
+    inputs = model.encode_images(rebudget(inputs, last, model.config, "left"))
+    image_outputs = (inputs.get("mm_encoder_outputs") or {}).get("image")
+    visual_tokens = [] if image_outputs is None else image_outputs.pooler_output
+    inputs["visual_token_counts"] = [last] * len(visual_tokens)
+    decoding = AdaptiveDecoding(schedule, visual_tokens, model.config, inputs.get("streamer"))
+    return {**inputs, "custom_generate": decoding}, first
+
+
+__all__ = ["AdaptiveDecoding", "AdaptiveGenerateOutput", "VisualTokenSchedule"]
