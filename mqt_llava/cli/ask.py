@@ -16,15 +16,17 @@ from .conversation import Conversation, is_text
 from .errors import UsageError, print_error
 from .images import is_url, load_image
 from .models import (
+    AUTO,
     Dtype,
     ModelOption,
     check_num_visual_tokens,
     load_config,
     load_costs,
     load_model,
+    load_schedule,
     name_base,
     name_checkpoint,
-    parse_num_visual_tokens,
+    parse_num_visual_tokens_or_auto,
     place,
     resolve_device,
     silence_libraries,
@@ -49,16 +51,18 @@ def ask(
         typer.Option(metavar="DIR_OR_REPO", help="LoRA adapter to merge. --model is then its base where not given."),
     ] = None,
     num_visual_tokens: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            metavar="M",
-            parser=parse_num_visual_tokens,
-            help="Visual tokens per image. Default: the checkpoint's own number, or as many as it has.",
+            metavar="M|auto",
+            help="Visual tokens per image; auto: as many as each question needs. Default: the checkpoint's own number, or as "
+            "many as it has.",
         ),
     ] = None,
     compare: Annotated[
         str | None,
-        typer.Option(metavar="M,M,...", help="Answer with each of these numbers of visual tokens, side by side."),
+        typer.Option(
+            metavar="M,M,...", help="Answer with each of these numbers of visual tokens, or auto, side by side."
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, help="Length of an answer, at most, in tokens.")
@@ -99,7 +103,9 @@ def ask(
     if load_in_4bit and load_in_8bit:
         raise UsageError("--load-in-4bit and --load-in-8bit exclude each other")
     num_bits = 4 if load_in_4bit else 8 if load_in_8bit else None
-    compared = [] if compare is None else [parse_num_visual_tokens(text) for text in compare.split(",")]
+    if num_visual_tokens is not None:
+        num_visual_tokens = parse_num_visual_tokens_or_auto(num_visual_tokens)
+    compared = [] if compare is None else [parse_num_visual_tokens_or_auto(text) for text in compare.split(",")]
     check_quoted(images_and_question, sources)
     images = [load_image(source) for source in sources]
 
@@ -109,8 +115,9 @@ def ask(
     checkpoint = name_base(adapter) if adapter and model is None else name_checkpoint(model)
     config = load_config(checkpoint)
     given = num_visual_tokens is not None
-    num_visual_tokens = check_num_visual_tokens(num_visual_tokens, config.num_query_tokens)
-    compared = [check_num_visual_tokens(m, config.num_query_tokens) for m in compared]
+    for m in (num_visual_tokens, *compared):
+        if m != AUTO:
+            check_num_visual_tokens(m, config.num_query_tokens)
     device = resolve_device(device)
     if compute_dtype is not Dtype.auto and device.type != "cpu":
         raise UsageError(f"--compute-dtype is for a CPU; the model would be on {device}")
@@ -125,7 +132,10 @@ def ask(
     if not given:  # a checkpoint may have an m of its own
         own = (network.generation_config, processor.image_processor)
         own = [getattr(settings, "num_visual_tokens", None) for settings in own]
-        num_visual_tokens = next((m for m in own if m is not None), num_visual_tokens)
+        num_visual_tokens = next((m for m in own if m is not None), config.num_query_tokens)
+    if AUTO in (num_visual_tokens, *compared):
+        schedule = load_schedule(network)
+        num_visual_tokens, *compared = (schedule if m == AUTO else m for m in (num_visual_tokens, *compared))
     setting = {
         "model": checkpoint,
         **({"adapter": adapter} if adapter else {}),
@@ -181,7 +191,11 @@ def chat(conversation: Conversation, setting: dict | None):
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         count = f"{len(conversation.images)} image" + "s" * (len(conversation.images) > 1)
-        print(f"{count}, {conversation.num_visual_tokens} visual tokens each. Ctrl-D ends the chat.", file=sys.stderr)
+        at_most = "" if conversation.schedule is None else "up to "
+        print(
+            f"{count}, {at_most}{conversation.num_visual_tokens} visual tokens each. Ctrl-D ends the chat.",
+            file=sys.stderr,
+        )
         conversation.prefill()
     asked, failed = 0, 0
     for number, question in read_questions(at_terminal):
@@ -233,20 +247,24 @@ def compare_answers(processor, model, costs, images, question, compared, max_new
     with contextlib.suppress(ValueError):  # of a template whose prompts have no beginning in common
         prefix = PrefixCache(model, processor)
     num_cached = 0 if prefix is None else len(prefix)
-    first = Conversation(processor, model, images, max(compared), max_new_tokens)
+    most = max(m if isinstance(m, int) else m.num_visual_tokens[-1] for m in compared)
+    first = Conversation(processor, model, images, most, max_new_tokens)
     _, inputs = first.prepare(question)
     start = time.perf_counter()
     first.encode(inputs["pixel_values"])
     if model.device.type != "cpu":
         torch.accelerator.synchronize(model.device)
     encoding = time.perf_counter() - start
-    num_text_tokens = inputs["input_ids"].shape[1] - len(images) * max(compared)
+    num_text_tokens = inputs["input_ids"].shape[1] - len(images) * most
     rows = []
     for m in compared:
         conversation = Conversation(processor, model, images, m, max_new_tokens, first.image_features, prefix)
         row = conversation.ask(question)
         seconds = round(row["seconds"] + encoding, 4)
         request = {"num_text_tokens": num_text_tokens, "num_cached_tokens": num_cached, "num_images": len(images)}
+        if not isinstance(m, int):
+            rows.append({"auto": True, **row, "seconds": seconds, "cached_tokens": 0, "flops": None})
+            continue
         flops = None if costs is None else costs(m, **request).flops
         rows.append({**row, "seconds": seconds, "cached_tokens": num_cached, "flops": flops})
     return rows
@@ -266,5 +284,6 @@ def print_table(rows: list[dict]):
     for row in rows:
         # Text: an answer with [brackets] is no markup
         compute = "" if row["flops"] is None else f"{row['flops'] / 1e9:,.2f} GFLOP"
-        table.add_row(str(row["num_visual_tokens"]), Text(row["answer"]), f"{row['seconds']:.2f} s", compute)
+        m = f"auto: {row['num_visual_tokens']}" if "auto" in row else str(row["num_visual_tokens"])
+        table.add_row(m, Text(row["answer"]), f"{row['seconds']:.2f} s", compute)
     Console(file=sys.stdout).print(table)

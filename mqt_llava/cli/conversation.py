@@ -15,7 +15,8 @@ class Conversation:
     Args:
         processor, model: as the Auto classes load them.
         images (`list[PIL.Image.Image]`): they stand at the beginning of the first turn.
-        num_visual_tokens (`int`): m, for each of the images.
+        num_visual_tokens (`int` or `VisualTokenSchedule`): m, for each of the images; or how it is found, question by question, by
+            computing the whole conversation anew.
         max_new_tokens (`int`): length of an answer, at most.
         image_features (*optional*): of the images, as `get_image_features` makes them of m or more tokens.
         prefix ([`PrefixCache`], *optional*): of the beginning that all conversations share.
@@ -26,7 +27,7 @@ class Conversation:
         processor,
         model,
         images,
-        num_visual_tokens: int,
+        num_visual_tokens,
         max_new_tokens: int,
         image_features=None,
         prefix=None,
@@ -34,7 +35,8 @@ class Conversation:
         self.processor = processor
         self.model = model
         self.images = images
-        self.num_visual_tokens = num_visual_tokens
+        self.schedule = None if isinstance(num_visual_tokens, int) else num_visual_tokens
+        self.num_visual_tokens = num_visual_tokens if self.schedule is None else self.schedule.num_visual_tokens[-1]
         self.max_new_tokens = max_new_tokens
         self.messages = []
         self.image_features = image_features
@@ -80,21 +82,30 @@ class Conversation:
         self.encode(inputs["pixel_values"])
         input_ids = inputs["input_ids"]
         length = input_ids.shape[1]
-        cache, num_cached = self.cache_for(input_ids)
-        self.cache = None  # not to be gone on from, should this be interrupted
-        has_images = bool((input_ids[:, num_cached:] == self.processor.image_token_id).any())
-        sequences = self.model.generate(
-            input_ids=input_ids,
-            attention_mask=inputs["attention_mask"],
-            **({"mm_encoder_outputs": {"image": self.image_features}} if has_images else {}),
-            **{CACHE_NAME: cache},
-            num_visual_tokens=self.num_visual_tokens,  # those of the prompt, whatever the checkpoint's default
-            max_new_tokens=min(self.max_new_tokens, self.context_length() - length),
-            do_sample=False,
-            num_beams=1,  # more cannot stream
-            streamer=streamer,
-        )
-        self.cache, self.cached_ids = cache, sequences[:, : cache.get_seq_length()]
+        options = {
+            "input_ids": input_ids,
+            "attention_mask": inputs["attention_mask"],
+            "max_new_tokens": min(self.max_new_tokens, self.context_length() - length),
+            "do_sample": False,
+            "num_beams": 1,  # more cannot stream
+            "streamer": streamer,
+        }
+        features = {"mm_encoder_outputs": {"image": self.image_features}}
+        if self.schedule is None:
+            cache, num_cached = self.cache_for(input_ids)
+            self.cache = None  # not to be gone on from, should this be interrupted
+            has_images = bool((input_ids[:, num_cached:] == self.processor.image_token_id).any())
+            options |= {CACHE_NAME: cache, **(features if has_images else {})}
+            # That of the prompt, whatever the checkpoint's default
+            sequences = self.model.generate(**options, num_visual_tokens=self.num_visual_tokens)
+            self.cache, self.cached_ids = cache, sequences[:, : cache.get_seq_length()]
+            found = {"num_visual_tokens": self.num_visual_tokens}
+        else:
+            options |= features | {"return_dict_in_generate": True}
+            outputs = self.model.generate(**options, num_visual_tokens=self.schedule)
+            found = {"num_visual_tokens": int(outputs.visual_token_counts[0])}
+            found |= {"stage": int(outputs.stages[0]), "confidence": round(float(outputs.confidences[0]), 4)}
+            length += len(self.images) * (found["num_visual_tokens"] - self.num_visual_tokens)
         seconds = time.perf_counter() - start
 
         # a token that spells the placeholder would stand for an image in the next prompt
@@ -102,7 +113,7 @@ class Conversation:
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": remembered}]}]
         return {
             "answer": streamer.text,
-            "num_visual_tokens": self.num_visual_tokens,
+            **found,
             "prompt_tokens": length,
             "new_tokens": len(streamer.ids),
             "seconds": round(seconds, 4),
@@ -123,7 +134,7 @@ class Conversation:
         (_, inputs), (_, other) = self.prepare("1"), self.prepare("a")
         self.encode(inputs["pixel_values"])
         num_known = count_common(inputs["input_ids"], other["input_ids"])
-        if not num_known:
+        if not num_known or self.schedule is not None:
             return
         self.cached_ids = inputs["input_ids"][:, :num_known]
         has_images = bool((self.cached_ids == self.processor.image_token_id).any())

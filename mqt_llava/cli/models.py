@@ -26,6 +26,9 @@ ModelOption = Annotated[
 EXTRAS = {"peft": "train", "bitsandbytes": "quantize", "torchao": "quantize"}  # which extra has a library
 
 
+AUTO = "auto"
+
+
 class Dtype(str, Enum):
     auto = "auto"
     bfloat16 = "bfloat16"
@@ -38,6 +41,24 @@ def parse_num_visual_tokens(text: str) -> int:
         return int(text)
     except ValueError:
         raise UsageError(f"a number of visual tokens is an integer; got {text!r}") from None
+
+
+def parse_num_visual_tokens_or_auto(text: str) -> int | str:
+    return AUTO if text == AUTO else parse_num_visual_tokens(text)
+
+
+def load_schedule(model):
+    """What "auto" means for a checkpoint."""
+    from ..modeling.adaptive_mqt_llava import resolve_schedule
+
+    try:
+        return resolve_schedule(AUTO, [model.generation_config], model.config.num_query_tokens)
+    except ValueError as error:
+        if getattr(model.generation_config, "visual_token_schedule", None) is not None:
+            raise UsageError(str(error)) from None
+        raise UsageError(
+            f"this checkpoint does not say what {AUTO} means: `mqt-llava calibrate` finds it out"
+        ) from None
 
 
 def check_num_visual_tokens(num_visual_tokens: int | None, num_query_tokens: int) -> int:
