@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from .ask import ask
+from .calibrate import calibrate
 from .convert import convert
 from .cost import cost
 from .errors import UsageError, print_error
@@ -59,6 +60,7 @@ app.command()(ask)
 app.command()(finetune)
 app.command()(convert)
 app.command()(cost)
+app.command()(calibrate)
 app.command()(update)
 for handed_on in (serve, train):
     settings = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -19,7 +19,7 @@ class SampleError(ValueError):
     """A sample that cannot be trained on, and why."""
 
 
-def load_conversations(data_files, image_folder=None, streaming=False):
+def load_conversations(data_files, image_folder=None, streaming=False, needs_answer=True):
     r"""
     Read conversations about images.
 
@@ -38,6 +38,8 @@ def load_conversations(data_files, image_folder=None, streaming=False):
         streaming (`bool`, *optional*, defaults to `False`):
             Read rows when they are asked for, without a copy in the cache of `datasets`. Several files are several
             shards, for as many workers.
+        needs_answer (`bool`, *optional*, defaults to `True`):
+            A row without an answer is broken. Else it may end in a question.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset` of rows `{"id": str, "messages": [{"role": str, "content": str,
@@ -63,6 +65,7 @@ def load_conversations(data_files, image_folder=None, streaming=False):
     # `datasets` keeps what it once read for the same arguments: the time of change is one of them
     versions = [f"{os.stat(file).st_mtime_ns} {os.stat(file).st_size}" for file in files]
     arguments = {"files": files, "versions": versions, "image_folder": str(image_folder or "")}
+    arguments["needs_answer"] = needs_answer
     builder = IterableDataset if streaming else Dataset
     try:
         return builder.from_generator(_read_rows, features=features, gen_kwargs=arguments)
@@ -87,7 +90,7 @@ def refuse_broken(dataset):
         raise ValueError(f"Sample {broken[0][0]} cannot be trained on: {broken[0][1]}.{more}")
 
 
-def _read_rows(files: list[str], versions: list[str], image_folder: str) -> Iterator[dict]:
+def _read_rows(files: list[str], versions: list[str], image_folder: str, needs_answer: bool) -> Iterator[dict]:
     index = None
     for file in files:
         folder = Path(image_folder or os.path.dirname(file))
@@ -96,7 +99,7 @@ def _read_rows(files: list[str], versions: list[str], image_folder: str) -> Iter
             if isinstance(row, dict) and "id" in row:
                 name += f" (id {row['id']})"
             try:
-                sample = canonical_sample(row)
+                sample = canonical_sample(row, needs_answer)
                 images = [str(folder / path) for path in map(_local_path, sample["images"])]
                 yield {"id": name, "messages": sample["messages"], "images": images, "error": None}
             except SampleError as error:
@@ -128,7 +131,7 @@ def _local_path(image) -> str:
     return path
 
 
-def canonical_sample(row) -> dict:
+def canonical_sample(row, needs_answer: bool = True) -> dict:
     r"""
     A row of any form that [`load_conversations`] describes as `{"messages": [{"role": str, "content": str, "train": bool},
     ...], "images": [...]}`, where `<image>` in a user's content stands for each image, in front of the text, and `train`
@@ -169,7 +172,7 @@ def canonical_sample(row) -> dict:
     if is_chat and images and not any(IMAGE_TOKEN in message["content"] for message in messages):
         question = next((message for message in messages if message["role"] == "user"), {"content": ""})
         question["content"] = _images_first(IMAGE_TOKEN * len(images) + question["content"])
-    _check_turns(messages)
+    _check_turns(messages, needs_answer)
     num_placeholders = sum(message["content"].count(IMAGE_TOKEN) for message in messages)
     if num_placeholders != len(images):
         raise SampleError(
@@ -208,7 +211,7 @@ def _images_first(content: str) -> str:
     return f"{IMAGE_TOKEN}\n" * count + content.replace(IMAGE_TOKEN, "").strip() if count else content
 
 
-def _check_turns(messages: list[dict]):
+def _check_turns(messages: list[dict], needs_answer: bool):
     """Question and answer by turns, after at most one system message; answers have a text and no image."""
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
     if turns is not messages and IMAGE_TOKEN in messages[0]["content"]:
@@ -222,8 +225,10 @@ def _check_turns(messages: list[dict]):
             raise SampleError(f"the answer in turn {index} is empty")
         if message["role"] == "assistant" and IMAGE_TOKEN in message["content"]:
             raise SampleError(f"the answer in turn {index} has an {IMAGE_TOKEN}")
-    if not any(message["role"] == "assistant" and message["train"] for message in turns):
+    if needs_answer and not any(message["role"] == "assistant" and message["train"] for message in turns):
         raise SampleError("it has no answer")
+    if not turns:
+        raise SampleError("it has no question")
 
 
 def open_image(image):

@@ -1,0 +1,219 @@
+"""Choose when an answer with few visual tokens is sure enough, with a promise: the loss against all M visual tokens is at most a
+tolerance, by a stated confidence.
+
+The questions are asked once with each number of visual tokens. Any schedule with any thresholds can be judged from that, since
+the confidence at a stage is that of the answer with this m. One part of the pictures proposes schedules, from the safest to the
+cheapest. The other part tests them one after the other, until one fails: fixed sequence testing, so none of them needs a
+correction for the others (Learn then Test, https://arxiv.org/abs/2110.01052). The test is a bet against the hypothesis that the
+loss is larger than the tolerance (https://arxiv.org/abs/2010.09686): it takes losses from -1 to 1, such as those of a picture
+about which several questions were asked, and knows no distribution.
+"""
+
+import itertools
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from .modeling.adaptive_mqt_llava import VisualTokenSchedule
+
+
+MAX_STAGES = 3
+NUM_THRESHOLDS = 12  # tried for each stage
+NUM_PROPOSALS = 40
+PROPOSING_SHARE = 1 / 3  # of the pictures
+
+
+@dataclass
+class Answers:
+    """
+    The answers to questions with each number of visual tokens.
+
+    Args:
+        num_visual_tokens (`list[int]`): rising; the last one is what others are compared with.
+        confidence (`np.ndarray` of shape `(len(num_visual_tokens), num_questions)`): in each answer.
+        right (`np.ndarray` of the same shape): from 0 to 1, how right each answer is: by its reference, or by what the largest
+            number of visual tokens answers.
+        text_tokens (`np.ndarray` of shape `(num_questions,)`): of each prompt.
+        new_tokens (`np.ndarray` of shape `(len(num_visual_tokens), num_questions)`): of each answer.
+        picture (`np.ndarray` of shape `(num_questions,)`): what each question is about, as integers. Questions about one picture
+            are not independent of each other, pictures are.
+    """
+
+    num_visual_tokens: list[int]
+    confidence: np.ndarray
+    right: np.ndarray
+    text_tokens: np.ndarray
+    new_tokens: np.ndarray
+    picture: np.ndarray
+
+    def select(self, questions) -> "Answers":
+        """Those to some of the questions."""
+        rows = {name: getattr(self, name)[:, questions] for name in ("confidence", "right", "new_tokens")}
+        one = {name: getattr(self, name)[questions] for name in ("text_tokens", "picture")}
+        return replace(self, **rows, **one)
+
+    def stops(self, schedule: VisualTokenSchedule) -> np.ndarray:
+        """At which of `num_visual_tokens` each question is answered."""
+        stages = [self.num_visual_tokens.index(m) for m in schedule.num_visual_tokens]
+        stop = np.full(self.confidence.shape[1], stages[-1])
+        for stage, threshold in reversed(list(zip(stages, schedule.thresholds))):
+            stop = np.where(self.confidence[stage] >= threshold, stage, stop)
+        return stop
+
+    def accuracy(self, stop) -> np.ndarray:
+        return self.right[stop, np.arange(self.right.shape[1])]
+
+    def visual_tokens(self, stop) -> np.ndarray:
+        return np.array(self.num_visual_tokens)[stop]
+
+    def language_model_tokens(self, schedule, stop) -> np.ndarray:
+        """Tokens that the language model computes for each question: the text anew at each stage, visual tokens once, those of the
+        answer once (drafts that are taken back not counted)."""
+        stages = [self.num_visual_tokens.index(m) for m in schedule.num_visual_tokens]
+        visited = sum((stop > stage).astype(int) for stage in stages) + 1
+        last = self.new_tokens[stop, np.arange(len(stop))]
+        return self.visual_tokens(stop) + visited * self.text_tokens + last - 1 + (visited - 1)
+
+    def losses(self, stop) -> np.ndarray:
+        """By how much each picture's answers are worse than with the largest number of visual tokens, from -1 to 1."""
+        lost = self.right[-1] - self.accuracy(stop)
+        _, picture, count = np.unique(self.picture, return_inverse=True, return_counts=True)
+        return np.bincount(picture, lost) / count
+
+
+def wealth(losses, tolerance: float, bet: float) -> float:
+    """What one unit has at most become when in each round `bet` of it is laid on a loss below the tolerance. If the mean loss is
+    above, it exceeds 1 / p with a probability of at most p."""
+    return float(np.exp(np.cumsum(np.log1p(bet * (tolerance - losses)))).max(initial=1.0))
+
+
+def best_bet(losses, tolerance: float) -> float:
+    """The bet that would have grown fastest."""
+    bets = np.linspace(0, 0.95 / (1 - tolerance), 96)
+    return float(bets[np.argmax([np.log1p(bet * (tolerance - losses)).sum() for bet in bets])])
+
+
+def pictures_needed(tolerance: float, confidence: float) -> int:
+    """So many pictures are tested at least, where not one answer changes."""
+    return int(np.ceil(np.log(1 / (1 - confidence)) / np.log1p(0.95 / (1 - tolerance) * tolerance)))
+
+
+def propose(answers: Answers) -> list[VisualTokenSchedule]:
+    """Schedules from the safest to the cheapest: of those that cost as much, the one that loses least here."""
+    sizes, found = answers.num_visual_tokens, []
+    grid = [np.unique(np.quantile(confidence, np.linspace(0, 1, NUM_THRESHOLDS))) for confidence in answers.confidence]
+    for number in range(1, MAX_STAGES + 1):
+        for stages in itertools.combinations(range(len(sizes)), number):
+            for thresholds in itertools.product(*(grid[stage] for stage in stages[:-1])):
+                schedule = VisualTokenSchedule([sizes[s] for s in stages], [round(float(t), 4) for t in thresholds])
+                stop = answers.stops(schedule)
+                loss = float((answers.right[-1] - answers.accuracy(stop)).mean())
+                cost = float(answers.language_model_tokens(schedule, stop).mean())
+                found.append((cost, loss, schedule))
+    found.sort(key=lambda entry: entry[:2])
+    frontier, least = [], np.inf
+    for cost, loss, schedule in found:
+        if loss < least:
+            frontier.append((loss, schedule))
+            least = loss
+    frontier = [schedule for _, schedule in reversed(frontier)]
+    chosen = np.unique(np.linspace(0, len(frontier) - 1, NUM_PROPOSALS).round().astype(int))
+    return [frontier[i] for i in chosen]
+
+
+def calibrate(answers: Answers, tolerance: float, confidence: float, seed: int = 0) -> VisualTokenSchedule | None:
+    """
+    The cheapest schedule whose loss against the largest number of visual tokens is shown to be at most the tolerance.
+
+    Args:
+        answers (`Answers`): to questions about pictures that are drawn at random from those that will come.
+        tolerance (`float`): as a share of 1.
+        confidence (`float`): of 0.95, at most one calibration in twenty chooses a schedule that loses more.
+
+    Returns:
+        `VisualTokenSchedule` or `None`, where nothing can be shown with so many pictures.
+    """
+    rng = np.random.default_rng(seed)
+    pictures = rng.permutation(np.unique(answers.picture))
+    proposing = np.isin(answers.picture, pictures[: int(PROPOSING_SHARE * len(pictures))])
+    proposer, tester = answers.select(proposing), answers.select(~proposing)
+    best = None
+    if proposing.any() and not proposing.all():
+        for schedule in propose(proposer):
+            bet = best_bet(proposer.losses(proposer.stops(schedule)), tolerance)
+            losses = rng.permutation(tester.losses(tester.stops(schedule)))
+            if wealth(losses, tolerance, bet) < 1 / (1 - confidence):
+                break
+            best = schedule
+    return best
+
+
+@dataclass
+class Asked:
+    """What a model said, by number of visual tokens and question: `texts`, and the rest as in [`Answers`]; and the `seconds` that a
+    question took with each number of visual tokens, the image apart."""
+
+    texts: list[list[str]]
+    confidence: np.ndarray
+    text_tokens: np.ndarray
+    new_tokens: np.ndarray
+    seconds: np.ndarray
+
+
+def doubling(num_query_tokens: int) -> list[int]:
+    """1, 2, 4, ... and M."""
+    return sorted({*(2**i for i in range(num_query_tokens.bit_length())), num_query_tokens})
+
+
+@torch.no_grad()
+def ask_all(
+    model, processor, conversations, images, num_visual_tokens, max_new_tokens=64, batch_size=16, progress=None
+):
+    """
+    The answers to questions, and how sure they are, with each number of visual tokens. Images are encoded once.
+
+    Args:
+        conversations (`list[list[dict]]`): messages up to the question.
+        images (`list[list[PIL.Image.Image]]`): of each conversation.
+        num_visual_tokens (`list[int]`): rising.
+
+    Returns:
+        `Asked`.
+    """
+    prompts = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages in conversations]
+    shape, seconds = (len(num_visual_tokens), len(prompts)), np.zeros(len(num_visual_tokens))
+    texts = [[""] * len(prompts) for _ in num_visual_tokens]
+    confidence, new_tokens, text_tokens = np.zeros(shape), np.zeros(shape, int), np.zeros(len(prompts), int)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        options = {"padding": True, "padding_side": "left", "add_special_tokens": False, "return_tensors": "pt"}
+        options["num_visual_tokens"] = num_visual_tokens[-1]
+        pictures = [image for row in rows for image in images[row]]
+        inputs = processor(images=pictures or None, text=[prompts[row] for row in rows], **options).to(model.device)
+        if pictures:
+            features = model.get_image_features(inputs.pop("pixel_values"), num_visual_tokens[-1], return_dict=True)
+            inputs["mm_encoder_outputs"] = {"image": features}
+        length = inputs["input_ids"].shape[1]
+        is_text = inputs["attention_mask"].bool() & (inputs["input_ids"] != model.config.image_token_id)
+        text_tokens[rows] = is_text.sum(-1).cpu()
+        for i, m in enumerate(num_visual_tokens):
+            start = time.perf_counter()
+            outputs = model.generate(
+                **inputs,
+                num_visual_tokens=VisualTokenSchedule([m], []),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                return_dict_in_generate=True,
+            )
+            answers = outputs.sequences[:, length:].cpu()
+            seconds[i] += time.perf_counter() - start
+            confidence[i, rows] = outputs.confidences.cpu()
+            new_tokens[i, rows] = (answers != processor.tokenizer.pad_token_id).sum(-1)
+            for row, text in zip(rows, processor.batch_decode(answers, skip_special_tokens=True)):
+                texts[i][row] = text.strip()
+            if progress is not None:
+                progress.update(len(rows))
+    return Asked(texts, confidence, text_tokens, new_tokens, seconds / len(prompts))

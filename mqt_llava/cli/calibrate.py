@@ -1,0 +1,212 @@
+"""`mqt-llava calibrate DATA`: how many visual tokens "auto" takes, chosen on questions of one's own."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import UsageError
+from .models import (
+    Dtype,
+    ModelOption,
+    check_num_visual_tokens,
+    load_config,
+    load_costs,
+    load_model,
+    name_base,
+    name_checkpoint,
+    parse_num_visual_tokens,
+    place,
+    resolve_device,
+    silence_libraries,
+)
+
+
+def calibrate(
+    data: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DATA...",
+            help="LLaVA conversations or chat messages: JSON or JSON Lines. Of each row the last question is asked.",
+        ),
+    ],
+    image_folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the images are. Default: beside each data file.")
+    ] = None,
+    model: ModelOption = None,
+    adapter: Annotated[str | None, typer.Option(metavar="DIR_OR_REPO", help="LoRA adapter to merge.")] = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where generation_config.json is written. Default: into the checkpoint."),
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0.01, max=50, help="Loss against all visual tokens, at most, in points (of 100).")
+    ] = 0.5,
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the promise.")] = 0.95,
+    num_visual_tokens: Annotated[
+        str | None, typer.Option(metavar="M,M,...", help="What stages may have. Default: 1, 2, 4, ..., M.")
+    ] = None,
+    agreement: Annotated[
+        bool, typer.Option("--agreement", help="Compare with the answers at all visual tokens, not with references.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of an answer, at most.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 16,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights. auto: as `ask` chooses it.")] = Dtype.auto,
+    seed: Annotated[int, typer.Option(help="Of the split into pictures that propose and pictures that test.")] = 0,
+):
+    """Choose the schedule of `--num-visual-tokens auto` on questions of your own, with a promise.
+
+    Chosen is the cheapest schedule that is shown to lose at most --tolerance points against all visual tokens: in accuracy, where
+    every question has an answer, else in agreement. The promise holds for pictures and questions like those of DATA.
+
+    \b
+    mqt-llava calibrate questions.json --image-folder images --model my-mqt-llava
+    mqt-llava calibrate questions.jsonl --tolerance 2 --output-dir calibrated
+    """
+    checkpoint = name_base(adapter) if adapter and model is None else name_checkpoint(model)
+    if output_dir is None and (adapter is not None or not Path(checkpoint).is_dir()):
+        raise UsageError("say where to write: --output-dir DIR")
+    try:
+        import numpy as np
+        from tqdm import tqdm
+
+        from ..calibration import Answers, ask_all, calibrate, doubling, pictures_needed
+        from ..training.data import load_conversations, open_image, refuse_broken
+    except ImportError as error:
+        raise UsageError(f"{error.name} is missing: pip install 'mqt-llava[train]'") from None
+    silence_libraries()
+    config = load_config(checkpoint)
+    most = config.num_query_tokens
+    sizes = doubling(most)
+    if num_visual_tokens is not None:
+        sizes = sorted({parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")})
+        for m in sizes:
+            check_num_visual_tokens(m, most)
+    try:
+        rows = load_conversations(data, image_folder, needs_answer=False)
+        refuse_broken(rows)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    rows = [row for row in rows if row["images"]]
+    if not rows:
+        raise UsageError("no question is about an image")
+    pictures = {name: i for i, name in enumerate(dict.fromkeys(tuple(row["images"]) for row in rows))}
+    tested = len(pictures) - len(pictures) // 3
+    needed = pictures_needed(tolerance / 100, confidence)
+    if tested < needed:
+        raise UsageError(
+            f"{len(pictures)} pictures are too few to promise a loss of at most {tolerance:g} points with a confidence of "
+            f"{confidence:g}: two thirds of them test, and at least {needed} are needed for that, where not one answer changes. "
+            "Give more pictures, or a larger --tolerance"
+        )
+    device = resolve_device(device)
+    costs = load_costs(checkpoint, config)
+    request = {"num_images": 1, "num_text_tokens": 256, "num_new_tokens": max_new_tokens, "batch_size": batch_size}
+    processor, network = load_model(
+        checkpoint, device, place(checkpoint, config, costs, device, dtype, None, **request), adapter
+    )
+
+    has_answers = not agreement and all(row["messages"][-1]["role"] == "assistant" for row in rows)
+    conversations, references = [], []
+    for row in rows:
+        messages = [{"role": turn["role"], "content": turn["content"]} for turn in row["messages"]]
+        references.append(messages.pop()["content"] if messages[-1]["role"] == "assistant" else None)
+        conversations.append(messages)
+    opened = Opened(rows, open_image)
+    with tqdm(total=len(rows) * len(sizes), unit="answer") as progress:
+        asked = ask_all(network, processor, conversations, opened, sizes, max_new_tokens, batch_size, progress)
+    right = np.array(
+        [
+            [
+                normalize(text) == normalize(expected)
+                for text, expected in zip(texts, references if has_answers else asked.texts[-1])
+            ]
+            for texts in asked.texts
+        ],
+        float,
+    )
+    picture = np.array([pictures[tuple(row["images"])] for row in rows])
+    answers = Answers(sizes, asked.confidence, right, asked.text_tokens, asked.new_tokens, picture)
+    schedule = calibrate(answers, tolerance / 100, confidence, seed)
+    measure = "accuracy" if has_answers else "agreement"
+    if schedule is None:
+        raise UsageError(
+            f"nothing is written: no schedule could be shown to lose at most {tolerance:g} points of {measure} with a confidence of "
+            f"{confidence:g}, from {len(rows)} questions about {len(pictures)} pictures"
+        )
+    schedule.calibration = {
+        "tolerance": tolerance / 100,
+        "confidence": confidence,
+        "measure": measure,
+        "num_questions": len(rows),
+        "num_pictures": len(pictures),
+    }
+    print_curve(answers, schedule, asked.seconds, measure)
+    settings = network.generation_config
+    settings.visual_token_schedule = schedule.to_dict()
+    folder = Path(checkpoint) if output_dir is None else output_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    write_settings(settings, folder)
+    print(f"written to {folder / 'generation_config.json'}")
+
+
+class Opened:
+    """The images of each row, opened when they are asked for."""
+
+    def __init__(self, rows, open_image):
+        self.rows, self.open_image = rows, open_image
+
+    def __getitem__(self, index):
+        return [self.open_image(image) for image in self.rows[index]["images"]]
+
+
+def normalize(answer: str) -> str:
+    return answer.strip().rstrip(".").casefold()
+
+
+def write_settings(settings, folder: Path):
+    """Written aside and moved into place. Marks of where settings came from would have them loaded without what is ours."""
+    import os
+
+    settings = {name: value for name, value in settings.to_diff_dict().items() if not name.startswith("_")}
+    import json
+
+    partial = folder / f"generation_config.json.{os.getpid()}.partial"
+    partial.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(folder / "generation_config.json")
+
+
+def print_curve(answers, schedule, seconds, measure):
+    """Fixed numbers of visual tokens, the schedule, the same numbers dealt out at random, and the smallest that is as good as all."""
+    import numpy as np
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    for column in ("m", f"{measure}, %", "visual tokens", "language model tokens", "seconds"):
+        table.add_column(column, justify="left" if column == "m" else "right")
+
+    def add(name, stop, tokens, duration):
+        values = 100 * answers.accuracy(stop).mean(), answers.visual_tokens(stop).mean(), tokens, duration
+        table.add_row(
+            name, *("" if value is None else f"{value:.{digits}f}" for value, digits in zip(values, (2, 2, 1, 4)))
+        )
+
+    from ..modeling.adaptive_mqt_llava import VisualTokenSchedule
+
+    number = len(answers.picture)
+    for i, m in enumerate(answers.num_visual_tokens):
+        stop = np.full(number, i)
+        tokens = answers.language_model_tokens(VisualTokenSchedule([m], []), stop).mean()
+        add(str(m), stop, tokens, seconds[i])
+    stop = answers.stops(schedule)
+    stages = " -> ".join(map(str, schedule.num_visual_tokens))
+    add(f"auto: {stages}", stop, answers.language_model_tokens(schedule, stop).mean(), None)
+    add("the same at random", np.random.default_rng(0).permutation(stop), None, None)
+    as_good = answers.right >= answers.right[-1]
+    add("oracle", as_good.argmax(0), None, None)
+    Console().print(table)
+    thresholds = ", ".join(f"{threshold:g}" for threshold in schedule.thresholds)
+    print(f"schedule {stages}" + (f", taken from a confidence of {thresholds}" if thresholds else ""))
