@@ -1,0 +1,197 @@
+"""What `num_visual_tokens="auto"` brings on questions that nothing was trained or calibrated on.
+
+    python -m benchmarks.adaptive --output_dir docs/benchmarks
+
+A schedule is calibrated on pictures of its own (`--calibration_pictures`) and then asked, for real, about those of the published
+accuracy table (`--pictures`), beside every fixed number of visual tokens. Tokens and passes are those that the language model was
+given, text, repeats and drafts counted, padding not. Times are of batches and of single questions, interleaved, with images
+encoded in each.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import mqt_llava
+from benchmarks.measure import machine
+from mqt_llava import VisualTokenSchedule
+from mqt_llava.calibration import Answers, ask_all, calibrate, doubling
+from recipes.tiny import evaluate
+
+
+CALIBRATION_SEED = 30_000_000
+SPLITS = 200
+
+
+class Asked:
+    """What the language model is given: real tokens and passes, question by question."""
+
+    def __init__(self, model):
+        self.tokens = self.passes = None
+        model.model.language_model.register_forward_pre_hook(self.count, with_kwargs=True)
+
+    def count(self, module, args, kwargs):
+        columns = kwargs["inputs_embeds"].shape[1]
+        mask = kwargs["attention_mask"]
+        new = (
+            mask[:, -columns:].sum(-1) if mask is not None else torch.full(kwargs["inputs_embeds"].shape[:1], columns)
+        )
+        self.tokens += int(new.sum())
+        self.passes += int((new > 0).sum())
+
+
+def table_of(model, processor, samples, picture, sizes):
+    conversations = [
+        [{"role": "user", "content": "<image>\n" * len(pictures) + question}] for pictures, _, question, _ in samples
+    ]
+    with tqdm(total=len(samples) * len(sizes), unit="answer", mininterval=10) as progress:
+        asked = ask_all(model, processor, conversations, [s[0] for s in samples], sizes, 40, 96, progress)
+    expected = [evaluate.read_answer(answer) for *_, answer in samples]
+    right = [[evaluate.read_answer(text) == e for text, e in zip(texts, expected)] for texts in asked.texts]
+    return Answers(sizes, asked.confidence, np.array(right, float), asked.text_tokens, asked.new_tokens, picture)
+
+
+def questions(num_pictures, seed):
+    evaluate.EVALUATION_SEED, published = seed, evaluate.EVALUATION_SEED
+    samples = [sample for sample in evaluate.evaluation_set(num_pictures) if sample[1] != "pair"]
+    evaluate.EVALUATION_SEED = published
+    pictures = {id(sample[0]): i for i, sample in enumerate(samples)}
+    return samples, np.unique([pictures[id(sample[0])] for sample in samples], return_inverse=True)[1]
+
+
+def bootstrap(answers, stop, draws=2000):
+    """95 % interval of the difference to always M, in points, over pictures."""
+    losses = -100 * answers.losses(stop)
+    counts = np.bincount(np.unique(answers.picture, return_inverse=True)[1])
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(len(losses), size=(draws, len(losses)))
+    means = (losses * counts)[drawn].sum(1) / counts[drawn].sum(1)
+    return np.quantile(means, [0.025, 0.975])
+
+
+@torch.no_grad()
+def ask_for_real(model, processor, samples, way, batch_size):
+    """Answers by `generate`; seconds, and tokens and passes of the language model, for each question."""
+    asked, texts, stages, start = Asked(model), [""] * len(samples), [], time.perf_counter()
+    asked.tokens = asked.passes = 0
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i][3]))
+    if batch_size == 1:
+        order = list(range(len(samples)))
+    for first in range(0, len(order), batch_size):
+        rows = order[first : first + batch_size]
+        turns = [[{"role": "user", "content": f"<image>\n{samples[i][2]}"}] for i in rows]
+        prompts = processor.apply_chat_template(turns, add_generation_prompt=True)
+        options = {"padding": True, "padding_side": "left", "add_special_tokens": False, "return_tensors": "pt"}
+        inputs = processor(images=[samples[i][0][0] for i in rows], text=prompts, **options)
+        outputs = model.generate(**inputs, num_visual_tokens=way, max_new_tokens=40, do_sample=False)
+        answers = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for row, text in zip(rows, answers):
+            texts[row] = text.strip()
+    number = len(samples)
+    return texts, (time.perf_counter() - start) / number, asked.tokens / number, asked.passes / number
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=mqt_llava.TINY_CHECKPOINT)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--pictures", type=int, default=1000)
+    parser.add_argument("--calibration_pictures", type=int, default=1000)
+    parser.add_argument("--tolerance", type=float, default=0.005)
+    parser.add_argument("--timed", type=int, default=384, help="questions that times are taken of")
+    arguments = parser.parse_args()
+    model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=torch.float32, trust_remote_code=False)
+    processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=False)
+    sizes = doubling(model.config.num_query_tokens)
+
+    samples, picture = questions(arguments.calibration_pictures, CALIBRATION_SEED)
+    calibrating = table_of(model, processor, samples, picture, sizes)
+    schedule = calibrate(calibrating, arguments.tolerance, 0.95)
+    if schedule is None:
+        raise SystemExit(
+            "no schedule could be shown to be good enough: more --calibration_pictures, or a larger --tolerance"
+        )
+    samples, picture = questions(arguments.pictures, evaluate.EVALUATION_SEED)
+    answers = table_of(model, processor, samples, picture, sizes)
+    lines = [machine(model.device), "", *promise(calibrating, answers, arguments.tolerance), ""]
+    lines += curve(model, processor, samples, answers, schedule, arguments.timed)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    (arguments.output_dir / "adaptive.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def promise(calibrating, answers, tolerance):
+    """How often a schedule, calibrated on pictures drawn from all that there are, loses more than it may on the others."""
+    joined = {
+        name: np.concatenate([getattr(calibrating, name), getattr(answers, name)], axis=-1)
+        for name in ("confidence", "right", "new_tokens", "text_tokens")
+    }
+    picture = np.concatenate([calibrating.picture, answers.picture + calibrating.picture.max() + 1])
+    both = Answers(answers.num_visual_tokens, picture=picture, **joined)
+    pictures, rng = np.unique(picture), np.random.default_rng(0)
+    found = []
+    for split in range(SPLITS):
+        chosen = np.isin(picture, rng.permutation(pictures)[: len(pictures) // 2])
+        schedule = calibrate(both.select(chosen), tolerance, 0.95, seed=split)
+        if schedule is not None:
+            others = both.select(~chosen)
+            stop = others.stops(schedule)
+            found.append((others.losses(stop).mean(), others.visual_tokens(stop).mean()))
+    lost, tokens = np.array(found).T
+    return [
+        f"Promise: of {SPLITS} random halves of {len(pictures)} pictures, {len(found)} gave a schedule ({tokens.mean():.1f} visual "
+        f"tokens on average); {int((lost > tolerance).sum())} of them lost more than {100 * tolerance:g} points on the other half "
+        f"(mean {100 * lost.mean():+.2f}, largest {100 * lost.max():+.2f}). Allowed are one in twenty."
+    ]
+
+
+def curve(model, processor, samples, answers, schedule, timed):
+    sizes, number = answers.num_visual_tokens, len(samples)
+    expected = [evaluate.read_answer(answer) for *_, answer in samples]
+    stop = answers.stops(schedule)
+    texts, _, tokens, passes = ask_for_real(model, processor, samples, schedule, 96)
+    right = np.mean([evaluate.read_answer(text) == e for text, e in zip(texts, expected)])
+    rng = np.random.default_rng(0)
+    subset = [samples[i] for i in rng.permutation(number)[:timed]]
+    ways = {**{str(m): m for m in sizes}, "auto": schedule}
+    seconds = {(name, size): [] for name in ways for size in (48, 1)}
+    for _ in range(3):
+        for (name, size), taken in seconds.items():
+            some = subset if size > 1 else subset[: timed // 4]
+            taken.append(ask_for_real(model, processor, some, ways[name], size)[1])
+    stages = " -> ".join(map(str, schedule.num_visual_tokens))
+    lines = [
+        f"{number} questions about {len(np.unique(answers.picture))} pictures. Schedule {stages}, thresholds {schedule.thresholds}, "
+        f"calibrated on {schedule.calibration or 'other pictures'}.",
+        "",
+        "| m | accuracy, % | against M, 95 % interval | visual tokens | language model tokens | passes | ms, batch of 48 | ms, one by one |",
+        "| --- |" + " ---: |" * 7,
+    ]
+
+    def row(name, accuracy, stop, *figures):
+        low, high = bootstrap(answers, stop)
+        visual = answers.visual_tokens(stop).mean()
+        cells = [f"{100 * accuracy:.2f}", f"{low:+.2f} to {high:+.2f}", f"{visual:.2f}", *figures]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+
+    for i, m in enumerate(sizes):
+        fixed = np.full(number, i)
+        single = VisualTokenSchedule([m], [])
+        figures = [answers.language_model_tokens(single, fixed).mean(), answers.new_tokens[i].mean()]
+        times = [1000 * min(seconds[str(m), size]) for size in (48, 1)]
+        row(m, answers.right[i].mean(), fixed, *(f"{figure:.2f}" for figure in (*figures, *times)))
+    times = [1000 * min(seconds["auto", size]) for size in (48, 1)]
+    row("auto", right, stop, *(f"{figure:.2f}" for figure in (tokens, passes, *times)))
+    row("the same at random", answers.accuracy(rng.permutation(stop)).mean(), rng.permutation(stop), *[""] * 4)
+    oracle = np.where(answers.right.any(0), answers.right.argmax(0), 0)
+    row("oracle", answers.accuracy(oracle).mean(), oracle, *[""] * 4)
+    return lines
+
+
+if __name__ == "__main__":
+    main()
