@@ -32,8 +32,8 @@ class Asked:
     """What the language model is given: real tokens and passes, question by question."""
 
     def __init__(self, model):
-        self.tokens = self.passes = None
-        model.model.language_model.register_forward_pre_hook(self.count, with_kwargs=True)
+        self.tokens = self.passes = 0
+        self.handle = model.model.language_model.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, module, args, kwargs):
         columns = kwargs["inputs_embeds"].shape[1]
@@ -77,8 +77,7 @@ def bootstrap(answers, stop, draws=2000):
 @torch.no_grad()
 def ask_for_real(model, processor, samples, way, batch_size):
     """Answers by `generate`; seconds, and tokens and passes of the language model, for each question."""
-    asked, texts, stages, start = Asked(model), [""] * len(samples), [], time.perf_counter()
-    asked.tokens = asked.passes = 0
+    asked, texts, start = Asked(model), [""] * len(samples), time.perf_counter()
     order = sorted(range(len(samples)), key=lambda i: len(samples[i][3]))
     if batch_size == 1:
         order = list(range(len(samples)))
@@ -92,6 +91,7 @@ def ask_for_real(model, processor, samples, way, batch_size):
         answers = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, text in zip(rows, answers):
             texts[row] = text.strip()
+    asked.handle.remove()
     number = len(samples)
     return texts, (time.perf_counter() - start) / number, asked.tokens / number, asked.passes / number
 
