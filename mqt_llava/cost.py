@@ -11,14 +11,16 @@ runs there as it would run anywhere, and torch's FLOP counter counts. That takes
 
 import bisect
 import copy
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .modeling.adaptive_mqt_llava import VisualTokenSchedule
 from .modeling.budget_mqt_llava import CACHE_NAME, resolve_visual_token_counts
 from .modeling.configuration_mqt_llava import MQTLlavaConfig
 from .modeling.modeling_mqt_llava import MQTLlavaForConditionalGeneration
@@ -239,11 +241,7 @@ class CostModel:
         """See [`num_visual_tokens_for`]."""
         budgets = {"flops": flops, "memory_bytes": memory_bytes, "latency_s": latency_s}
         budgets = {name: budget for name, budget in budgets.items() if budget is not None}
-        if not budgets:
-            raise ValueError("Give at least one budget: `flops`, `memory_bytes` or `latency_s`.")
-        for name, budget in budgets.items():
-            if not isinstance(budget, Real) or isinstance(budget, bool) or math.isnan(budget):
-                raise ValueError(f"`{name}` must be a number; got {budget!r}.")
+        check_budgets(budgets, "`flops`, `memory_bytes` or `latency_s`")
         if latency_s is not None and speed is None:
             speed = measure_device(dtype=request.get("dtype", torch.bfloat16))
         measures = {
@@ -262,6 +260,91 @@ class CostModel:
                 )
             fitting.append(fits)
         return min(fitting)
+
+    def stages(self, schedule: VisualTokenSchedule, num_images: int = 1, **request) -> list[Cost]:
+        """
+        What each stage of a schedule costs at most: every answer is as long as it may be, is taken back as a whole, and checked as a
+        draft by the next stage. What is in the cache then are the visual tokens of the first image.
+
+        Args:
+            schedule (`VisualTokenSchedule`): as for `generate(num_visual_tokens=...)`.
+            num_images, request: as for a call.
+        """
+        if num_images < 1:
+            raise ValueError(f"`num_images` must be at least 1 for a schedule; got {num_images}.")
+        costs = [self(m, num_images=num_images, **request) for m in schedule.num_visual_tokens]
+        batch_size = costs[0].prefill_tokens["lm_head"]
+        query = self.count_query_transformer(schedule.num_visual_tokens[-1], num_images * batch_size)
+        costs[0] = replace(costs[0], prefill_flops={**costs[0].prefill_flops, "query_transformer": query})
+        for i in range(1, len(costs)):
+            cost, num_cached = costs[i], schedule.num_visual_tokens[i - 1]
+            num_drafted = cost.num_decode_steps + 1
+            end = cost.num_prompt_tokens + num_drafted
+            flops = {"vision_tower": 0, "query_transformer": 0}
+            flops["language_model"] = batch_size * (self.count_text(end) - self.count_text(num_cached))
+            flops["lm_head"] = (num_drafted + 2) * cost.prefill_flops["lm_head"]
+            tokens = cost.prefill_tokens | {"language_model": batch_size * (end - num_cached)}
+            read = cost.prefill_read_bytes | {"vision_tower": 0, "query_transformer": 0}
+            costs[i] = replace(cost, prefill_flops=flops, prefill_tokens=tokens, prefill_read_bytes=read)
+        return costs
+
+    def schedule_within(
+        self,
+        schedule: VisualTokenSchedule,
+        *,
+        max_flops: float | None = None,
+        max_seconds: float | None = None,
+        speed: DeviceSpeed | None = None,
+        **request,
+    ) -> VisualTokenSchedule:
+        """See [`schedule_within`]."""
+        budgets = {"max_flops": max_flops, "max_seconds": max_seconds}
+        budgets = {name: budget for name, budget in budgets.items() if budget is not None}
+        check_budgets(budgets, "`max_flops` or `max_seconds`")
+        if max_seconds is not None and speed is None:
+            speed = measure_device(dtype=request.get("dtype", torch.bfloat16))
+        measures = {"max_flops": lambda cost: cost.flops, "max_seconds": lambda cost: cost.latency(speed)}
+        costs, number = self.stages(schedule, **request), len(schedule.num_visual_tokens)
+        for name, budget in budgets.items():
+            spent = list(itertools.accumulate(map(measures[name], costs)))
+            if spent[0] > budget:
+                raise ValueError(
+                    f"The first stage, m = {schedule.num_visual_tokens[0]}, costs up to {spent[0]:.4g}, more than `{name}` = {budget:.4g}."
+                )
+            number = min(number, bisect.bisect_right(spent, budget))
+        return replace(
+            schedule,
+            num_visual_tokens=list(schedule.num_visual_tokens[:number]),
+            thresholds=list(schedule.thresholds[: number - 1]),
+        )
+
+
+def check_budgets(budgets: dict, allowed: str):
+    if not budgets:
+        raise ValueError(f"Give at least one budget: {allowed}.")
+    for name, budget in budgets.items():
+        if not isinstance(budget, Real) or isinstance(budget, bool) or math.isnan(budget):
+            raise ValueError(f"`{name}` must be a number; got {budget!r}.")
+
+
+def schedule_within(
+    config: MQTLlavaConfig, schedule: VisualTokenSchedule, **budgets_and_request
+) -> VisualTokenSchedule:
+    """The first stages of a schedule, as many as fit every budget that is given, whatever is asked and however often an answer is
+    taken back: `model.generate(num_visual_tokens=schedule_within(...))` never costs more.
+
+    Args:
+        config (`MQTLlavaConfig`): of the model.
+        schedule (`VisualTokenSchedule`): of which the last stages are left out.
+        max_flops (`float`, *optional*): FLOPs up to the last token, for the whole batch.
+        max_seconds (`float`, *optional*): up to the last token on prepared inputs; an estimate, as all times of [`CostModel`].
+        speed (`DeviceSpeed`, *optional*): for `max_seconds`. Defaults to that of the CPU, measured now.
+        num_text_tokens, num_images, batch_size, num_new_tokens, dtype: as for [`CostModel`], at most.
+
+    Raises:
+        `ValueError`: when no budget is given, and when not even the first stage fits, with what that costs.
+    """
+    return CostModel(config).schedule_within(schedule, **budgets_and_request)
 
 
 def num_visual_tokens_for(config: MQTLlavaConfig, **budgets_and_request) -> int:

@@ -13,6 +13,7 @@ import typer
 from PIL import Image
 
 from .conversation import Conversation, is_text
+from .cost import parse_amount
 from .errors import UsageError, print_error
 from .images import is_url, load_image
 from .models import (
@@ -64,6 +65,16 @@ def ask(
             metavar="M,M,...", help="Answer with each of these numbers of visual tokens, or auto, side by side."
         ),
     ] = None,
+    max_flops: Annotated[
+        float | None,
+        typer.Option(
+            metavar="AMOUNT", parser=parse_amount, help="With auto: FLOPs of an answer at most, such as 2.5T."
+        ),
+    ] = None,
+    max_seconds: Annotated[
+        float | None,
+        typer.Option(metavar="S", min=0, help="With auto: what an answer may take, as `cost` estimates it."),
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, help="Length of an answer, at most, in tokens.")
     ] = 512,
@@ -106,6 +117,10 @@ def ask(
     if num_visual_tokens is not None:
         num_visual_tokens = parse_num_visual_tokens_or_auto(num_visual_tokens)
     compared = [] if compare is None else [parse_num_visual_tokens_or_auto(text) for text in compare.split(",")]
+    budgets = {"max_flops": max_flops, "max_seconds": max_seconds}
+    budgets = {name: budget for name, budget in budgets.items() if budget is not None}
+    if budgets and AUTO not in (num_visual_tokens, *compared):
+        raise UsageError("--max-flops and --max-seconds are for --num-visual-tokens auto")
     check_quoted(images_and_question, sources)
     images = [load_image(source) for source in sources]
 
@@ -135,6 +150,8 @@ def ask(
         num_visual_tokens = next((m for m in own if m is not None), config.num_query_tokens)
     if AUTO in (num_visual_tokens, *compared):
         schedule = load_schedule(network)
+        if budgets:
+            schedule = limit_schedule(schedule, costs, budgets, network, request)
         num_visual_tokens, *compared = (schedule if m == AUTO else m for m in (num_visual_tokens, *compared))
     setting = {
         "model": checkpoint,
@@ -157,6 +174,21 @@ def ask(
         answer_one(conversation, question, setting if as_json else None)
     else:
         chat(conversation, setting if as_json else None)
+
+
+def limit_schedule(schedule, costs, budgets: dict, model, request: dict):
+    """The stages that fit budgets, for the longest prompt and answer that are to be reckoned with."""
+    from ..cost import measure_device
+
+    if costs is None:
+        raise UsageError("no costs are known for this model, so there can be no --max-flops or --max-seconds")
+    if "max_seconds" in budgets:
+        budgets = budgets | {"speed": measure_device(model.device, model.dtype)}
+    try:
+        return costs.schedule_within(schedule, **budgets, **request, dtype=model.dtype)
+    except ValueError as error:
+        message = str(error).replace("`max_flops`", "--max-flops").replace("`max_seconds`", "--max-seconds")
+        raise UsageError(f"{message} Less is reckoned with for a smaller --max-new-tokens") from None
 
 
 def split_question(arguments: list[str]) -> tuple[list[str], str | None]:

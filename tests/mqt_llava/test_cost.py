@@ -9,11 +9,11 @@ from transformers import CONFIG_MAPPING
 from typer.testing import CliRunner
 
 from benchmarks.measure import peak_memory
-from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration, cli
-from mqt_llava.cost import CostModel, DeviceSpeed, measure_device, num_visual_tokens_for
+from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration, VisualTokenSchedule, cli
+from mqt_llava.cost import CostModel, DeviceSpeed, measure_device, num_visual_tokens_for, schedule_within
 from mqt_llava.modeling.budget_mqt_llava import CACHE_NAME
 from tests.mqt_llava.test_cli import restore_global_settings  # noqa: F401  the command silences transformers
-from tests.small_model import NUM_QUERY_TOKENS, make_config
+from tests.small_model import NUM_QUERY_TOKENS, make_config, make_images, make_model, make_processor
 
 
 TEXT = {
@@ -247,3 +247,33 @@ class TestCommand:
 def test_budgets_that_are_no_numbers_are_refused(budget):
     with pytest.raises(ValueError, match="`flops` must be a number"):
         num_visual_tokens_for(make_config(), flops=budget)
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_a_schedule_costs_no_more_than_its_stages(num_images):
+    """Every answer is taken back: thresholds that nothing reaches."""
+    config, model, processor = make_config(), make_model(), make_processor()
+    model.set_attn_implementation("eager")  # whose products the counter knows
+    schedule = VisualTokenSchedule([2, 5, NUM_QUERY_TOKENS], [1.0, 1.0])
+    inputs = processor(images=make_images(num_images), text="<image>" * num_images + " what?", return_tensors="pt")
+    text = inputs["input_ids"].shape[1] - num_images * NUM_QUERY_TOKENS
+    with FlopCounterMode(display=False) as counter:
+        model.generate(**inputs, num_visual_tokens=schedule, max_new_tokens=6, do_sample=False)
+    costs = CostModel(config).stages(schedule, num_images=num_images, num_text_tokens=text, num_new_tokens=6)
+    bound = sum(cost.flops for cost in costs)
+    assert 0.5 * bound < counter.get_total_flops() <= bound
+
+
+def test_a_schedule_within_a_budget_keeps_its_first_stages():
+    schedule, costs = VisualTokenSchedule([2, 5, NUM_QUERY_TOKENS], [0.9, 0.7]), CostModel(make_config())
+    spent = [cost.flops for cost in costs.stages(schedule, num_new_tokens=4)]
+    within = schedule_within(make_config(), schedule, max_flops=sum(spent[:2]), num_new_tokens=4)
+    assert within == VisualTokenSchedule([2, 5], [0.9])
+    assert costs.schedule_within(schedule, max_flops=sum(spent), num_new_tokens=4) == schedule
+    speed = DeviceSpeed(1e9, 1e9)
+    slow = costs.schedule_within(schedule, max_seconds=costs.stages(schedule)[0].latency(speed) * 1.01, speed=speed)
+    assert slow == VisualTokenSchedule([2], [])
+    with pytest.raises(ValueError, match="The first stage, m = 2, costs up to"):
+        costs.schedule_within(schedule, max_flops=10)
+    with pytest.raises(ValueError, match="`max_flops` or `max_seconds`"):
+        costs.schedule_within(schedule)
