@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .adaptive_mqt_llava import begin_schedule
+from .adaptive_mqt_llava import VisualTokenSchedule, begin_schedule
 from .budget_mqt_llava import (
     CACHE_NAME,
     OwnPrompt,
@@ -333,9 +333,8 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
         if pixel_values is not None or image_outputs is not None:
             is_placeholder, passed_over = self.get_placeholder_mask(input_ids, inputs_embeds), 0
             if torch.compiler.is_compiling():
-                if (
-                    image_outputs is None
-                ):  # the counts are data: M tokens of every image are made, and some passed over
+                # The counts are data: M tokens of every image are made, and some passed over
+                if image_outputs is None:
                     sizes = len(pixel_values), self.config.num_query_tokens
                     passed_over = rows_passed_over(is_placeholder, *sizes, visual_token_counts)
                     image_outputs = self.get_image_features(pixel_values, return_dict=True)
@@ -471,7 +470,7 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         stopping_criteria=None,
         prefix_allowed_tokens_fn=None,
         *args,
-        num_visual_tokens: int | list[int] | None = None,
+        num_visual_tokens: int | list[int] | str | VisualTokenSchedule | None = None,
         **kwargs,
     ):
         r"""
@@ -483,28 +482,27 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         num_visual_tokens=m)`.
 
         Args:
-            num_visual_tokens (`int` or `list[int]`, *optional*):
-                m, for all images or for each, whatever the prompt was prepared with: see [`rebudget`]. Defaults to
-                `num_visual_tokens` of the generation config, where that has it, or the number of placeholders in the prompt.
-                Whatever m, the returned sequences begin with the caller's own `input_ids`, so
-                `out[:, inputs["input_ids"].shape[1]:]` is the answer, and so do the rows that stopping criteria, logits
-                processors and `prefix_allowed_tokens_fn` are called with. `max_length` counts the prompt as it is used: say
-                `max_new_tokens`.
+            num_visual_tokens (`int`, `list[int]`, `"auto"` or [`VisualTokenSchedule`], *optional*):
+                m, for all images or for each, whatever the prompt was prepared with: see [`rebudget`]; or as many as each row
+                needs, by the `visual_token_schedule` of the generation config or by another one. Defaults to `num_visual_tokens`
+                of the generation config, where that has it, or the number of placeholders in the prompt. Whatever m, sequences
+                begin with the caller's own `input_ids`, so `out[:, inputs["input_ids"].shape[1]:]` is the answer, and so do the
+                rows that stopping criteria, logits processors and `prefix_allowed_tokens_fn` are called with. `max_length`
+                counts the prompt as it is used: say `max_new_tokens`.
 
         Raises:
-            `ValueError`: for anything but integers from 1 to M, when images and placeholders do not match, for a cache that
-            does not fit the prompt, for a model in training whose generation config has another m than the prompt, and for
-            assisted decoding or `use_cache=False` together with a cache that holds something, which transformers gets wrong.
+            `ValueError`: for any other m, when images and placeholders do not match, for a cache that does not fit the prompt, for
+            a model in training whose generation config has another m than the prompt, for all but greedy decoding by a
+            schedule, and for assisted decoding or `use_cache=False` with a cache that holds something.
         """
         if inputs is not None:
             kwargs["input_ids"] = inputs
         input_ids = kwargs.get("input_ids")
         cache = kwargs.get(CACHE_NAME, kwargs.get("past_key_values"))
         num_cached = check_cache(cache, kwargs)
-        is_default = num_visual_tokens is None
+        is_default, configs = num_visual_tokens is None, (generation_config, self.generation_config)
         if is_default and kwargs.get("inputs_embeds") is None:
-            num_visual_tokens = default_num_visual_tokens(generation_config, self.generation_config)
-        configs = generation_config, self.generation_config
+            num_visual_tokens = default_num_visual_tokens(*configs)
         kwargs, num_visual_tokens = begin_schedule(self, kwargs, num_visual_tokens, configs)
         if num_visual_tokens is not None:
             kwargs = rebudget(kwargs, num_visual_tokens, self.config, "left", num_cached)
