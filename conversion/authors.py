@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
+from ..modeling.adaptive_mqt_llava import VisualTokenSchedule
 from ..modeling.configuration_mqt_llava import MQTLlavaConfig
 from ..modeling.image_processing_mqt_llava import MQTLlavaImageProcessor
 from ..modeling.processing_mqt_llava import MQTLlavaProcessor
@@ -272,4 +273,5 @@ def make_generation_config(config: MQTLlavaConfig, tokenizer) -> GenerationConfi
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=[config.image_token_id],
+        visual_token_schedule=VisualTokenSchedule.default(config.num_query_tokens).to_dict(),
     )

@@ -52,13 +52,16 @@ def load_schedule(model):
     from ..modeling.adaptive_mqt_llava import resolve_schedule
 
     try:
-        return resolve_schedule(AUTO, [model.generation_config], model.config.num_query_tokens)
+        schedule = resolve_schedule(AUTO, [model.generation_config], model.config.num_query_tokens)
     except ValueError as error:
         if getattr(model.generation_config, "visual_token_schedule", None) is not None:
             raise UsageError(str(error)) from None
         raise UsageError(
             f"this checkpoint does not say what {AUTO} means: `mqt-llava calibrate` finds it out"
         ) from None
+    if schedule.calibration is None:
+        print(f"{AUTO} was not calibrated for this checkpoint: `mqt-llava calibrate` does that", file=sys.stderr)
+    return schedule
 
 
 def check_num_visual_tokens(num_visual_tokens: int | None, num_query_tokens: int) -> int:

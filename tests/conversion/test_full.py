@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     CLIPConfig,
@@ -15,6 +16,7 @@ from transformers import (
     GenerationConfig,
 )
 
+from mqt_llava import VisualTokenSchedule
 from mqt_llava.conversion import convert
 from tests.conversion.checkpoints import PIECES, VISION_TOWER, edit_json, read_weights, write_authors, write_weights
 from tests.reference import official_layout
@@ -22,6 +24,7 @@ from tests.small_model import make_images
 
 
 FILES = {
+    "adaptive_mqt_llava.py",
     "budget_mqt_llava.py",
     "chat_template.jinja",
     "config.json",
@@ -57,6 +60,9 @@ def test_folder_has_all_that_a_checkpoint_has(converted):
     generation_config = GenerationConfig.from_pretrained(converted)
     assert (generation_config.bos_token_id, generation_config.eos_token_id) == (1, 2)
     assert generation_config.suppress_tokens == [PIECES]
+    num_query_tokens = AutoConfig.from_pretrained(converted).num_query_tokens
+    schedule = VisualTokenSchedule(**generation_config.visual_token_schedule)
+    assert schedule == VisualTokenSchedule.default(num_query_tokens)  # and said to be calibrated on nothing
     processor = AutoProcessor.from_pretrained(converted)
     assert (processor.num_query_tokens, processor.image_processor.side, processor.image_token_id) == (256, 336, PIECES)
     assert processor.tokenizer.model_max_length == 2048

@@ -28,6 +28,7 @@ from tests.small_model import NUM_QUERY_TOKENS, make_images, make_model, make_pr
 NUM_VISUAL_TOKENS = [1, 7, NUM_QUERY_TOKENS, [2, 16, 5], None]
 PROMPTS = ["USER: <image>\nWhat? ASSISTANT:", "USER: <image><image>\nWhich one? ASSISTANT:"]
 CODE = {
+    "adaptive_mqt_llava.py",
     "budget_mqt_llava.py",
     "configuration_mqt_llava.py",
     "image_processing_mqt_llava.py",
@@ -377,6 +378,7 @@ def test_push_to_hub_uploads_model_and_code(pushed):
     model, processor, config = pushed.commits
     assert model == {
         "README.md",
+        "adaptive_mqt_llava.py",
         "budget_mqt_llava.py",
         "config.json",
         "configuration_mqt_llava.py",

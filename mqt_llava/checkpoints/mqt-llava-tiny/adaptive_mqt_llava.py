@@ -1,0 +1,1 @@
+../../../modeling/adaptive_mqt_llava.py
