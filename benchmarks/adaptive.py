@@ -20,8 +20,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import mqt_llava
 from benchmarks.measure import machine
 from mqt_llava import VisualTokenSchedule
-from mqt_llava.calibration import Answers, ask_all, calibrate, doubling
-from recipes.tiny import evaluate
+from mqt_llava.calibration import Answers, ask_all, calibrate, doubling, propose
+from recipes.tiny import evaluate, make_data, scenes
 
 
 CALIBRATION_SEED = 30_000_000
@@ -45,12 +45,12 @@ class Asked:
         self.passes += int((new > 0).sum())
 
 
-def table_of(model, processor, samples, picture, sizes):
+def table_of(model, processor, samples, picture, sizes, window=32):
     conversations = [
         [{"role": "user", "content": "<image>\n" * len(pictures) + question}] for pictures, _, question, _ in samples
     ]
     with tqdm(total=len(samples) * len(sizes), unit="answer", mininterval=10) as progress:
-        asked = ask_all(model, processor, conversations, [s[0] for s in samples], sizes, 40, 96, progress)
+        asked = ask_all(model, processor, conversations, [s[0] for s in samples], sizes, 80, 96, progress, window)
     expected = [evaluate.read_answer(answer) for *_, answer in samples]
     right = [[evaluate.read_answer(text) == e for text, e in zip(texts, expected)] for texts in asked.texts]
     return Answers(sizes, asked.confidence, np.array(right, float), asked.text_tokens, asked.new_tokens, picture)
@@ -120,9 +120,38 @@ def main():
     answers = table_of(model, processor, samples, picture, sizes)
     lines = [machine(model.device), "", *promise(calibrating, answers, arguments.tolerance), ""]
     lines += curve(model, processor, samples, answers, schedule, arguments.timed)
+    lines += ["", *long_answers(model, processor, arguments.pictures, sizes)]
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     (arguments.output_dir / "adaptive.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def long_answers(model, processor, num_pictures, sizes):
+    """Lists and descriptions by the confidence of several windows: the cheapest schedule that loses nothing on one half of the
+    pictures, on the other."""
+    lines = [
+        "| question | tokens of an answer | window | loss, points | language model tokens | always M |",
+        "| --- |" + " ---: |" * 5,
+    ]
+    for question, tell in (("List everything.", scenes.list_all), ("Describe the picture.", scenes.caption)):
+        samples = []
+        for seed in range(CALIBRATION_SEED + 1_000_000, CALIBRATION_SEED + 1_000_000 + num_pictures):
+            scene = scenes.make_scene(seed)
+            if len(scene.things) > 2:
+                picture = make_data.prepare(scenes.draw(scene), processor.image_processor.side)
+                samples.append(([picture], "list", question, tell(scene)))
+        half = np.arange(len(samples)) % 2 == 0
+        for window in (1, 4, 8, 16, 80):
+            answers = table_of(model, processor, samples, np.arange(len(samples)), sizes, window)
+            proposer, tester = answers.select(half), answers.select(~half)
+            kept = [s for s in propose(proposer) if proposer.losses(proposer.stops(s)).mean() <= 0.005]
+            stop, every = tester.stops(kept[-1]), np.full((~half).sum(), len(sizes) - 1)
+            always = tester.language_model_tokens(VisualTokenSchedule([sizes[-1]], []), every).mean()
+            cells = [f"{answers.new_tokens[-1].mean():.1f}", window, f"{100 * tester.losses(stop).mean():+.2f}"]
+            cells += [f"{tester.language_model_tokens(kept[-1], stop).mean():.1f}", f"{always:.1f}"]
+            lines.append(f"| {question} | " + " | ".join(map(str, cells)) + " |")
+            print(lines[-1], flush=True)
+    return lines
 
 
 def promise(calibrating, answers, tolerance):

@@ -203,7 +203,7 @@ def ask_all(
             start = time.perf_counter()
             outputs = model.generate(
                 **inputs,
-                num_visual_tokens=VisualTokenSchedule([m], []),
+                num_visual_tokens=VisualTokenSchedule([m], [], window),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 return_dict_in_generate=True,
