@@ -169,7 +169,15 @@ def doubling(num_query_tokens: int) -> list[int]:
 
 @torch.no_grad()
 def ask_all(
-    model, processor, conversations, images, num_visual_tokens, max_new_tokens=64, batch_size=16, progress=None
+    model,
+    processor,
+    conversations,
+    images,
+    num_visual_tokens,
+    max_new_tokens=64,
+    batch_size=16,
+    progress=None,
+    window=32,
 ):
     """
     The answers to questions, and how sure they are, with each number of visual tokens. Images are encoded once.
