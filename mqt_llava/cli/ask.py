@@ -294,11 +294,15 @@ def compare_answers(processor, model, costs, images, question, compared, max_new
         row = conversation.ask(question)
         seconds = round(row["seconds"] + encoding, 4)
         request = {"num_text_tokens": num_text_tokens, "num_cached_tokens": num_cached, "num_images": len(images)}
-        if not isinstance(m, int):
-            rows.append({"auto": True, **row, "seconds": seconds, "cached_tokens": 0, "flops": None})
-            continue
-        flops = None if costs is None else costs(m, **request).flops
-        rows.append({**row, "seconds": seconds, "cached_tokens": num_cached, "flops": flops})
+        if costs is None:
+            flops = None
+        elif isinstance(m, int):
+            flops = costs(m, **request).flops
+        else:  # of all stages that it went through, from the prompt's beginning
+            request = {"num_text_tokens": num_text_tokens, "num_images": len(images)}
+            flops = sum(cost.flops for cost in costs.stages(m, **request)[: row["stage"] + 1])
+        num_reused = num_cached if isinstance(m, int) else 0
+        rows.append({**row, "seconds": seconds, "cached_tokens": num_reused, "flops": flops})
     return rows
 
 
@@ -316,6 +320,6 @@ def print_table(rows: list[dict]):
     for row in rows:
         # Text: an answer with [brackets] is no markup
         compute = "" if row["flops"] is None else f"{row['flops'] / 1e9:,.2f} GFLOP"
-        m = f"auto: {row['num_visual_tokens']}" if "auto" in row else str(row["num_visual_tokens"])
+        m = f"auto: {row['num_visual_tokens']}" if "stage" in row else str(row["num_visual_tokens"])
         table.add_row(m, Text(row["answer"]), f"{row['seconds']:.2f} s", compute)
     Console(file=sys.stdout).print(table)
