@@ -10,16 +10,24 @@ encoded in each.
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LogitsProcessor,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import mqt_llava
-from benchmarks.measure import machine
-from mqt_llava import VisualTokenSchedule
+from benchmarks.measure import interleave, machine, seconds
+from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration, VisualTokenSchedule
 from mqt_llava.calibration import Answers, ask_all, calibrate, doubling, propose
 from recipes.tiny import evaluate, make_data, scenes
 
@@ -104,6 +112,7 @@ def main():
     parser.add_argument("--calibration_pictures", type=int, default=1000)
     parser.add_argument("--tolerance", type=float, default=0.005)
     parser.add_argument("--timed", type=int, default=384, help="questions that times are taken of")
+    parser.add_argument("--rounds", type=int, default=5, help="of the times at full size")
     arguments = parser.parse_args()
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=torch.float32, trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=False)
@@ -120,6 +129,7 @@ def main():
     answers = table_of(model, processor, samples, picture, sizes)
     lines = [machine(model.device), "", *promise(calibrating, answers, arguments.tolerance), ""]
     lines += curve(model, processor, samples, answers, schedule, arguments.timed)
+    lines += ["", *full_size(arguments.rounds)]
     lines += ["", *long_answers(model, processor, arguments.pictures, sizes)]
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     (arguments.output_dir / "adaptive.md").write_text("\n".join(lines) + "\n")
@@ -151,6 +161,62 @@ def long_answers(model, processor, num_pictures, sizes):
             cells += [f"{tester.language_model_tokens(kept[-1], stop).mean():.1f}", f"{always:.1f}"]
             lines.append(f"| {question} | " + " | ".join(map(str, cells)) + " |")
             print(lines[-1], flush=True)
+    return lines
+
+
+class Scripted(LogitsProcessor):
+    """Every answer says the same, surely, but for its last token."""
+
+    def __init__(self, prompt_length, num_new_tokens):
+        self.last = prompt_length + num_new_tokens - 1
+
+    def __call__(self, input_ids, scores):
+        token = 100 + input_ids.shape[1] % 100
+        scores = torch.zeros_like(scores)
+        scores[:, token] = 5.0 if input_ids.shape[1] == self.last else 50.0
+        return scores
+
+
+def full_size(rounds):
+    """One escalation from 8 to 64 visual tokens, of an answer that is doubted at its last token and then confirmed, beside asking at
+    64 at once: a language model of 0.4 B with random weights, M = 256."""
+    text = LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        vocab_size=32000,
+        pad_token_id=0,
+    )
+    vision = CLIPVisionConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = MQTLlavaConfig(vision_config=vision, text_config=text, query_transformer_num_attention_heads=4)
+    model = MQTLlavaForConditionalGeneration(config).eval()
+    # Text before the image as long as LLaVA 1.5's system prompt, a short question behind it
+    ids = torch.cat([torch.arange(1000, 1035), torch.full((64,), config.image_token_id), torch.arange(2000, 2020)])[
+        None
+    ]
+    features = BaseModelOutputWithPooling(pooler_output=[torch.randn(64, text.hidden_size)])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_encoder_outputs": {"image": features}}
+    schedules = {"8": 8, "64": 64, "8 -> 64": VisualTokenSchedule([8, 64], [0.99])}
+
+    def ask(m, number):
+        script = Scripted(ids.shape[1], number)
+        options = {"logits_processor": [script], "do_sample": False, "return_dict_in_generate": True}
+        outputs = model.generate(**inputs, num_visual_tokens=m, max_new_tokens=number, **options)
+        assert not isinstance(m, VisualTokenSchedule) or outputs.stages.tolist() == [1]
+
+    ways = {
+        (name, number): partial(seconds, partial(ask, m, number), model.device)
+        for number in (4, 20)
+        for name, m in schedules.items()
+    }
+    taken, _ = interleave(ways, rounds)
+    lines = ["| tokens of the answer | " + " | ".join(f"{name}, s" for name in schedules) + " | 8 -> 64 / 64 |"]
+    lines.append("| ---: |" + " ---: |" * 4)
+    for number in (4, 20):
+        cells = [f"{np.median(taken[name, number]):.2f}" for name in schedules]
+        ratio = np.median(taken["8 -> 64", number] / taken["64", number])
+        lines.append(f"| {number} | " + " | ".join(cells) + f" | {ratio:.2f} |")
     return lines
 
 
@@ -188,9 +254,9 @@ def curve(model, processor, samples, answers, schedule, timed):
     rng = np.random.default_rng(0)
     subset = [samples[i] for i in rng.permutation(number)[:timed]]
     ways = {**{str(m): m for m in sizes}, "auto": schedule}
-    seconds = {(name, size): [] for name in ways for size in (48, 1)}
+    durations = {(name, size): [] for name in ways for size in (48, 1)}
     for _ in range(3):
-        for (name, size), taken in seconds.items():
+        for (name, size), taken in durations.items():
             some = subset if size > 1 else subset[: timed // 4]
             taken.append(ask_for_real(model, processor, some, ways[name], size)[1])
     stages = " -> ".join(map(str, schedule.num_visual_tokens))
@@ -212,9 +278,9 @@ def curve(model, processor, samples, answers, schedule, timed):
         fixed = np.full(number, i)
         single = VisualTokenSchedule([m], [])
         figures = [answers.language_model_tokens(single, fixed).mean(), answers.new_tokens[i].mean()]
-        times = [1000 * min(seconds[str(m), size]) for size in (48, 1)]
+        times = [1000 * min(durations[str(m), size]) for size in (48, 1)]
         row(m, answers.right[i].mean(), fixed, *(f"{figure:.2f}" for figure in (*figures, *times)))
-    times = [1000 * min(seconds["auto", size]) for size in (48, 1)]
+    times = [1000 * min(durations["auto", size]) for size in (48, 1)]
     row("auto", right, stop, *(f"{figure:.2f}" for figure in (tokens, passes, *times)))
     row("the same at random", answers.accuracy(rng.permutation(stop)).mean(), rng.permutation(stop), *[""] * 4)
     oracle = np.where(answers.right.any(0), answers.right.argmax(0), 0)
