@@ -145,6 +145,18 @@ def test_the_example(address, pictures):
     assert first.startswith("m = 64: A dog, a bear,") and second.startswith("m = 1: A dog,") and background.strip()
 
 
+@pytest.mark.parametrize("schedule, m", [(["1:1.0", "64"], 64), (["1:0.0", "64"], 1)])
+def test_the_example_asks_with_as_many_as_needed(address, pictures, schedule, m):
+    command = [sys.executable, "examples/serve_vllm.py", pictures[0], QUESTION, "--url", f"{address}/v1"]
+    answers = {}
+    for way in (["--num_visual_tokens", "auto", "--schedule", *schedule], ["--num_visual_tokens", str(m)]):
+        run = subprocess.run([*command, *way], cwd=ROOT, capture_output=True, text=True, check=True)
+        name, _, answer = run.stdout.splitlines()[0].partition(": ")
+        answers[name] = answer.partition("  (")[0]
+    assert list(answers) == [f"m = auto, {m}", f"m = {m}"]
+    assert len(set(answers.values())) == 1
+
+
 def kwargs(**values):
     return {"mm_processor_kwargs": values}
 
@@ -161,6 +173,7 @@ HOSTILE = {
     "m = '4'": kwargs(num_visual_tokens="4"),
     "m = 2.5": kwargs(num_visual_tokens=2.5),
     "m = 4.0": kwargs(num_visual_tokens=4.0),
+    "m = 'auto'": kwargs(num_visual_tokens="auto"),  # a request is known by its m
     "m = true": kwargs(num_visual_tokens=True),
     "m = [4]": kwargs(num_visual_tokens=[4]),
     "m = [4, 5]": kwargs(num_visual_tokens=[4, 5]),
