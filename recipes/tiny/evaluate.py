@@ -3,8 +3,8 @@
     python -m recipes.tiny.evaluate --model mqt_llava/checkpoints/mqt-llava-tiny --output_dir docs/accuracy
 
 Writes `accuracy.json`, the table `accuracy.md` and the figure `accuracy.png`. Controls tell what can be guessed: the same
-questions about a blank picture and about another scene's picture; and of the answers about the blank picture, how many say
-that nothing is there.
+questions about a blank picture and about another scene's picture; of the answers about the blank picture, how many say
+that nothing is there; and whether kinds are known as line drawings that training never drew so.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -63,6 +64,21 @@ def about_nothing(sample, blank):
     }
     answers |= {"beside": f"There is no {kind_asked}.", "number": "There is no number.", "list": "There is nothing."}
     return [blank], kind, question, answers[kind]
+
+
+def line_drawings(kinds, number, image_size=make_data.IMAGE_SIZE):
+    """Samples that ask what is drawn in lines, one thing a picture."""
+    samples = []
+    for i in range(number):
+        rng = np.random.default_rng([i, 8])
+        name, size = kinds[i % len(kinds)], float(rng.uniform(0.35, 0.7))
+        x, y = (float(rng.uniform(size / 2, 1 - size / 2)) for _ in range(2))
+        thing = scenes.Thing(name, x, y, size, float(rng.uniform(-30, 30)), is_line_drawing=True)
+        colour, texture = scenes.COLOURS[rng.integers(len(scenes.COLOURS))], scenes.TEXTURES[i % len(scenes.TEXTURES)]
+        scene = scenes.Scene(EVALUATION_SEED + i, colour, texture, 1.0, 1.0, 512, (thing,))
+        picture = make_data.prepare(scenes.draw(scene), image_size)
+        samples.append(([picture], "list", "List everything.", scenes.list_all(scene)))
+    return samples
 
 
 def read_answer(answer):
@@ -189,6 +205,12 @@ def main():
     }
     for name, control in controls.items():
         accuracy[f"{m}, {name}"] = accuracy_by_type(control, is_right(model, processor, control, m))
+
+    # Does it know an apple, or a bitmap?
+    others = [kind for kind in scenes.KINDS if kind not in scenes.HELD_OUT]
+    for name, kinds in (("kinds that training drew so", others), ("kinds that it never drew so", scenes.HELD_OUT)):
+        drawn = line_drawings(kinds, 224, processor.image_processor.side)
+        accuracy[f"{m}, line drawings of {name}"] = accuracy_by_type(drawn, is_right(model, processor, drawn, m))
 
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     (arguments.output_dir / "accuracy.json").write_text(json.dumps(accuracy, indent=1) + "\n")

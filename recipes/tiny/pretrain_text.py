@@ -9,6 +9,7 @@ language model learns that much from scenes told in words (`text.json` of `make_
 import os
 from dataclasses import dataclass
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     HfArgumentParser,
@@ -24,7 +25,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from mqt_llava import MQTLlavaImageProcessor, MQTLlavaProcessor
 from mqt_llava.modeling.processing_mqt_llava import CHAT_TEMPLATE, SYSTEM_PROMPT
 from mqt_llava.training import MQTLlavaDataCollator, load_conversations
-from mqt_llava.training.lengths import with_lengths
 
 from .make_data import IMAGE_SIZE
 from .optimizer import muon_and_adamw
@@ -83,6 +83,16 @@ def make_processor(tokenizer, image_size, num_query_tokens):
     return MQTLlavaProcessor(image_processor, tokenizer, num_query_tokens=num_query_tokens, chat_template=template)
 
 
+@torch.no_grad()
+def look_for_the_same(model):
+    """Start half of the heads with keys that are queries, so that they look at tokens like their own (mimetic initialization,
+    arXiv 2305.09828): what was asked for is then found in what was told some hundred steps earlier."""
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        half = attention.k_proj.out_features // 2
+        attention.k_proj.weight[:half] = attention.q_proj.weight[:half]
+
+
 def main():
     arguments, training = HfArgumentParser((TextArguments, TrainingArguments)).parse_args_into_dataclasses()
     set_seed(training.seed)
@@ -103,11 +113,12 @@ def main():
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             tie_word_embeddings=True,
+            initializer_range=arguments.hidden_size**-0.5,
             attn_implementation="eager",  # on CPUs in bfloat16, the backward pass of sdpa is slower than eager
         )
     )
-    if training.train_sampling_strategy == "group_by_length":
-        dataset = with_lengths(dataset, processor, 1)
+    look_for_the_same(model)
+    training.train_sampling_strategy = "sequential"  # the order of the texts is their curriculum
     trainer = Trainer(
         model,
         training,

@@ -339,23 +339,23 @@ def _article(name):
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def _plural(name):
+def plural(name):
     return PLURALS.get(name, name + "s")
 
 
-def _noun(name):
+def noun(name):
     return f"the number {name}" if name.isdecimal() else _article(name)
 
 
-def _sentence(text):
+def sentence(text):
     return text[0].upper() + text[1:] + "."
 
 
-def _join(parts):
+def join(parts):
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
-def _where(cell):
+def where(cell):
     return f"in the {PLACES[cell]}" if PLACES[cell] == "middle" else f"at the {PLACES[cell]}"
 
 
@@ -367,16 +367,16 @@ def _sorted(things):
 def caption(scene, things=None):
     """What stage 1 learns to say of a picture: the background, then every thing with its place."""
     things = _sorted(scene.things) if things is None else things
-    parts = [_noun(t.name) + ("" if t.place is None else f" {_where(t.place)}") for t in things]
-    return f"{_article(scene.colour).capitalize()} background with {_join(parts or ['nothing on it'])}."
+    parts = [noun(t.name) + ("" if t.place is None else f" {where(t.place)}") for t in things]
+    return f"{_article(scene.colour).capitalize()} background with {join(parts or ['nothing on it'])}."
 
 
 def list_all(scene):
     """`"Two cats, a dog and the number 42."`"""
     names = dict.fromkeys(thing.name for thing in _sorted(scene.things))
     counts = {name: scene.count(name) for name in names}
-    parts = [_noun(name) if n == 1 else f"{NUMBER_WORDS[n]} {_plural(name)}" for name, n in counts.items()]
-    return _sentence(_join(parts)) if parts else "There is nothing."
+    parts = [noun(name) if n == 1 else f"{NUMBER_WORDS[n]} {plural(name)}" for name, n in counts.items()]
+    return sentence(join(parts)) if parts else "There is nothing."
 
 
 def ask(scene, kind, rng):
@@ -392,9 +392,9 @@ def ask(scene, kind, rng):
         return absent[rng.integers(len(absent))]
 
     if kind == "colour":
-        return "What colour is the background?", _sentence(scene.colour)
+        return "What colour is the background?", sentence(scene.colour)
     if kind == "total":
-        return "How many things are there?", _sentence(NUMBER_WORDS[len(scene.things)])
+        return "How many things are there?", sentence(NUMBER_WORDS[len(scene.things)])
     if kind == "number?":
         return "Is there a number?", "Yes." if numbers else "No."
     if kind == "exists":
@@ -402,7 +402,7 @@ def ask(scene, kind, rng):
         return f"Is there {_article(name)}?", "Yes." if name in present else "No."
     if kind == "count":
         name = any_kind(0.8)
-        return f"How many {_plural(name)} are there?", _sentence(NUMBER_WORDS[present.count(name)])
+        return f"How many {plural(name)} are there?", sentence(NUMBER_WORDS[present.count(name)])
     if kind == "at":
         occupied, empty = _clear_cells(scene)
         if not (occupied or empty):
@@ -410,7 +410,7 @@ def ask(scene, kind, rng):
         from_occupied = occupied and (not empty or rng.random() < 0.85)
         pool = sorted(occupied) if from_occupied else empty
         cell = pool[rng.integers(len(pool))]
-        return f"What is {_where(cell)}?", _sentence(_noun(occupied[cell].name)) if from_occupied else "Nothing."
+        return f"What is {where(cell)}?", sentence(noun(occupied[cell].name)) if from_occupied else "Nothing."
     if kind == "beside":
         if rng.random() < 0.08:
             name, direction = any_kind(0), list(DIRECTIONS)[rng.integers(4)]
@@ -421,7 +421,7 @@ def ask(scene, kind, rng):
         if not pool:
             return None
         direction, thing, other = pool[rng.integers(len(pool))]
-        return f"What is {direction} the {thing.name}?", _sentence(_noun(other.name)) if other else "Nothing."
+        return f"What is {direction} the {thing.name}?", sentence(noun(other.name)) if other else "Nothing."
     if kind == "number":
         if numbers:
             return "Which number is printed?", f"{numbers[0].name}."
@@ -546,4 +546,4 @@ def ask_pair(seed):
         question = f"List everything in the {('first', 'second')[number]} picture."
         return [first, second], question, list_all((first, second)[number])
     question = f"What colour is the background of the {('first', 'second')[number]} picture?"
-    return [first, second], question, _sentence((first, second)[number].colour)
+    return [first, second], question, sentence((first, second)[number].colour)

@@ -22,7 +22,7 @@ tune() {
             --attn_implementation eager --dataloader_num_workers 0 --logging_steps 10 --save_steps 200 "${@:2}"
 }
 
-# 150,000 pictures with captions and one to six questions each, 15,000 pairs, 100,000 scenes told in words
+# 150,000 pictures with captions and one to six questions each, 15,000 pairs, 28,800 drills, 60,000 scenes told in words
 [ -e "$runs/data/patches.npy" ] || OMP_NUM_THREADS=1 $python -m recipes.tiny.make_data --output_dir "$runs/data"
 
 # In place of CLIP: a tower that names what every patch shows
@@ -36,8 +36,8 @@ tune() {
 # In place of Vicuna: a language model that answers questions about scenes told in words
 [ -e "$runs/text/model.safetensors" ] ||
     "${launch[@]}" recipes.tiny.pretrain_text --data_path "$runs/data/text.json" --output_dir "$runs/text" "${on_cpu[@]}" \
-        --ddp_backend gloo --max_steps 2000 --per_device_train_batch_size 32 --warmup_steps 50 --weight_decay 0.01 \
-        --train_sampling_strategy group_by_length --remove_unused_columns False --logging_steps 20 --save_steps 200
+        --ddp_backend gloo --max_steps 1200 --per_device_train_batch_size 32 --warmup_steps 40 --weight_decay 0.01 \
+        --remove_unused_columns False --logging_steps 20 --save_steps 200
 
 # Stage 1: the query transformer alone, captions, m = M
 [ -e "$runs/start/processor_config.json" ] || $python -m recipes.tiny.assemble --output_dir "$runs/start" \

@@ -226,7 +226,7 @@ TRAINING = (
 @pytest.mark.slow
 def test_every_stage_runs_resumes_and_ships(tmp_path):
     data = tmp_path / "data"
-    run(make_data, "--output_dir", data, "--pictures", 16, "--texts", 16)
+    run(make_data, "--output_dir", data, "--pictures", 16, "--drills", 16, "--texts", 16)
     vision, text = tmp_path / "vision", tmp_path / "text"
     small = ("--num_hidden_layers", 1, "--hidden_size", 32, "--num_attention_heads", 2)
     vision_data = ("--data_path", data, "--output_dir", vision, "--remove_unused_columns", False)
