@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 from transformers import (
     AutoModelForImageTextToText,
@@ -29,7 +30,7 @@ import mqt_llava
 from benchmarks.measure import interleave, machine, seconds
 from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration, VisualTokenSchedule
 from mqt_llava.calibration import Answers, ask_all, calibrate, doubling, propose
-from recipes.tiny import evaluate, make_data, scenes
+from recipes.tiny import evaluate, families, make_data, scenes
 
 
 CALIBRATION_SEED = 30_000_000
@@ -130,6 +131,7 @@ def main():
     lines = [machine(model.device), "", *promise(calibrating, answers, arguments.tolerance), ""]
     lines += curve(model, processor, samples, answers, schedule, arguments.timed)
     lines += ["", *full_size(arguments.rounds)]
+    lines += ["", *elsewhere(model, processor, samples[: len(samples) // 5], schedule)]
     lines += ["", *long_answers(model, processor, arguments.pictures, sizes)]
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     (arguments.output_dir / "adaptive.md").write_text("\n".join(lines) + "\n")
@@ -217,6 +219,40 @@ def full_size(rounds):
         cells = [f"{np.median(taken[name, number]):.2f}" for name in schedules]
         ratio = np.median(taken["8 -> 64", number] / taken["64", number])
         lines.append(f"| {number} | " + " | ".join(cells) + f" | {ratio:.2f} |")
+    return lines
+
+
+def elsewhere(model, processor, samples, schedule):
+    """The same schedule on pictures that it was not calibrated for, against always M, and what its confidence is worth there."""
+    sizes = sorted({*schedule.num_visual_tokens, model.config.num_query_tokens})
+    blank, half = Image.new("RGB", (128, 128), (128, 128, 128)), len(samples) // 2
+    sets = {
+        "blank": [evaluate.about_nothing(sample, blank) for sample in samples],
+        "another picture": [(samples[i - half][0], *rest) for i, (_, *rest) in enumerate(samples)],
+        "line drawings of kinds never drawn so": evaluate.line_drawings(scenes.HELD_OUT, 224),
+    }
+    for family in families.FAMILIES:
+        painted = [(seed, families.paint(family, seed)) for seed in range(60)]
+        sets[f"family {family}"] = [
+            ([picture], kind, question, answer if isinstance(answer, str) else families.say(answer))
+            for seed, (picture, colour, things) in painted
+            for kind, question, answer in families.questions(colour, things, seed)
+        ]
+    lines = [
+        "| pictures | always M, % | auto, % | visual tokens | mean confidence, % | confidence of at least 90, % right |"
+    ]
+    lines.append("| --- |" + " ---: |" * 5)
+    for name, some in sets.items():
+        answers = table_of(model, processor, some, np.arange(len(some)), sizes)
+        stop = answers.stops(schedule)
+        confidence = answers.confidence[stop, np.arange(len(stop))]
+        right = answers.accuracy(stop)
+        sure = right[confidence >= 0.9]
+        figures = [answers.right[-1].mean(), right.mean(), None, confidence.mean(), sure.mean() if len(sure) else None]
+        cells = ["" if figure is None else f"{100 * figure:.1f}" for figure in figures]
+        cells[2] = f"{answers.visual_tokens(stop).mean():.1f}"
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
     return lines
 
 

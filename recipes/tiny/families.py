@@ -124,6 +124,11 @@ def plural(name: str) -> str:
     return f"{name}es" if name.endswith("s") else f"{name}s"
 
 
+def say(counts: Counter) -> str:
+    """A list as the model may say it."""
+    return ", ".join(with_article(name) for name in counts.elements()) + "."
+
+
 def read_list(answer: str) -> Counter:
     """The things that an answer names: `A cat, a cat and the number 4.`, `Two cats and the number 4.`"""
     plurals = {plural(name): name for name in GLYPHS}
