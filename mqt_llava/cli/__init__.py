@@ -14,6 +14,7 @@ from .calibrate import calibrate
 from .convert import convert
 from .cost import cost
 from .errors import UsageError, print_error
+from .evaluate import evaluate
 from .finetune import finetune
 from .serve import serve
 from .train import train
@@ -60,6 +61,7 @@ app.command()(ask)
 app.command()(finetune)
 app.command()(convert)
 app.command()(cost)
+app.command()(evaluate)
 app.command()(calibrate)
 app.command()(update)
 for handed_on in (serve, train):

@@ -39,7 +39,8 @@ def load_conversations(data_files, image_folder=None, streaming=False, needs_ans
             Read rows when they are asked for, without a copy in the cache of `datasets`. Several files are several
             shards, for as many workers.
         needs_answer (`bool`, *optional*, defaults to `True`):
-            A row without an answer is broken. Else it may end in a question.
+            A row without an answer is broken. Else it may end in a question, and its `references`, a list of texts, and `category`
+            are kept.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset` of rows `{"id": str, "messages": [{"role": str, "content": str,
@@ -59,9 +60,10 @@ def load_conversations(data_files, image_folder=None, streaming=False, needs_ans
     if image_folder is not None and not os.path.isdir(image_folder):
         raise ValueError(f"There is no image folder {image_folder}.")
     message = {"role": Value("string"), "content": Value("string"), "train": Value("bool")}
-    features = Features(
-        {"id": Value("string"), "messages": List(message), "images": List(Value("string")), "error": Value("string")}
-    )
+    columns = {"id": Value("string"), "messages": List(message), "images": List(Value("string"))}
+    if not needs_answer:
+        columns |= {"references": List(Value("string")), "category": Value("string")}
+    features = Features(columns | {"error": Value("string")})
     # `datasets` keeps what it once read for the same arguments: the time of change is one of them
     versions = [f"{os.stat(file).st_mtime_ns} {os.stat(file).st_size}" for file in files]
     arguments = {"files": files, "versions": versions, "image_folder": str(image_folder or "")}
@@ -101,11 +103,20 @@ def _read_rows(files: list[str], versions: list[str], image_folder: str, needs_a
             try:
                 sample = canonical_sample(row, needs_answer)
                 images = [str(folder / path) for path in map(_local_path, sample["images"])]
-                yield {"id": name, "messages": sample["messages"], "images": images, "error": None}
+                more = {} if needs_answer else _references(row)
+                yield {"id": name, "messages": sample["messages"], "images": images, "error": None, **more}
             except SampleError as error:
-                yield {"id": name, "messages": [], "images": [], "error": str(error)}
+                more = {} if needs_answer else {"references": [], "category": None}
+                yield {"id": name, "messages": [], "images": [], "error": str(error), **more}
     if index is None:
         raise ValueError(f"There are no rows in {', '.join(files)}.")
+
+
+def _references(row: dict) -> dict:
+    references, category = row.get("references") or [], row.get("category")
+    if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
+        raise SampleError(f"its `references` must be a list of texts; got {references!r}")
+    return {"references": references, "category": None if category is None else str(category)}
 
 
 def _parse(file: str) -> Iterator:

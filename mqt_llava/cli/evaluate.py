@@ -1,0 +1,189 @@
+"""`mqt-llava evaluate DATA`: how many visual tokens one's own questions need."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import UsageError
+from .models import (
+    Dtype,
+    ModelOption,
+    check_num_visual_tokens,
+    load_config,
+    load_costs,
+    load_model,
+    name_base,
+    name_checkpoint,
+    parse_num_visual_tokens,
+    place,
+    resolve_device,
+    silence_libraries,
+)
+
+
+def evaluate(
+    data: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DATA...", help="LLaVA conversations or chat messages (JSON, JSON Lines), VLMEvalKit's TSV."
+        ),
+    ],
+    output_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where results go.")],
+    image_folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the images are. Default: beside each data file.")
+    ] = None,
+    num_visual_tokens: Annotated[
+        str | None, typer.Option(metavar="M,M,...", help="To ask with. Default: 1, 4, 16, ..., M.")
+    ] = None,
+    metric: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="exact_match, contains, vqa_accuracy, anls, multiple_choice, or module:function of an answer and its references.",
+        ),
+    ] = "exact_match",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="POINTS",
+            help="How much worse than the best is good enough. Default: what is not significant.",
+        ),
+    ] = None,
+    model: ModelOption = None,
+    adapter: Annotated[str | None, typer.Option(metavar="DIR_OR_REPO", help="LoRA adapter to merge.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of an answer, at most.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 16,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights. auto: as `ask` chooses it.")] = Dtype.auto,
+    dataset_id: Annotated[
+        str | None,
+        typer.Option(metavar="REPO", help="Of the data on the Hub: writes .eval_results for the model's repository."),
+    ] = None,
+    task_id: Annotated[str, typer.Option(help="Of the data on the Hub.")] = "default",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in the folder.")] = False,
+):
+    """Accuracy against the number of visual tokens, compute and time, on your own questions.
+
+    Results are written answer by answer: called again, the command goes on where it was broken off.
+
+    \b
+    mqt-llava evaluate questions.json --image-folder images --output-dir results
+    mqt-llava evaluate MMBench_DEV_EN.tsv --metric multiple_choice --num-visual-tokens 1,4,16,64,256 --output-dir results
+    """
+    checkpoint = name_base(adapter) if adapter and model is None else name_checkpoint(model)
+    try:
+        from tqdm import tqdm
+
+        from ..evaluation import report
+        from ..evaluation.answers import answer_questions
+        from ..evaluation.metrics import load_metric
+        from ..evaluation.questions import read_questions
+    except ImportError as error:
+        raise UsageError(f"{error.name} is missing: pip install 'mqt-llava[evaluate]'") from None
+    silence_libraries()
+    config = load_config(checkpoint)
+    most = config.num_query_tokens
+    sizes = [4**i for i in range(5) if 4**i < most] + [most]
+    if num_visual_tokens is not None:
+        sizes = sorted({parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")})
+        for m in sizes:
+            check_num_visual_tokens(m, most)
+    try:
+        score = load_metric(metric)
+        questions = read_questions(data, image_folder)
+        without = [question.id for question in questions if not question.references]
+        if without:
+            raise ValueError(
+                f"{len(without)} of {len(questions)} questions have no answer to compare with, {without[0]} among them."
+            )
+    except ValueError as error:
+        raise UsageError(str(error).rstrip(".")) from None
+    setting = {
+        "data": [str(file) for file in data],
+        "num_questions": len(questions),
+        "model": checkpoint,
+        "adapter": adapter,
+        "metric": metric,
+        "num_visual_tokens": sizes,
+        "max_new_tokens": max_new_tokens,
+    }
+    done = resume(output_dir, setting, overwrite)
+    complete = {name for name in {row["id"] for row in done} if sum(row["id"] == name for row in done) == len(sizes)}
+    left = [question for question in questions if question.id not in complete]
+    costs = load_costs(checkpoint, config)
+    if left:
+        place_on = resolve_device(device)
+        request = {
+            "num_images": max(len(q.images) for q in left),
+            "num_text_tokens": 256,
+            "num_new_tokens": max_new_tokens,
+        }
+        placement = place(checkpoint, config, costs, place_on, dtype, None, **request, batch_size=batch_size)
+        processor, network = load_model(checkpoint, place_on, placement, adapter)
+        done = [row for row in done if row["id"] in complete]
+        right, number = sum(row["score"] for row in done), len(done)
+        with (
+            (output_dir / "results.jsonl").open("w" if not done else "a", encoding="utf-8") as file,
+            tqdm(total=len(questions) * len(sizes), initial=len(done), unit="answer") as progress,
+        ):
+            for answer in answer_questions(network, processor, left, sizes, max_new_tokens, batch_size):
+                question = left[answer.index]
+                row = {
+                    "id": question.id,
+                    "num_visual_tokens": answer.num_visual_tokens,
+                    "question": question.messages[-1]["content"],
+                    "answer": answer.text,
+                    "references": question.references,
+                    "score": 0.0 if answer.error else float(score(answer.text, question.references)),
+                    "confidence": answer.confidence,
+                    "category": question.category,
+                    "num_images": len(question.images),
+                    "num_text_tokens": answer.num_text_tokens,
+                    "num_new_tokens": answer.num_new_tokens,
+                    "seconds": answer.seconds,
+                    **({"error": answer.error} if answer.error else {}),
+                }
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                done.append(row)
+                right, number = right + row["score"], number + 1
+                progress.set_postfix_str(f"{100 * right / number:.1f} % right", refresh=False)
+                progress.update()
+    rows = report.summarize(done, costs)
+    failed = {row["id"] for row in done if row.get("error")}
+    said = report.sentence(rows, tolerance)
+    (output_dir / "results.md").write_text(f"{said}\n\n{report.markdown(rows)}", encoding="utf-8")
+    (output_dir / "accuracy.json").write_text(json.dumps(report.accuracy_json(rows), indent=1) + "\n")
+    report.figure(rows, output_dir / "results.png")
+    if dataset_id is not None:
+        report.write_eval_results(rows, output_dir, dataset_id, task_id, metric)
+    print(report.markdown(rows))
+    print(said)
+    if failed:
+        print(f"{len(failed)} questions failed and count as wrong; `error` in results.jsonl says why")
+
+
+def resume(output_dir: Path, setting: dict, overwrite: bool) -> list[dict]:
+    """What an earlier run of the same evaluation has written."""
+    from ..evaluation.report import read_results
+
+    path = output_dir / "setting.json"
+    if path.exists() and not overwrite:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        other = [name for name in setting if before.get(name) != setting[name]]
+        if other:
+            name = other[0]
+            raise UsageError(
+                f"{output_dir} has results of another {name}: {before.get(name)!r}, not {setting[name]!r}. Name another --output-dir, or "
+                "say --overwrite"
+            )
+        return read_results(output_dir / "results.jsonl")
+    if not path.exists() and output_dir.exists() and any(output_dir.iterdir()):
+        raise UsageError(f"{output_dir} is not empty and holds no results")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "results.jsonl").write_text("")
+    path.write_text(json.dumps(setting, indent=1) + "\n", encoding="utf-8")
+    return []

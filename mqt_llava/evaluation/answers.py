@@ -1,0 +1,109 @@
+"""Answers of a model to questions about images, with several numbers of visual tokens: each image is encoded once."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..modeling.adaptive_mqt_llava import VisualTokenSchedule
+from .questions import Question
+
+
+@dataclass
+class Answer:
+    """
+    What a model said to a question with m visual tokens per image.
+
+    Args:
+        index (`int`): of the question.
+        num_visual_tokens (`int`): m.
+        text (`str`): the answer.
+        confidence (`float`): the product of its tokens' probabilities; see [`VisualTokenSchedule`].
+        num_text_tokens (`int`): of the prompt, without those of images.
+        num_new_tokens (`int`): of the answer.
+        seconds (`float`): a question's share of the time that its batch took, images apart.
+        error (`str`, *optional*): why there is no answer.
+    """
+
+    index: int
+    num_visual_tokens: int
+    text: str = ""
+    confidence: float = 0.0
+    num_text_tokens: int = 0
+    num_new_tokens: int = 0
+    seconds: float = 0.0
+    error: str | None = None
+
+
+def answer_questions(
+    model,
+    processor,
+    questions: list[Question],
+    num_visual_tokens: list[int],
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    window: int = 32,
+) -> Iterator[Answer]:
+    """
+    Ask every question with every number of visual tokens, by greedy decoding. Prompts of like length share a batch, and answers
+    come batch by batch. A question that fails is answered by its error.
+
+    Args:
+        num_visual_tokens (`list[int]`): of each image, rising.
+        window (`int`): of the confidence.
+    """
+    prompts = [processor.apply_chat_template(question.messages, add_generation_prompt=True) for question in questions]
+    order = sorted(range(len(prompts)), key=lambda i: (len(questions[i].images), len(prompts[i])))
+
+    def answer(rows):
+        asked = [(row, questions[row], prompts[row]) for row in rows]
+        try:
+            return _answer_batch(model, processor, asked, num_visual_tokens, max_new_tokens, window)
+        except ValueError as error:  # of one of them: an image that is damaged, a prompt that is too long
+            if len(rows) == 1:
+                return [Answer(rows[0], m, error=str(error)) for m in num_visual_tokens]
+            return [said for row in rows for said in answer([row])]
+
+    for start in range(0, len(order), batch_size):
+        yield from answer(order[start : start + batch_size])
+
+
+@torch.no_grad()
+def _answer_batch(model, processor, asked, num_visual_tokens, max_new_tokens, window) -> list[Answer]:
+    """All answers to `(index, question, prompt)`s."""
+    most = num_visual_tokens[-1]
+    images = [image for _, question, _ in asked for image in question.open_images()]
+    inputs = processor(
+        images=images or None,
+        text=[prompt for *_, prompt in asked],
+        num_visual_tokens=most,
+        padding=True,
+        padding_side="left",
+        add_special_tokens=False,  # the chat template writes the BOS
+        return_tensors="pt",
+    ).to(model.device)
+    length, limit = inputs["input_ids"].shape[1], getattr(model.config.text_config, "max_position_embeddings", None)
+    if limit is not None and length >= limit:
+        raise ValueError(f"The prompt has {length} tokens, the model takes {limit}.")
+    if images:
+        features = model.get_image_features(inputs.pop("pixel_values"), most, return_dict=True)
+        inputs["mm_encoder_outputs"] = {"image": features}
+    is_text = inputs["attention_mask"].bool() & (inputs["input_ids"] != model.config.image_token_id)
+    num_text_tokens, pad_token_id, answers = is_text.sum(-1).tolist(), processor.tokenizer.pad_token_id, []
+    for m in num_visual_tokens:
+        start = time.perf_counter()
+        outputs = model.generate(
+            **inputs,
+            num_visual_tokens=VisualTokenSchedule([m], [], window),  # one stage, for the confidence
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+        sequences, confidence = outputs.sequences[:, length:].cpu(), outputs.confidences.tolist()
+        seconds = (time.perf_counter() - start) / len(asked)
+        texts = processor.batch_decode(sequences, skip_special_tokens=True)
+        num_new_tokens = (sequences != pad_token_id).sum(-1).tolist()
+        for (row, *_), *said in zip(asked, texts, confidence, num_text_tokens, num_new_tokens):
+            answers.append(Answer(row, m, said[0].strip(), *said[1:], seconds))
+    return answers

@@ -1,0 +1,138 @@
+"""Questions with the answers that are right, read from what users have."""
+
+import base64
+import csv
+import io
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from ..training.data import SampleError, load_conversations, open_image
+
+
+OPTIONS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+CHOOSE = "Answer with the option's letter from the given choices directly."  # the prompt of LLaVA 1.5
+
+
+@dataclass
+class Question:
+    """
+    Something to ask about images.
+
+    Args:
+        id (`str`): unique.
+        messages (`list[dict]`): up to the question, with `<image>` where images stand.
+        images (`list`): what [`~mqt_llava.training.data.open_image`] takes, one for each `<image>`.
+        references (`list[str]`): answers that are right; empty where none is known.
+        category (`str`, *optional*): what accuracy is also told by.
+    """
+
+    id: str
+    messages: list[dict]
+    images: list
+    references: list[str] = field(default_factory=list)
+    category: str | None = None
+
+    def open_images(self) -> list:
+        """
+        Raises:
+            `ValueError`: for an image that cannot be read.
+        """
+        return [open_image(image) for image in self.images]
+
+
+def read_questions(data_files, image_folder=None) -> list[Question]:
+    """
+    Read questions: LLaVA's JSON and chat messages as [`~mqt_llava.training.data.load_conversations`] takes them, where the last
+    turn of the assistant is the reference (more of them in a row's `references`, a list; its `category` is optional), and
+    VLMEvalKit's TSV (`index`, `image` in base64 or `image_path`, `question`, `answer`, options `A`, `B`, ..., `hint`,
+    `category`).
+
+    Raises:
+        `ValueError`: for files that are missing or hold no questions, for rows that make none, and for images that are not there.
+    """
+    files = [Path(file) for file in ([data_files] if isinstance(data_files, (str, os.PathLike)) else data_files)]
+    questions = []
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"There is no data file {file}.")
+        read = _read_tsv if file.suffix == ".tsv" else _read_conversations
+        questions += read(file, image_folder)
+    if not questions:
+        raise ValueError(f"There are no questions in {', '.join(map(str, files))}.")
+    return questions
+
+
+def _read_conversations(file: Path, image_folder) -> list[Question]:
+    rows = load_conversations(file, image_folder, needs_answer=False)
+    questions, broken = [], []
+    for row in rows:
+        missing = [image for image in row["images"] if not os.path.isfile(image)]
+        if row["error"] or missing:
+            broken.append(f"{row['id']}: {row['error'] or f'there is no image file {missing[0]}'}")
+            continue
+        messages = [{"role": turn["role"], "content": turn["content"]} for turn in row["messages"]]
+        references = [messages.pop()["content"]] if messages[-1]["role"] == "assistant" else []
+        references = row["references"] or references
+        questions.append(Question(row["id"], messages, row["images"], references, row["category"]))
+    _refuse(broken)
+    return questions
+
+
+def _read_tsv(file: Path, image_folder) -> list[Question]:
+    csv.field_size_limit(sys.maxsize)  # images are in their rows
+    folder, questions, broken, images = Path(image_folder or file.parent), [], [], {}
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        rows = csv.DictReader(lines, delimiter="\t")
+        missing = {"question"} - set(rows.fieldnames or ())
+        if missing or not {"image", "image_path"} & set(rows.fieldnames):
+            raise ValueError(
+                f"{file} must have columns `question` and `image` or `image_path`; it has {', '.join(rows.fieldnames or ())}."
+            )
+        for number, row in enumerate(rows):
+            name = f"{file.name}[{row.get('index') or number}]"
+            try:
+                content = row.get("image") or ""
+                if re.fullmatch(r"\d+", content):  # an index: the image of that row
+                    content = images.get(content, "")
+                images[row.get("index")] = content
+                pictures = [_from_base64(content)] if content else [folder / row.get("image_path", "")]
+                if not content and not pictures[0].is_file():
+                    raise SampleError(f"there is no image file {pictures[0]}")
+                questions.append(Question(name, *_ask(row), pictures, _answers(row), row.get("category") or None))
+            except SampleError as error:
+                broken.append(f"{name}: {error}")
+    _refuse(broken)
+    return questions
+
+
+def _from_base64(content: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(base64.b64decode(content, validate=False)))
+    except Exception as error:
+        raise SampleError(f"its image is none ({error})") from None
+
+
+def _ask(row: dict):
+    options = {letter: row[letter] for letter in OPTIONS if row.get(letter)}
+    lines = [row["question"]]
+    if row.get("hint"):
+        lines.insert(0, row["hint"])
+    lines += [f"{letter}. {text}" for letter, text in options.items()]
+    lines += [CHOOSE] if options else []
+    return ([{"role": "user", "content": "<image>\n" + "\n".join(lines)}],)
+
+
+def _answers(row: dict) -> list[str]:
+    answer = row.get("answer") or ""
+    return [text for text in (answer, row.get(answer) if answer in OPTIONS else None) if text]
+
+
+def _refuse(broken: list[str]):
+    if broken:
+        more = f" So cannot {len(broken) - 1} others." if len(broken) > 1 else ""
+        raise ValueError(f"{broken[0]}, so it cannot be asked.{more}")

@@ -1,0 +1,167 @@
+"""What results say: accuracy against the number of visual tokens, against compute and against time."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+DRAWS = 2000
+
+
+@dataclass
+class Row:
+    """One number of visual tokens: accuracy in %, with its 95 % interval by bootstrap over questions, its difference to the most
+    accurate one with that interval, and what an answer costs."""
+
+    num_visual_tokens: int
+    accuracy: float
+    interval: tuple[float, float]
+    difference: float
+    difference_interval: tuple[float, float]
+    by_category: dict[str, float]
+    gflops: float | None
+    seconds: float
+
+
+def summarize(results: list[dict], costs=None) -> list[Row]:
+    """
+    Args:
+        results (`list[dict]`): rows of `results.jsonl`, each question with the same numbers of visual tokens.
+        costs (`CostModel`, *optional*): of the model.
+    """
+    sizes = sorted({result["num_visual_tokens"] for result in results})
+    ids = list(dict.fromkeys(result["id"] for result in results))
+    index = {name: i for i, name in enumerate(ids)}
+    scores = np.zeros((len(sizes), len(ids)))
+    for result in results:
+        scores[sizes.index(result["num_visual_tokens"]), index[result["id"]]] = 100 * result["score"]
+    categories = {result["id"]: result.get("category") for result in results}
+    names = list(dict.fromkeys(filter(None, categories.values())))
+    drawn = np.random.default_rng(0).integers(len(ids), size=(DRAWS, len(ids)))
+    means = np.stack([one[drawn].mean(1) for one in scores])
+    best = int(scores.mean(1).argmax())
+    rows = []
+    for i, m in enumerate(sizes):
+        of_m = [result for result in results if result["num_visual_tokens"] == m]
+        by_category = {
+            name: float(scores[i, [index[one] for one in ids if categories[one] == name]].mean()) for name in names
+        }
+        gflops = None
+        if costs is not None:
+            answered = [result for result in of_m if not result.get("error")] or [None]
+            gflops = float(np.mean([_flops(costs, m, result) for result in answered])) / 1e9
+        rows.append(
+            Row(
+                m,
+                float(scores[i].mean()),
+                tuple(map(float, np.quantile(means[i], [0.025, 0.975]))),
+                float((scores[i] - scores[best]).mean()),
+                tuple(map(float, np.quantile(means[i] - means[best], [0.025, 0.975]))),
+                by_category,
+                gflops,
+                float(np.mean([result["seconds"] for result in of_m])),
+            )
+        )
+    return rows
+
+
+def _flops(costs, m, result):
+    if result is None:
+        return np.nan
+    request = {"num_images": result["num_images"], "num_text_tokens": result["num_text_tokens"]}
+    return costs(m, num_new_tokens=max(1, result["num_new_tokens"]), **request).flops
+
+
+def enough(rows: list[Row], tolerance: float | None = None) -> Row:
+    """The smallest number of visual tokens that is not significantly worse than the best, or with a tolerance, in points, whose
+    difference is surely smaller than that."""
+    if tolerance is None:
+        return next(row for row in rows if row.difference_interval[1] >= 0)
+    return next(row for row in rows if row.difference_interval[0] >= -tolerance or row.difference == 0)
+
+
+def sentence(rows: list[Row], tolerance: float | None = None) -> str:
+    row, best = enough(rows, tolerance), max(rows, key=lambda row: row.accuracy)
+    low, high = row.difference_interval
+    against = f"m = {best.num_visual_tokens} ({best.accuracy:.1f} %)"
+    if row is best:
+        return f"m = {row.num_visual_tokens} is the best, and no smaller m is as good."
+    within = "not significantly worse than" if tolerance is None else f"within {tolerance:g} points of"
+    return (
+        f"m = {row.num_visual_tokens} is enough: {row.accuracy:.1f} %, {within} the best, {against}; the difference is "
+        f"{row.difference:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}."
+    )
+
+
+def markdown(rows: list[Row]) -> str:
+    names = list(rows[0].by_category)
+    header = ["m", "accuracy, %", "95 % interval", "against the best", *names, "GFLOP", "ms"]
+    lines = [f"| {' | '.join(header)} |", "| ---: |" + " ---: |" * (len(header) - 1)]
+    for row in rows:
+        cells = [row.num_visual_tokens, f"{row.accuracy:.1f}", "{:.1f} to {:.1f}".format(*row.interval)]
+        cells += [f"{row.difference:+.1f} ({row.difference_interval[0]:+.1f} to {row.difference_interval[1]:+.1f})"]
+        cells += [f"{row.by_category[name]:.1f}" for name in names]
+        cells += ["" if row.gflops is None else f"{row.gflops:.2f}", f"{1000 * row.seconds:.1f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(rows: list[Row], path: Path):
+    """Accuracy against m, against compute and against time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    axes_of = [("visual tokens per image (m)", [row.num_visual_tokens for row in rows])]
+    if all(row.gflops is not None for row in rows):
+        axes_of.append(("GFLOP per answer", [row.gflops for row in rows]))
+    axes_of.append(("seconds per answer, image apart", [row.seconds for row in rows]))
+    panels = plt.subplots(1, len(axes_of), figsize=(4 * len(axes_of), 3.6), layout="constrained", sharey=True)[1]
+    accuracy = [row.accuracy for row in rows]
+    errors = np.abs(np.array([row.interval for row in rows]).T - accuracy)
+    for axes, (label, values) in zip(panels, axes_of):
+        axes.errorbar(values, accuracy, errors, marker="o", capsize=3, linewidth=2)
+        for row, x in zip(rows, values):
+            axes.annotate(
+                str(row.num_visual_tokens), (x, row.accuracy), xytext=(5, -11), textcoords="offset points", fontsize=8
+            )
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel="accuracy, %")
+    panels[0].set_xscale("log", base=2)
+    panels[0].set_xticks(axes_of[0][1], axes_of[0][1])
+    plt.savefig(path, dpi=150)
+    plt.close()
+
+
+def accuracy_json(rows: list[Row]) -> dict:
+    """What model cards and `mqt-llava cost` read: `{m: {category: %, ..., "all": %}}`."""
+    return {str(row.num_visual_tokens): {**row.by_category, "all": row.accuracy} for row in rows}
+
+
+def write_eval_results(rows: list[Row], folder: Path, dataset_id: str, task_id: str, metric: str):
+    """One file for each m, as the Hub's `.eval_results` wants it of variants, with m in the notes."""
+    import yaml
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    folder = folder / ".eval_results"
+    folder.mkdir(exist_ok=True)
+    for row in rows:
+        notes = f"num_visual_tokens={row.num_visual_tokens}, {metric}"
+        entry = EvalResultEntry(dataset_id=dataset_id, task_id=task_id, value=round(row.accuracy, 2), notes=notes)
+        name = f"{task_id}_{row.num_visual_tokens}_visual_tokens.yaml"
+        (folder / name).write_text(yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
+
+
+def read_results(path: Path) -> list[dict]:
+    """The rows of `results.jsonl`. A last line that was cut off is left out, and cut off from the file too."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        path.write_bytes(whole)
+    return [json.loads(line) for line in whole.splitlines()]
