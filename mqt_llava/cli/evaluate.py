@@ -1,6 +1,7 @@
 """`mqt-llava evaluate DATA`: how many visual tokens one's own questions need."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -111,7 +112,9 @@ def evaluate(
         "max_new_tokens": max_new_tokens,
     }
     done = resume(output_dir, setting, overwrite)
-    complete = {name for name in {row["id"] for row in done} if sum(row["id"] == name for row in done) == len(sizes)}
+    number_of = Counter(row["id"] for row in done)
+    done = [row for row in done if number_of[row["id"]] == len(sizes)]  # a question's answers come together
+    complete = {row["id"] for row in done}
     left = [question for question in questions if question.id not in complete]
     costs = load_costs(checkpoint, config)
     if left:
@@ -123,10 +126,10 @@ def evaluate(
         }
         placement = place(checkpoint, config, costs, place_on, dtype, None, **request, batch_size=batch_size)
         processor, network = load_model(checkpoint, place_on, placement, adapter)
-        done = [row for row in done if row["id"] in complete]
         right, number = sum(row["score"] for row in done), len(done)
+        report.write_results(done, output_dir / "results.jsonl")
         with (
-            (output_dir / "results.jsonl").open("w" if not done else "a", encoding="utf-8") as file,
+            (output_dir / "results.jsonl").open("a", encoding="utf-8") as file,
             tqdm(total=len(questions) * len(sizes), initial=len(done), unit="answer") as progress,
         ):
             for answer in answer_questions(network, processor, left, sizes, max_new_tokens, batch_size):

@@ -157,11 +157,15 @@ def write_eval_results(rows: list[Row], folder: Path, dataset_id: str, task_id: 
 
 
 def read_results(path: Path) -> list[dict]:
-    """The rows of `results.jsonl`. A last line that was cut off is left out, and cut off from the file too."""
+    """The rows of `results.jsonl`, without a last line that was cut off."""
     if not path.exists():
         return []
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        path.write_bytes(whole)
-    return [json.loads(line) for line in whole.splitlines()]
+    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+
+
+def write_results(results: list[dict], path: Path):
+    """Written aside and moved into place."""
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(result) + "\n" for result in results), encoding="utf-8")
+    partial.replace(path)
