@@ -29,7 +29,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import mqt_llava
 from benchmarks.measure import interleave, machine, seconds
 from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration, VisualTokenSchedule
-from mqt_llava.calibration import Answers, ask_all, calibrate, doubling, propose
+from mqt_llava.calibration import Answers, calibrate, collect, doubling, propose
+from mqt_llava.evaluation import Question, answer_questions
 from recipes.tiny import evaluate, families, make_data, scenes
 
 
@@ -55,14 +56,18 @@ class Asked:
 
 
 def table_of(model, processor, samples, picture, sizes, window=32):
-    conversations = [
-        [{"role": "user", "content": "<image>\n" * len(pictures) + question}] for pictures, _, question, _ in samples
+    questions = [
+        Question(str(i), [{"role": "user", "content": "<image>\n" * len(pictures) + question}], pictures, [answer])
+        for i, (pictures, _, question, answer) in enumerate(samples)
     ]
-    with tqdm(total=len(samples) * len(sizes), unit="answer", mininterval=10) as progress:
-        asked = ask_all(model, processor, conversations, [s[0] for s in samples], sizes, 80, 96, progress, window)
+    answers = answer_questions(model, processor, questions, sizes, 80, 96, window)
+    answers = tqdm(answers, total=len(questions) * len(sizes), unit="answer", mininterval=10)
     expected = [evaluate.read_answer(answer) for *_, answer in samples]
-    right = [[evaluate.read_answer(text) == e for text, e in zip(texts, expected)] for texts in asked.texts]
-    return Answers(sizes, asked.confidence, np.array(right, float), asked.text_tokens, asked.new_tokens, picture)
+
+    def right(i, text, _):
+        return evaluate.read_answer(text) == expected[i]
+
+    return collect(answers, len(questions), sizes, picture, right)
 
 
 def questions(num_pictures, seed):

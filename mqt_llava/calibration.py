@@ -10,11 +10,9 @@ about which several questions were asked, and knows no distribution.
 """
 
 import itertools
-import time
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from .modeling.adaptive_mqt_llava import VisualTokenSchedule
 
@@ -150,78 +148,28 @@ def calibrate(answers: Answers, tolerance: float, confidence: float, seed: int =
     return best
 
 
-@dataclass
-class Asked:
-    """What a model said, by number of visual tokens and question: `texts`, and the rest as in [`Answers`]; and the `seconds` that a
-    question took with each number of visual tokens, the image apart."""
-
-    texts: list[list[str]]
-    confidence: np.ndarray
-    text_tokens: np.ndarray
-    new_tokens: np.ndarray
-    seconds: np.ndarray
-
-
 def doubling(num_query_tokens: int) -> list[int]:
     """1, 2, 4, ... and M."""
     return sorted({*(2**i for i in range(num_query_tokens.bit_length())), num_query_tokens})
 
 
-@torch.no_grad()
-def ask_all(
-    model,
-    processor,
-    conversations,
-    images,
-    num_visual_tokens,
-    max_new_tokens=64,
-    batch_size=16,
-    progress=None,
-    window=32,
-):
+def collect(answers, num_questions: int, num_visual_tokens: list[int], picture, right) -> Answers:
     """
-    The answers to questions, and how sure they are, with each number of visual tokens. Images are encoded once.
+    The answers of [`~mqt_llava.evaluation.answer_questions`] as a table.
 
     Args:
-        conversations (`list[list[dict]]`): messages up to the question.
-        images (`list[list[PIL.Image.Image]]`): of each conversation.
-        num_visual_tokens (`list[int]`): rising.
-
-    Returns:
-        `Asked`.
+        picture (`list[int]`): what each question is about.
+        right (`Callable`): how right an answer is, called with the index of a question, its text and that with the largest number of
+            visual tokens.
     """
-    prompts = [processor.apply_chat_template(messages, add_generation_prompt=True) for messages in conversations]
-    shape, seconds = (len(num_visual_tokens), len(prompts)), np.zeros(len(num_visual_tokens))
-    texts = [[""] * len(prompts) for _ in num_visual_tokens]
-    confidence, new_tokens, text_tokens = np.zeros(shape), np.zeros(shape, int), np.zeros(len(prompts), int)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        options = {"padding": True, "padding_side": "left", "add_special_tokens": False, "return_tensors": "pt"}
-        options["num_visual_tokens"] = num_visual_tokens[-1]
-        pictures = [image for row in rows for image in images[row]]
-        inputs = processor(images=pictures or None, text=[prompts[row] for row in rows], **options).to(model.device)
-        if pictures:
-            features = model.get_image_features(inputs.pop("pixel_values"), num_visual_tokens[-1], return_dict=True)
-            inputs["mm_encoder_outputs"] = {"image": features}
-        length = inputs["input_ids"].shape[1]
-        is_text = inputs["attention_mask"].bool() & (inputs["input_ids"] != model.config.image_token_id)
-        text_tokens[rows] = is_text.sum(-1).cpu()
-        for i, m in enumerate(num_visual_tokens):
-            start = time.perf_counter()
-            outputs = model.generate(
-                **inputs,
-                num_visual_tokens=VisualTokenSchedule([m], [], window),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                return_dict_in_generate=True,
-            )
-            answers = outputs.sequences[:, length:].cpu()
-            seconds[i] += time.perf_counter() - start
-            confidence[i, rows] = outputs.confidences.cpu()
-            new_tokens[i, rows] = (answers != processor.tokenizer.pad_token_id).sum(-1)
-            for row, text in zip(rows, processor.batch_decode(answers, skip_special_tokens=True)):
-                texts[i][row] = text.strip()
-            if progress is not None:
-                progress.update(len(rows))
-    return Asked(texts, confidence, text_tokens, new_tokens, seconds / len(prompts))
+    shape, answers = (len(num_visual_tokens), num_questions), list(answers)
+    texts, confidence, new_tokens = np.empty(shape, object), np.zeros(shape), np.zeros(shape, int)
+    text_tokens = np.zeros(num_questions, int)
+    for answer in answers:
+        if answer.error:
+            raise ValueError(answer.error)
+        place = num_visual_tokens.index(answer.num_visual_tokens), answer.index
+        texts[place], confidence[place], new_tokens[place] = answer.text, answer.confidence, answer.num_new_tokens
+        text_tokens[answer.index] = answer.num_text_tokens
+    scores = [[right(i, text, texts[-1, i]) for i, text in enumerate(row)] for row in texts]
+    return Answers(num_visual_tokens, confidence, np.array(scores, float), text_tokens, new_tokens, np.array(picture))

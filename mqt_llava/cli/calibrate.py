@@ -1,5 +1,7 @@
 """`mqt-llava calibrate DATA`: how many visual tokens "auto" takes, chosen on questions of one's own."""
 
+import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -46,6 +48,9 @@ def calibrate(
     num_visual_tokens: Annotated[
         str | None, typer.Option(metavar="M,M,...", help="What stages may have. Default: 1, 2, 4, ..., M.")
     ] = None,
+    metric: Annotated[
+        str, typer.Option(metavar="NAME", help="How right an answer is, as `evaluate` has it.")
+    ] = "exact_match",
     agreement: Annotated[
         bool, typer.Option("--agreement", help="Compare with the answers at all visual tokens, not with references.")
     ] = False,
@@ -68,81 +73,76 @@ def calibrate(
     if output_dir is None and (adapter is not None or not Path(checkpoint).is_dir()):
         raise UsageError("say where to write: --output-dir DIR")
     try:
-        import numpy as np
         from tqdm import tqdm
 
-        from ..calibration import Answers, ask_all, calibrate, doubling, pictures_needed
-        from ..training.data import load_conversations, open_image, refuse_broken
+        from ..calibration import calibrate, collect, doubling, pictures_needed
+        from ..evaluation import answer_questions, load_metric, read_questions
     except ImportError as error:
-        raise UsageError(f"{error.name} is missing: pip install 'mqt-llava[train]'") from None
+        raise UsageError(f"{error.name} is missing: pip install 'mqt-llava[evaluate]'") from None
     silence_libraries()
     config = load_config(checkpoint)
-    most = config.num_query_tokens
-    sizes = doubling(most)
+    sizes = doubling(config.num_query_tokens)
     if num_visual_tokens is not None:
         sizes = sorted({parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")})
         for m in sizes:
-            check_num_visual_tokens(m, most)
+            check_num_visual_tokens(m, config.num_query_tokens)
     try:
-        rows = load_conversations(data, image_folder, needs_answer=False)
-        refuse_broken(rows)
+        score = load_metric(metric)
+        questions = [question for question in read_questions(data, image_folder) if question.images]
     except ValueError as error:
-        raise UsageError(str(error)) from None
-    rows = [row for row in rows if row["images"]]
-    if not rows:
+        raise UsageError(str(error).rstrip(".")) from None
+    if not questions:
         raise UsageError("no question is about an image")
-    pictures = {name: i for i, name in enumerate(dict.fromkeys(tuple(row["images"]) for row in rows))}
-    tested = len(pictures) - len(pictures) // 3
+    names = [tuple(map(name_image, question.images)) for question in questions]
+    index = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    picture = [index[name] for name in names]
     needed = pictures_needed(tolerance / 100, confidence)
-    if tested < needed:
+    if len(index) - len(index) // 3 < needed:
         raise UsageError(
-            f"{len(pictures)} pictures are too few to promise a loss of at most {tolerance:g} points with a confidence of "
+            f"{len(index)} pictures are too few to promise a loss of at most {tolerance:g} points with a confidence of "
             f"{confidence:g}: two thirds of them test, and at least {needed} are needed for that, where not one answer changes. "
             "Give more pictures, or a larger --tolerance"
         )
     device = resolve_device(device)
     costs = load_costs(checkpoint, config)
-    request = {"num_images": 1, "num_text_tokens": 256, "num_new_tokens": max_new_tokens, "batch_size": batch_size}
-    processor, network = load_model(
-        checkpoint, device, place(checkpoint, config, costs, device, dtype, None, **request), adapter
-    )
+    request = {"num_images": max(len(question.images) for question in questions), "num_text_tokens": 256}
+    request |= {"num_new_tokens": max_new_tokens, "batch_size": batch_size}
+    placement = place(checkpoint, config, costs, device, dtype, None, **request)
+    processor, network = load_model(checkpoint, device, placement, adapter)
 
-    has_answers = not agreement and all(row["messages"][-1]["role"] == "assistant" for row in rows)
-    conversations, references = [], []
-    for row in rows:
-        messages = [{"role": turn["role"], "content": turn["content"]} for turn in row["messages"]]
-        references.append(messages.pop()["content"] if messages[-1]["role"] == "assistant" else None)
-        conversations.append(messages)
-    opened = Opened(rows, open_image)
-    with tqdm(total=len(rows) * len(sizes), unit="answer") as progress:
-        asked = ask_all(network, processor, conversations, opened, sizes, max_new_tokens, batch_size, progress)
-    right = np.array(
-        [
-            [
-                normalize(text) == normalize(expected)
-                for text, expected in zip(texts, references if has_answers else asked.texts[-1])
-            ]
-            for texts in asked.texts
-        ],
-        float,
-    )
-    picture = np.array([pictures[tuple(row["images"])] for row in rows])
-    answers = Answers(sizes, asked.confidence, right, asked.text_tokens, asked.new_tokens, picture)
+    has_references = not agreement and all(question.references for question in questions)
+    measure = "accuracy" if has_references else "agreement"
+
+    def right(i, text, with_all):
+        return score(text, questions[i].references) if has_references else text == with_all
+
+    seconds = dict.fromkeys(sizes, 0.0)
+    try:
+        with tqdm(total=len(questions) * len(sizes), unit="answer") as progress:
+
+            def answers_with_progress():
+                for answer in answer_questions(network, processor, questions, sizes, max_new_tokens, batch_size):
+                    seconds[answer.num_visual_tokens] += answer.seconds / len(questions)
+                    progress.update()
+                    yield answer
+
+            answers = collect(answers_with_progress(), len(questions), sizes, picture, right)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     schedule = calibrate(answers, tolerance / 100, confidence, seed)
-    measure = "accuracy" if has_answers else "agreement"
     if schedule is None:
         raise UsageError(
             f"nothing is written: no schedule could be shown to lose at most {tolerance:g} points of {measure} with a confidence of "
-            f"{confidence:g}, from {len(rows)} questions about {len(pictures)} pictures"
+            f"{confidence:g}, from {len(questions)} questions about {len(index)} pictures"
         )
     schedule.calibration = {
         "tolerance": tolerance / 100,
         "confidence": confidence,
         "measure": measure,
-        "num_questions": len(rows),
-        "num_pictures": len(pictures),
+        "num_questions": len(questions),
+        "num_pictures": len(index),
     }
-    print_curve(answers, schedule, asked.seconds, measure)
+    print_curve(answers, schedule, list(seconds.values()), measure)
     settings = network.generation_config
     settings.visual_token_schedule = schedule.to_dict()
     folder = Path(checkpoint) if output_dir is None else output_dir
@@ -151,27 +151,14 @@ def calibrate(
     print(f"written to {folder / 'generation_config.json'}")
 
 
-class Opened:
-    """The images of each row, opened when they are asked for."""
-
-    def __init__(self, rows, open_image):
-        self.rows, self.open_image = rows, open_image
-
-    def __getitem__(self, index):
-        return [self.open_image(image) for image in self.rows[index]["images"]]
-
-
-def normalize(answer: str) -> str:
-    return answer.strip().rstrip(".").casefold()
+def name_image(image):
+    """What tells a picture from others."""
+    return image if isinstance(image, (str, Path)) else hash(image.tobytes())
 
 
 def write_settings(settings, folder: Path):
     """Written aside and moved into place. Marks of where settings came from would have them loaded without what is ours."""
-    import os
-
     settings = {name: value for name, value in settings.to_diff_dict().items() if not name.startswith("_")}
-    import json
-
     partial = folder / f"generation_config.json.{os.getpid()}.partial"
     partial.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     partial.replace(folder / "generation_config.json")

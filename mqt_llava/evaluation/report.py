@@ -129,6 +129,7 @@ def figure(rows: list[Row], path: Path):
                 str(row.num_visual_tokens), (x, row.accuracy), xytext=(5, -11), textcoords="offset points", fontsize=8
             )
         axes.set(xlabel=label)
+        axes.margins(x=0.12)
         axes.grid(alpha=0.3)
     panels[0].set(ylabel="accuracy, %")
     panels[0].set_xscale("log", base=2)
