@@ -1,0 +1,286 @@
+"""`mqt-llava evaluate`: metrics, readers, the command, and what it says."""
+
+import base64
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from typer.testing import CliRunner
+
+from mqt_llava.cli import app
+from mqt_llava.evaluation import METRICS, Question, answer_questions, load_metric, read_questions
+from mqt_llava.evaluation.metrics import anls, contains, exact_match, multiple_choice, vqa_accuracy
+from mqt_llava.evaluation.report import enough, sentence, summarize
+from tests.mqt_llava.test_cli import restore_global_settings  # noqa: F401  the command silences transformers
+from tests.small_model import make_images, make_model, make_processor
+
+
+# Metrics --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer", "references", "score"),
+    [
+        (exact_match, " Red. ", ["red"], 1),
+        (exact_match, "A red cat", ["red"], 0),
+        (contains, "It is a Red cat.", ["red"], 1),
+        (contains, "hundred", ["red"], 0),
+        (vqa_accuracy, "yes", ["yes"] * 10, 1),
+        (vqa_accuracy, "yes", ["yes"] * 3 + ["no"] * 7, 0.9),  # 3 times 2/3, 7 times 1
+        (vqa_accuracy, "yes", ["yes"] + ["no"] * 9, 0.3),
+        (vqa_accuracy, "The two dogs", ["2 dogs"] * 10, 1),
+        (vqa_accuracy, "It's 1,000", ["its 1000"] * 10, 1),
+        (vqa_accuracy, "a", ["b"], 0),
+        (vqa_accuracy, "b", ["b"], 1),
+        (anls, "Paris", ["paris"], 1),
+        (anls, "pariss", ["paris", "rome"], 1 - 1 / 6),
+        (anls, "london", ["paris"], 0),
+        (multiple_choice, "B", ["B", "a dog"], 1),
+        (multiple_choice, "(B) a dog", ["B", "a dog"], 1),
+        (multiple_choice, "The answer is B.", ["B", "a dog"], 1),
+        (multiple_choice, "A dog.", ["B", "a dog"], 1),
+        (multiple_choice, "A cat", ["A", "a dog"], 0),
+        (multiple_choice, "C", ["B", "a dog"], 0),
+    ],
+)
+def test_metrics(metric, answer, references, score):
+    assert metric(answer, references) == pytest.approx(score)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=20), st.lists(st.text(max_size=20), min_size=1, max_size=11))
+def test_every_metric_gives_a_share(answer, references):
+    for metric in METRICS.values():
+        assert 0 <= metric(answer, references) <= 1
+
+
+def length(answer, references):
+    return len(answer) / 1000
+
+
+def test_metrics_of_ones_own():
+    assert load_metric("tests.mqt_llava.test_evaluate:length")("ab", []) == 0.002
+    with pytest.raises(ValueError, match="exact_match, contains, vqa_accuracy, anls, multiple_choice"):
+        load_metric("accuracy")
+    with pytest.raises(ValueError, match="no_such_module"):
+        load_metric("no_such_module:function")
+    with pytest.raises(ValueError, match="no_such_function"):
+        load_metric("json:no_such_function")
+
+
+# Questions ------------------------------------------------------------------------------------------------------------
+
+
+def make_tsv(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def as_base64(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def test_tsv_of_vlmevalkit(tmp_path):
+    images = make_images(2)
+    images[1].save(tmp_path / "b.png")
+    rows = [
+        {"index": "7", "image": as_base64(images[0]), "question": "What?", "answer": "B", "A": "a cat", "B": "a dog"},
+        {
+            "index": "8",
+            "image": "7",
+            "question": "And now?",
+            "answer": "yes",
+            "category": "rest",
+            "hint": "Look well.",
+        },
+        {"index": "9", "image_path": "b.png", "question": "Where?", "answer": "here"},
+    ]
+    make_tsv(tmp_path / "q.tsv", rows)
+    first, second, third = read_questions(tmp_path / "q.tsv")
+    prompt = "<image>\nWhat?\nA. a cat\nB. a dog\nAnswer with the option's letter from the given choices directly."
+    assert first.messages == [{"role": "user", "content": prompt}]
+    assert (first.references, second.references) == (["B", "a dog"], ["yes"])
+    assert second.messages[0]["content"] == "<image>\nLook well.\nAnd now?" and second.category == "rest"
+    for question, image in ((first, images[0]), (second, images[0]), (third, images[1])):
+        assert np.array_equal(np.asarray(question.open_images()[0]), np.asarray(image))
+
+
+def test_conversations_with_several_references(tmp_path):
+    make_images(1)[0].save(tmp_path / "a.png")
+    turns = [("human", "<image>\nOne?"), ("gpt", "1"), ("human", "Two?"), ("gpt", "2")]
+    row = {"image": "a.png", "conversations": [{"from": who, "value": text} for who, text in turns]}
+    (tmp_path / "q.json").write_text(json.dumps([row, row | {"references": ["2", "two"], "category": "counting"}]))
+    first, second = read_questions([tmp_path / "q.json"])
+    assert [turn["content"] for turn in first.messages] == ["<image>\nOne?", "1", "Two?"]
+    assert (first.references, first.category) == (["2"], None)
+    assert (second.references, second.category) == (["2", "two"], "counting")
+
+
+# Answers --------------------------------------------------------------------------------------------------------------
+
+
+def test_answers_are_those_of_generate_and_a_failure_is_a_row():
+    model, processor, images = make_model(), make_processor(), make_images(3)
+    processor.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}:"
+    texts = ["<image>\nWhat?", "<image><image>\nWhich one?", "<image>\n" + "long " * 120, "No picture"]
+    pictures = [[images[0]], images[1:], [images[0]], []]
+    questions = [
+        Question(str(i), [{"role": "user", "content": text}], shown)
+        for i, (text, shown) in enumerate(zip(texts, pictures))
+    ]
+    found = {
+        (a.index, a.num_visual_tokens): a
+        for a in answer_questions(model, processor, questions, [1, 7], 6, batch_size=3)
+    }
+    assert len(found) == 8
+    for (i, m), answer in found.items():
+        if i == 2:
+            assert "The prompt has" in answer.error
+            continue
+        inputs = processor(
+            images=pictures[i] or None, text=texts[i] + ":", add_special_tokens=False, return_tensors="pt"
+        )
+        sequence = model.generate(**inputs, num_visual_tokens=m, max_new_tokens=6, do_sample=False)
+        new = sequence[0, inputs["input_ids"].shape[1] :]
+        assert answer.text == processor.decode(new, skip_special_tokens=True).strip() and answer.error is None
+        assert answer.num_new_tokens == len(new)
+        assert answer.num_text_tokens == int((inputs["input_ids"] != 3).sum())
+
+
+# What results say -----------------------------------------------------------------------------------------------------
+
+
+def make_results(scores):
+    """`{m: [score of each question]}` as rows."""
+    return [
+        {"id": str(i), "num_visual_tokens": m, "score": score, "seconds": 0.1, "category": "odd" if i % 2 else "even"}
+        for m, row in scores.items()
+        for i, score in enumerate(row)
+    ]
+
+
+def test_summary_and_sentence():
+    rng = np.random.default_rng(0)
+    all_right = (rng.random(400) < 0.9).astype(float)
+    nearly = np.where(np.arange(400) % 100 == 0, 0.0, all_right)
+    half = np.where(np.arange(400) % 2 == 0, 0.0, all_right)
+    rows = summarize(make_results({1: half, 4: nearly, 16: all_right}))
+    assert [row.num_visual_tokens for row in rows] == [1, 4, 16]
+    assert rows[2].accuracy == pytest.approx(100 * all_right.mean())
+    low, high = rows[2].interval
+    assert low < rows[2].accuracy < high and high - low == pytest.approx(2 * 196 * (0.09 / 400) ** 0.5, rel=0.2)
+    assert rows[0].by_category["even"] == 0 and rows[0].by_category["odd"] > 80
+    assert enough(rows).num_visual_tokens in (4, 16)
+    assert enough(rows, tolerance=3).num_visual_tokens == 4
+    assert enough(rows, tolerance=0).num_visual_tokens == 16
+    assert sentence(rows, tolerance=3).startswith("m = 4 is enough: ") and "m = 16" in sentence(rows, tolerance=3)
+
+
+# The command ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("questions")
+    colours, rows = {"Red": (200, 45, 45), "Green": (60, 160, 70), "Blue": (50, 90, 200)}, []
+    for i in range(9):
+        name = list(colours)[i % 3]
+        Image.new("RGB", (64, 64), colours[name]).save(folder / f"{i}.png")
+        turns = [{"from": "human", "value": "<image>\nWhat colour is the background?"}]
+        turns.append({"from": "gpt", "value": f"{name}." if i else "Pink."})
+        rows.append({"image": f"{i}.png", "conversations": turns, "category": "colour" if i else "wrong"})
+    (folder / "questions.json").write_text(json.dumps(rows))
+    (folder / "unanswered.json").write_text(json.dumps([rows[0] | {"conversations": rows[0]["conversations"][:1]}]))
+    (folder / "without.json").write_text(json.dumps([rows[0] | {"image": "missing.png"}]))
+    return folder
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
+
+
+def test_command(questions, tmp_path):
+    options = ["--num-visual-tokens", "1,64", "--output-dir", tmp_path, "--dataset-id", "someone/colours"]
+    result = run(questions / "questions.json", *options)
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == 18 and {row["num_visual_tokens"] for row in rows} == {1, 64}
+    assert {"id", "num_visual_tokens", "question", "answer", "references", "score"} <= rows[0].keys()
+    assert all(row["score"] == (row["category"] == "colour") for row in rows)
+    accuracy = json.loads((tmp_path / "accuracy.json").read_text())
+    assert accuracy["64"] == {"wrong": 0.0, "colour": 100.0, "all": pytest.approx(100 * 8 / 9)}
+    assert "| 64 | 88.9 |" in (tmp_path / "results.md").read_text()
+    assert "m = 1 is enough" in result.stdout or "m = 1 is the best" in result.stdout
+    assert (tmp_path / "results.png").stat().st_size > 10_000
+    (entry,) = yaml.safe_load((tmp_path / ".eval_results" / "default_1_visual_tokens.yaml").read_text())
+    assert entry["dataset"] == {"id": "someone/colours", "task_id": "default"}
+    assert entry["value"] == 88.89 and "num_visual_tokens=1" in entry["notes"]
+
+
+def test_a_broken_off_run_goes_on(questions, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    options = ["--num-visual-tokens", "1,64", "--batch-size", 4]
+    assert run(questions / "questions.json", *options, "--output-dir", whole).exit_code == 0
+    assert run(questions / "questions.json", *options, "--output-dir", broken).exit_code == 0
+    results = (broken / "results.jsonl").read_text()
+    lines = results.splitlines(keepends=True)
+    (broken / "results.jsonl").write_text("".join(lines[:9]) + lines[9][:20])
+    asked = []
+
+    def remember(model, processor, questions, *arguments):
+        asked.extend(question.id for question in questions)
+        return answer_questions(model, processor, questions, *arguments)
+
+    monkeypatch.setattr("mqt_llava.evaluation.answers.answer_questions", remember)
+    assert run(questions / "questions.json", *options, "--output-dir", broken).exit_code == 0
+    assert 0 < len(asked) < 9
+
+    def content(folder):
+        rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+        return sorted((row["id"], row["num_visual_tokens"], row["answer"], row["score"]) for row in rows)
+
+    assert content(broken) == content(whole)
+    assert json.loads((broken / "accuracy.json").read_text()) == json.loads((whole / "accuracy.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["questions.json", "--num-visual-tokens", "1,65"], "from 1 to 64"),
+        (["questions.json", "--metric", "bleu"], "There is no metric 'bleu'"),
+        (["unanswered.json"], "1 of 1 questions have no answer to compare with"),
+        (["without.json"], "there is no image file"),
+        (["missing.json"], "There is no data file"),
+    ],
+)
+def test_bad_input(questions, tmp_path, arguments, message):
+    file, *options = arguments
+    result = run(questions / file, *options, "--output-dir", tmp_path / "out")
+    assert result.exit_code == 2 and message in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_of_another_evaluation_are_not_overwritten(questions, tmp_path):
+    assert run(questions / "questions.json", "--num-visual-tokens", "1", "--output-dir", tmp_path).exit_code == 0
+    before = (tmp_path / "results.jsonl").read_bytes()
+    other = run(questions / "questions.json", "--num-visual-tokens", "2", "--output-dir", tmp_path)
+    assert other.exit_code == 2 and "results of another num_visual_tokens: [1], not [2]" in " ".join(
+        other.stderr.split()
+    )
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    refused = run(questions / "questions.json", "--output-dir", tmp_path / "other")
+    assert refused.exit_code == 2 and "is not empty and holds no results" in " ".join(refused.stderr.split())
+    again = run(questions / "questions.json", "--num-visual-tokens", "2", "--output-dir", tmp_path, "--overwrite")
+    assert again.exit_code == 0 and (tmp_path / "results.jsonl").read_bytes() != before
