@@ -7,13 +7,15 @@ answer so far is a draft that is checked in one pass."""
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from numbers import Integral, Real
+from types import NoneType
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from .budget_mqt_llava import CACHE_NAME, rebudget, resolve_visual_token_counts
+from .budget_mqt_llava import CACHE_NAME, count_visual_tokens, rebudget, resolve_visual_token_counts
 
 
 AUTO = "auto"
@@ -65,6 +67,11 @@ class VisualTokenSchedule:
             )
         if not is_integer(self.window):
             raise ValueError(f"A schedule's `window` must be a positive integer; got {self.window!r}.")
+        if not isinstance(self.calibration, (dict, NoneType)):
+            raise ValueError(f"A schedule's `calibration` must be a dict; got {self.calibration!r}.")
+        # As JSON has them, whatever libraries' numbers they were
+        self.num_visual_tokens, self.window = [int(m) for m in stages], int(self.window)
+        self.thresholds = [float(threshold) for threshold in thresholds]
 
     @classmethod
     def default(cls, num_query_tokens: int) -> "VisualTokenSchedule":
@@ -108,27 +115,50 @@ def resolve_schedule(num_visual_tokens, generation_configs, num_query_tokens: in
     return num_visual_tokens
 
 
-def refuse_all_but_greedy(inputs: dict, generation_configs):
+def refuse_all_but_greedy(model, inputs: dict, args: tuple, generation_configs):
     """Scores, caches, beams and samples have no single meaning over several passes."""
 
     def setting(name):
         values = (inputs.get(name), *(getattr(config, name, None) for config in generation_configs))
         return next((value for value in values if value is not None), None)
 
-    flags = ("do_sample", "output_scores", "output_logits", "output_attentions", "output_hidden_states")
-    refused = [f"{name}={setting(name)}" for name in flags if setting(name)]
-    refused += [
-        f"{name}={setting(name)}" for name in ("num_beams", "num_return_sequences") if (setting(name) or 1) > 1
-    ]
+    flags = (
+        "do_sample",
+        "output_scores",
+        "output_logits",
+        "output_attentions",
+        "output_hidden_states",
+        "token_healing",
+    )
+    flags += (
+        "cache_implementation",
+        "stop_strings",
+        "prompt_lookup_num_tokens",
+        "watermarking_config",
+        "prefill_chunk_size",
+    )
+    refused = [f"{name}={setting(name)!r}" for name in flags if setting(name)]
+    numbers = ("num_beams", "num_return_sequences", "guidance_scale")
+    refused += [f"{name}={setting(name)}" for name in numbers if (setting(name) or 1) != 1]
     refused += [f"use_cache={setting('use_cache')}"] if setting("use_cache") is False else []
-    refused += [f"{name}={setting(name)!r}" for name in ("cache_implementation", "stop_strings") if setting(name)]
-    objects = ("assistant_model", "prompt_lookup_num_tokens", "custom_generate", "inputs_embeds", "position_ids")
-    objects += ("negative_prompt_ids", "token_type_ids", CACHE_NAME, "past_key_values", "synced_gpus")
+    objects = ("assistant_model", "custom_generate", "inputs_embeds", "position_ids", "token_type_ids", "max_length")
+    objects += ("min_length", "negative_prompt_ids", CACHE_NAME, "past_key_values")
     refused += [f"`{name}`" for name in dict.fromkeys(objects) if inputs.get(name) is not None]
+    refused += ["`synced_gpus`"] if inputs.get("synced_gpus") else []
+    refused += [f"{len(args)} positional arguments behind `prefix_allowed_tokens_fn`"] if args else []
+    if inputs.get("streamer") is not None and len(inputs.get("input_ids", ())) > 1:
+        refused.append("a `streamer` for several rows")
+    if "prepare_inputs_for_generation" in vars(model):  # how PEFT puts virtual tokens before a prompt
+        refused.append("an adapter of virtual tokens, such as prompt or prefix tuning")
     if refused:
         raise ValueError(
             f'`num_visual_tokens="auto"` is greedy decoding of prompts given as `input_ids`; got {", ".join(refused)}. (For '
             "`stop_strings`, pass a `StopStringCriteria` among `stopping_criteria`.)"
+        )
+    layers = DynamicCache(config=model.config.get_text_config()).layers
+    if not all(type(layer) is DynamicLayer for layer in layers):
+        raise ValueError(
+            '`num_visual_tokens="auto"` needs attention over the whole prompt in every layer of the language model.'
         )
 
 
@@ -207,9 +237,11 @@ class AdaptiveDecoding:
             if not is_last:
                 self.streamer.put(self.answer[0, : self.length[0]].cpu())
             self.streamer.end()
-        pad_token_id = generation_config.pad_token_id
+        eos_token_id = generation_config.eos_token_id
+        eos_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
+        pad_token_id = next((i for i in (generation_config.pad_token_id, eos_token_id) if i is not None), 0)
         is_padding = torch.arange(self.answer.shape[1], device=device) >= self.length[:, None]
-        answer = self.answer.masked_fill(is_padding, 0 if pad_token_id is None else pad_token_id)
+        answer = self.answer.masked_fill(is_padding, pad_token_id)
         sequences = torch.cat([input_ids, answer[:, : int(self.length.max())]], dim=1)
         if not generation_config.return_dict_in_generate:
             return sequences
@@ -227,13 +259,17 @@ class AdaptiveDecoding:
         tokens = [t[num_cached:] if is_first else t for t, is_first in tokens]
         # Row by row, what this stage says at each position of the draft and behind it: the draft ends in the last column, and what
         # is before it does so too, unless that is the image
-        end_of_image = self.before_first_image + m - 1 - (mask.shape[1] - ids.shape[1])
-        kept = torch.arange(ids.shape[1] - longest - 2, ids.shape[1], device=ids.device).clamp(min=0)
-        kept[0] = end_of_image
+        ending = int(ends_in_image.any())
+        kept = torch.arange(ids.shape[1] - longest - 1 - ending, ids.shape[1])
+        if ending:
+            kept[0] = self.before_first_image + m - 1 - (mask.shape[1] - ids.shape[1])
         logits = self.forward(ids, mask, cache, kept, tokens)
         said = []
         for position in range(longest + 1):
-            column = (1 + longest - draft_length + position).clamp(max=longest + 1)
+            if (had_ended & (draft_length <= position)).all():  # nothing follows
+                said.append((torch.zeros_like(draft_length), torch.zeros_like(said[0][1])))
+                continue
+            column = (ending + longest - draft_length + position).clamp(max=ending + longest)
             column = column if position else column.masked_fill(ends_in_image, 0)
             logits_here = logits.gather(1, column[:, None, None].expand(-1, 1, logits.shape[-1]))[:, 0]
             said.append(self.choose(logits_here, rows, position))
@@ -321,10 +357,11 @@ class AdaptiveDecoding:
 
     def choose(self, logits, rows, position):
         """The likeliest tokens behind `position` tokens of the answer, and their log-probabilities."""
-        scores = logits.float()
+        scores = logits.to(torch.float32, copy=True)
         if self.logits_processor:  # they are given all rows, since they may know them by their index
             scores = scores.new_zeros(len(self.prompt), scores.shape[1]).index_copy_(0, rows, scores)
             scores = self.logits_processor(self.rows_with(position), scores)[rows]
+        scores[:, self.config.image_token_id] = -torch.inf  # it would stand for no image
         log_probs, choices = scores.log_softmax(-1).max(-1)
         return choices, log_probs
 
@@ -364,7 +401,38 @@ class AdaptiveDecoding:
         return total.amin(-1).exp()
 
 
-def begin_schedule(model, inputs: dict, num_visual_tokens, generation_configs):
+def limit_schedule(schedule, budgets: dict, model, inputs: dict, generation_configs) -> VisualTokenSchedule:
+    """The first stages of a schedule, as many as the prompts in `inputs` can go through within budgets."""
+    try:  # of the package, which is more than the code that travels with checkpoints
+        from mqt_llava.cost import schedule_within
+    except ImportError:
+        raise ValueError("`max_flops` and `max_seconds` need the package mqt-llava, which reckons costs.") from None
+    numbers = [
+        inputs.get("max_new_tokens"),
+        *(getattr(config, "max_new_tokens", None) for config in generation_configs),
+    ]
+    number = next((number for number in numbers if number is not None), None)
+    if number is None:
+        raise ValueError(
+            "`max_flops` and `max_seconds` need `max_new_tokens`: without it an answer may have any length."
+        )
+    input_ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    is_image = input_ids == model.config.image_token_id
+    is_text = ~is_image if mask is None else ~is_image & (mask != 0)
+    images = (inputs.get("mm_encoder_outputs") or {}).get("image")
+    images = inputs.get("pixel_values") if images is None else images.pooler_output
+    num_images = 1
+    if images is not None and len(images):  # of the row that has most
+        counts = count_visual_tokens(is_image, len(images), inputs.get("visual_token_counts"))
+        starts = torch.tensor([0, *counts[:-1]]).cumsum(0)
+        row = torch.searchsorted(is_image.sum(-1).cumsum(0).cpu(), starts, right=True)
+        num_images = int(row.bincount().max())
+    request = {"num_text_tokens": int(is_text.sum(-1).max()), "num_new_tokens": number, "batch_size": len(input_ids)}
+    request |= {"num_images": num_images, "dtype": model.dtype}
+    return schedule_within(model.config, schedule, **budgets, **request)
+
+
+def begin_schedule(model, inputs: dict, args: tuple, num_visual_tokens, generation_configs):
     """Make the inputs of `generate` ready for a schedule: encode the images with as many visual tokens as its last stage asks for.
 
     Returns:
@@ -374,7 +442,11 @@ def begin_schedule(model, inputs: dict, num_visual_tokens, generation_configs):
     schedule = resolve_schedule(num_visual_tokens, generation_configs, model.config.num_query_tokens)
     if schedule is None:
         return inputs, num_visual_tokens
-    refuse_all_but_greedy(inputs, generation_configs)
+    refuse_all_but_greedy(model, inputs, args, generation_configs)
+    budgets = {name: inputs[name] for name in ("max_flops", "max_seconds") if inputs.get(name) is not None}
+    inputs = {name: value for name, value in inputs.items() if name not in ("max_flops", "max_seconds")}
+    if budgets:
+        schedule = limit_schedule(schedule, budgets, model, inputs, generation_configs)
     first, last = schedule.num_visual_tokens[0], schedule.num_visual_tokens[-1]
     inputs = model.encode_images(rebudget(inputs, last, model.config, "left"))
     image_outputs = (inputs.get("mm_encoder_outputs") or {}).get("image")

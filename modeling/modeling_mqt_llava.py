@@ -503,7 +503,9 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         is_default, configs = num_visual_tokens is None, (generation_config, self.generation_config)
         if is_default and kwargs.get("inputs_embeds") is None:
             num_visual_tokens = default_num_visual_tokens(*configs)
-        kwargs, num_visual_tokens = begin_schedule(self, kwargs, num_visual_tokens, configs)
+            if self.training and isinstance(num_visual_tokens, str):
+                refuse_in_training(num_visual_tokens)
+        kwargs, num_visual_tokens = begin_schedule(self, kwargs, args, num_visual_tokens, configs)
         if num_visual_tokens is not None:
             kwargs = rebudget(kwargs, num_visual_tokens, self.config, "left", num_cached)
         if self.generation_config.suppress_tokens is None:  # a generated placeholder would stand for no image

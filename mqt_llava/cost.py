@@ -27,6 +27,9 @@ from .modeling.modeling_mqt_llava import MQTLlavaForConditionalGeneration
 from .speed import DeviceSpeed, measure_device, resolve_dtype
 
 
+COST_MODELS = {}  # the last one that `schedule_within` used, by its config
+
+
 @dataclass(frozen=True)
 class Cost:
     """What one batch of prompts costs with m visual tokens per image.
@@ -261,21 +264,33 @@ class CostModel:
             fitting.append(fits)
         return min(fitting)
 
-    def stages(self, schedule: VisualTokenSchedule, num_images: int = 1, **request) -> list[Cost]:
+    def stages(
+        self,
+        schedule: VisualTokenSchedule,
+        num_text_tokens: int = 40,
+        num_images: int = 1,
+        batch_size: int = 1,
+        **request,
+    ) -> list[Cost]:
         """
-        What each stage of a schedule costs at most: every answer is as long as it may be, is taken back as a whole, and checked as a
-        draft by the next stage. What is in the cache then are the visual tokens of the first image.
+        What each stage of a schedule costs at most: every answer is as long as it may be, is taken back as a whole, checked as a
+        draft by the next stage, and rejected, though its tokens stay in the cache. What is gone on from are the visual tokens of the
+        first image. In a batch what stands before the image and what stands behind it are padded apart, at most to the
+        longest prompt each.
 
         Args:
             schedule (`VisualTokenSchedule`): as for `generate(num_visual_tokens=...)`.
-            num_images, request: as for a call.
+            num_text_tokens, num_images, batch_size, request: as for a call, at most.
         """
         if num_images < 1:
             raise ValueError(f"`num_images` must be at least 1 for a schedule; got {num_images}.")
-        costs = [self(m, num_images=num_images, **request) for m in schedule.num_visual_tokens]
-        batch_size = costs[0].prefill_tokens["lm_head"]
+        request |= {"num_text_tokens": num_text_tokens * (1 if batch_size == 1 else 2)}
+        request |= {"num_images": num_images, "batch_size": batch_size}
+        costs = [self(m, **request) for m in schedule.num_visual_tokens]
         query = self.count_query_transformer(schedule.num_visual_tokens[-1], num_images * batch_size)
-        costs[0] = replace(costs[0], prefill_flops={**costs[0].prefill_flops, "query_transformer": query})
+        first = costs[0].prefill_flops  # its head also looks where the image ends, should a prompt end there
+        flops = {**first, "query_transformer": query, "lm_head": 2 * first["lm_head"]}
+        costs[0] = replace(costs[0], prefill_flops=flops)
         for i in range(1, len(costs)):
             cost, num_cached = costs[i], schedule.num_visual_tokens[i - 1]
             num_drafted = cost.num_decode_steps + 1
@@ -283,9 +298,13 @@ class CostModel:
             flops = {"vision_tower": 0, "query_transformer": 0}
             flops["language_model"] = batch_size * (self.count_text(end) - self.count_text(num_cached))
             flops["lm_head"] = (num_drafted + 2) * cost.prefill_flops["lm_head"]
-            tokens = cost.prefill_tokens | {"language_model": batch_size * (end - num_cached)}
-            read = cost.prefill_read_bytes | {"vision_tower": 0, "query_transformer": 0}
-            costs[i] = replace(cost, prefill_flops=flops, prefill_tokens=tokens, prefill_read_bytes=read)
+            costs[i] = replace(
+                cost,
+                prefill_flops=flops,
+                prefill_tokens=cost.prefill_tokens | {"language_model": batch_size * (end - num_cached)},
+                prefill_read_bytes=cost.prefill_read_bytes | {"vision_tower": 0, "query_transformer": 0},
+                decode_flops=cost.decode_flops + batch_size * self.flops_per_pair * num_drafted,
+            )
         return costs
 
     def schedule_within(
@@ -316,6 +335,7 @@ class CostModel:
             schedule,
             num_visual_tokens=list(schedule.num_visual_tokens[:number]),
             thresholds=list(schedule.thresholds[: number - 1]),
+            calibration=schedule.calibration if number == len(costs) else None,  # it was another schedule's
         )
 
 
@@ -330,8 +350,8 @@ def check_budgets(budgets: dict, allowed: str):
 def schedule_within(
     config: MQTLlavaConfig, schedule: VisualTokenSchedule, **budgets_and_request
 ) -> VisualTokenSchedule:
-    """The first stages of a schedule, as many as fit every budget that is given, whatever is asked and however often an answer is
-    taken back: `model.generate(num_visual_tokens=schedule_within(...))` never costs more.
+    """The first stages of a schedule, as many as fit every budget that is given, whatever is answered and however often that is
+    taken back: with prompts and answers as long as said here at most, `model.generate(num_visual_tokens=...)` takes no more FLOPs.
 
     Args:
         config (`MQTLlavaConfig`): of the model.
@@ -344,7 +364,11 @@ def schedule_within(
     Raises:
         `ValueError`: when no budget is given, and when not even the first stage fits, with what that costs.
     """
-    return CostModel(config).schedule_within(schedule, **budgets_and_request)
+    key = config.to_json_string()  # a cost model takes a second at 7B sizes, and `generate` asks at every call
+    if key not in COST_MODELS:
+        COST_MODELS.clear()
+        COST_MODELS[key] = CostModel(config)
+    return COST_MODELS[key].schedule_within(schedule, **budgets_and_request)
 
 
 def num_visual_tokens_for(config: MQTLlavaConfig, **budgets_and_request) -> int:

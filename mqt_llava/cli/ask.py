@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -117,10 +118,6 @@ def ask(
     if num_visual_tokens is not None:
         num_visual_tokens = parse_num_visual_tokens_or_auto(num_visual_tokens)
     compared = [] if compare is None else [parse_num_visual_tokens_or_auto(text) for text in compare.split(",")]
-    budgets = {"max_flops": max_flops, "max_seconds": max_seconds}
-    budgets = {name: budget for name, budget in budgets.items() if budget is not None}
-    if budgets and AUTO not in (num_visual_tokens, *compared):
-        raise UsageError("--max-flops and --max-seconds are for --num-visual-tokens auto")
     check_quoted(images_and_question, sources)
     images = [load_image(source) for source in sources]
 
@@ -144,15 +141,22 @@ def ask(
     if compute_dtype not in (Dtype.auto, Dtype.float32) and getattr(torch, compute_dtype.value) != placement.dtype:
         raise UsageError(f"--compute-dtype is float32 or that of the weights; got {compute_dtype.value}")
     processor, network = load_model(checkpoint, device, placement, adapter, num_bits, compute_dtype.value)
-    if not given:  # a checkpoint may have an m of its own
+    if not given and compare is None:  # a checkpoint may have an m of its own
         own = (network.generation_config, processor.image_processor)
         own = [getattr(settings, "num_visual_tokens", None) for settings in own]
         num_visual_tokens = next((m for m in own if m is not None), config.num_query_tokens)
+        if isinstance(num_visual_tokens, str):
+            num_visual_tokens = parse_num_visual_tokens_or_auto(num_visual_tokens)
+    budgets = {"max_flops": max_flops, "max_seconds": max_seconds}
+    budgets = {name: budget for name, budget in budgets.items() if budget is not None}
+    limit = None
     if AUTO in (num_visual_tokens, *compared):
         schedule = load_schedule(network)
-        if budgets:
-            schedule = limit_schedule(schedule, costs, budgets, network, request)
         num_visual_tokens, *compared = (schedule if m == AUTO else m for m in (num_visual_tokens, *compared))
+        if budgets:
+            limit = partial(limit_schedule, costs, with_speed(budgets, network), network.dtype, len(images))
+    elif budgets:
+        raise UsageError("--max-flops and --max-seconds are for --num-visual-tokens auto")
     setting = {
         "model": checkpoint,
         **({"adapter": adapter} if adapter else {}),
@@ -162,30 +166,35 @@ def ask(
     }
 
     if compare is not None:
-        rows = compare_answers(processor, network, costs, images, question, compared, max_new_tokens)
+        rows = compare_answers(processor, network, costs, images, question, compared, max_new_tokens, limit)
         if as_json:
             print(json.dumps({"question": question, "compare": rows, **setting}))
         else:
             print_table(rows)
         return
 
-    conversation = Conversation(processor, network, images, num_visual_tokens, max_new_tokens)
+    conversation = Conversation(processor, network, images, num_visual_tokens, max_new_tokens, limit=limit)
     if question is not None:
         answer_one(conversation, question, setting if as_json else None)
     else:
         chat(conversation, setting if as_json else None)
 
 
-def limit_schedule(schedule, costs, budgets: dict, model, request: dict):
-    """The stages that fit budgets, for the longest prompt and answer that are to be reckoned with."""
-    from ..cost import measure_device
+def with_speed(budgets: dict, model) -> dict:
+    if "max_seconds" in budgets:
+        from ..cost import measure_device
 
+        budgets = budgets | {"speed": measure_device(model.device, model.dtype)}
+    return budgets
+
+
+def limit_schedule(costs, budgets: dict, dtype, num_images: int, schedule, num_text_tokens: int, num_new_tokens: int):
+    """The stages of a schedule that fit budgets, for a prompt and an answer of so many tokens."""
     if costs is None:
         raise UsageError("no costs are known for this model, so there can be no --max-flops or --max-seconds")
-    if "max_seconds" in budgets:
-        budgets = budgets | {"speed": measure_device(model.device, model.dtype)}
+    request = {"num_images": num_images, "num_text_tokens": num_text_tokens, "num_new_tokens": num_new_tokens}
     try:
-        return costs.schedule_within(schedule, **budgets, **request, dtype=model.dtype)
+        return costs.schedule_within(schedule, **budgets, **request, dtype=dtype)
     except ValueError as error:
         message = str(error).replace("`max_flops`", "--max-flops").replace("`max_seconds`", "--max-seconds")
         raise UsageError(f"{message} Less is reckoned with for a smaller --max-new-tokens") from None
@@ -268,9 +277,10 @@ def read_questions(at_terminal: bool) -> Iterator[tuple[int, str]]:
         print(file=sys.stderr)
 
 
-def compare_answers(processor, model, costs, images, question, compared, max_new_tokens) -> list[dict]:
+def compare_answers(processor, model, costs, images, question, compared, max_new_tokens, limit=None) -> list[dict]:
     """One answer for each number of visual tokens, with its time and, up to its first token, its compute. What they share is
-    computed once: the beginning of the prompt, which is left out of both, and the images, which count for each."""
+    computed once: the beginning of the prompt, which is left out of both, and the images, which count for each. "auto" goes on from
+    no cache: for it the beginning counts, too."""
     import torch
 
     from ..prefix_cache import PrefixCache
@@ -290,7 +300,7 @@ def compare_answers(processor, model, costs, images, question, compared, max_new
     num_text_tokens = inputs["input_ids"].shape[1] - len(images) * most
     rows = []
     for m in compared:
-        conversation = Conversation(processor, model, images, m, max_new_tokens, first.image_features, prefix)
+        conversation = Conversation(processor, model, images, m, max_new_tokens, first.image_features, prefix, limit)
         row = conversation.ask(question)
         seconds = round(row["seconds"] + encoding, 4)
         request = {"num_text_tokens": num_text_tokens, "num_cached_tokens": num_cached, "num_images": len(images)}

@@ -20,6 +20,7 @@ class Conversation:
         max_new_tokens (`int`): length of an answer, at most.
         image_features (*optional*): of the images, as `get_image_features` makes them of m or more tokens.
         prefix ([`PrefixCache`], *optional*): of the beginning that all conversations share.
+        limit (`Callable`, *optional*): cuts a schedule to a budget, called with it and the sizes of each question.
     """
 
     def __init__(
@@ -31,11 +32,12 @@ class Conversation:
         max_new_tokens: int,
         image_features=None,
         prefix=None,
+        limit=None,
     ):
         self.processor = processor
         self.model = model
         self.images = images
-        self.schedule = None if isinstance(num_visual_tokens, int) else num_visual_tokens
+        self.schedule, self.limit = None if isinstance(num_visual_tokens, int) else num_visual_tokens, limit
         self.num_visual_tokens = num_visual_tokens if self.schedule is None else self.schedule.num_visual_tokens[-1]
         self.max_new_tokens = max_new_tokens
         self.messages = []
@@ -101,8 +103,11 @@ class Conversation:
             self.cache, self.cached_ids = cache, sequences[:, : cache.get_seq_length()]
             found = {"num_visual_tokens": self.num_visual_tokens}
         else:
+            schedule, num_text_tokens = self.schedule, length - len(self.images) * self.num_visual_tokens
+            if self.limit is not None:
+                schedule = self.limit(schedule, num_text_tokens, options["max_new_tokens"])
             options |= features | {"return_dict_in_generate": True}
-            outputs = self.model.generate(**options, num_visual_tokens=self.schedule)
+            outputs = self.model.generate(**options, num_visual_tokens=schedule)
             found = {"num_visual_tokens": int(outputs.visual_token_counts[0])}
             found |= {"stage": int(outputs.stages[0]), "confidence": round(float(outputs.confidences[0]), 4)}
             length += len(self.images) * (found["num_visual_tokens"] - self.num_visual_tokens)

@@ -207,7 +207,7 @@ def load_model(
         compute (`str`): in which dtype a CPU multiplies many tokens. `"auto"`: in that of the weights, or in float32 where that
             is faster.
     """
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText, GenerationConfig
 
     from ..cpu import compute_in_float32, is_slow
 
@@ -231,6 +231,8 @@ def load_model(
                 model = load_adapter(model, adapter)
                 if num_bits is None:
                     model = model.merge_and_unload()
+                if Path(adapter, "generation_config.json").exists():  # `mqt-llava calibrate --adapter` writes it
+                    model.generation_config = GenerationConfig.from_pretrained(adapter)
         if not options:
             model = model.to(device)
         if device.type == "cpu" and num_bits is None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -19,6 +20,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     MaxTimeCriteria,
+    MistralConfig,
     Qwen2Config,
     StoppingCriteria,
     TextStreamer,
@@ -27,6 +29,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mqt_llava import TINY_CHECKPOINT, VisualTokenSchedule
+from mqt_llava.cost import CostModel
 from mqt_llava.modeling.budget_mqt_llava import CACHE_NAME
 from tests.modeling.test_generation import ROWS, CountVision, prepare
 from tests.small_model import NUM_QUERY_TOKENS, SIGLIP, make_images, make_model, make_processor
@@ -50,10 +53,17 @@ def decided():
     return make_decided_model()
 
 
-def trim(sequences, prompt_length):
-    """The answers up to `</s>`."""
+def trim(sequences, prompt_length, ends=(2,)):
+    """The answers up to `</s>`, and without what pads them."""
     answers = sequences[:, prompt_length:].tolist()
-    return [answer[: answer.index(2) + 1] if 2 in answer else answer for answer in answers]
+    ended = [next((i + 1 for i, token in enumerate(answer) if token in ends), len(answer)) for answer in answers]
+    return [without_padding(answer[:end]) for answer, end in zip(answers, ended)]
+
+
+def without_padding(answer):
+    while answer and answer[-1] == 0:
+        answer = answer[:-1]
+    return answer
 
 
 def answers_at(model, inputs, m, **options):
@@ -294,8 +304,9 @@ def test_options_of_greedy_decoding(decided, option):
     outputs = decided.generate(**inputs, **options, num_visual_tokens=schedule, return_dict_in_generate=True)
     for row, stage in enumerate(outputs.stages.tolist()):
         fixed = decided.generate(**inputs, **options, num_visual_tokens=STAGES[stage])
-        length = min(fixed.shape[1], outputs.sequences.shape[1])
-        assert outputs.sequences[row, :length].tolist() == fixed[row, :length].tolist()
+        length = inputs["input_ids"].shape[1]
+        ends = OPTIONS[option].get("eos_token_id", [2])
+        assert trim(outputs.sequences, length, ends)[row] == trim(fixed, length, ends)[row]
 
 
 def test_callbacks_of_the_caller_hold_for_drafts_too(decided):
@@ -316,8 +327,26 @@ def test_callbacks_of_the_caller_hold_for_drafts_too(decided):
     assert all(seen == prompt for seen in given["logits_processor"][0].seen)
     for row, stage in enumerate(outputs.stages.tolist()):
         fixed = decided.generate(**inputs, **GREEDY, **callbacks(), num_visual_tokens=STAGES[stage])
-        expected = trim(fixed, prompt_length)[row]
-        assert trim(outputs.sequences, prompt_length)[row][: len(expected)] == expected
+        assert trim(outputs.sequences, prompt_length)[row] == trim(fixed, prompt_length)[row]
+
+
+def test_budgets():
+    decided, inputs = make_decided_model(), prepare([0, 3])
+    decided.set_attn_implementation("eager")  # whose products the counter knows
+    schedule = VisualTokenSchedule(STAGES, [1.0, 1.0])
+    options = GREEDY | {"num_visual_tokens": schedule, "return_dict_in_generate": True}
+    text = int(((inputs["input_ids"] != 3) & inputs["attention_mask"].bool()).sum(-1).max())
+    request = {"num_text_tokens": text, "num_images": 2, "num_new_tokens": 8, "batch_size": 2}
+    spent = [cost.flops for cost in CostModel(decided.config).stages(schedule, **request)]
+    for number in (1, 2, 3):
+        with FlopCounterMode(display=False) as counter:
+            outputs = decided.generate(**inputs, **options, max_flops=sum(spent[:number]))
+        assert outputs.stages.tolist() == [number - 1] * 2
+        assert counter.get_total_flops() <= sum(spent[:number])
+    with pytest.raises(ValueError, match="The first stage, m = 2, costs up to"):
+        decided.generate(**inputs, **options, max_flops=1000)
+    with pytest.raises(ValueError, match="need `max_new_tokens`"):
+        decided.generate(**inputs, num_visual_tokens=schedule, max_flops=1e12)
 
 
 def test_pipeline(decided):
@@ -425,6 +454,10 @@ def test_bad_schedules_are_refused(arguments, message):
         ({"cache_implementation": "static"}, "cache_implementation='static'"),
         ({CACHE_NAME: DynamicCache()}, CACHE_NAME),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
+        ({"guidance_scale": 2.0}, "guidance_scale=2.0"),
+        ({"max_length": 100}, "max_length"),
+        ({"prefill_chunk_size": 4}, "prefill_chunk_size=4"),
+        ({"streamer": TextStreamer(None)}, "a `streamer` for several rows"),
         ({"stop_strings": "a"}, "stop_strings='a'"),
         ({"position_ids": torch.zeros(4, 60, dtype=torch.long)}, "position_ids"),
         ({"generation_config": GenerationConfig(do_sample=True)}, "do_sample=True"),
@@ -437,6 +470,56 @@ def test_what_has_no_meaning_over_several_passes_is_refused_before_any_work(opti
     with pytest.raises(ValueError, match=message):
         model.generate(**prepare(), **options)
     assert vision.calls == 0
+
+
+def test_what_is_known_by_the_model_is_refused_too():
+    inputs, schedule = prepare(), VisualTokenSchedule(STAGES, [0.5, 0.5])
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="an adapter of virtual tokens"):
+        get_peft_model(make_model(), config).generate(**inputs, num_visual_tokens=schedule, **GREEDY)
+    sizes = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 24}
+    with pytest.raises(ValueError, match="attention over the whole prompt"):
+        make_model(text_config=MistralConfig(**sizes)).generate(**inputs, num_visual_tokens=schedule, **GREEDY)
+    with pytest.raises(ValueError, match="3 positional arguments"):
+        make_model().generate(
+            inputs["input_ids"], None, None, None, None, False, None, None, num_visual_tokens=schedule
+        )
+    training = make_model().train()
+    training.generation_config.num_visual_tokens = "auto"
+    with pytest.raises(ValueError, match="In training that would be wrong"):
+        training.generate(**inputs, **GREEDY)
+
+
+def test_rows_that_have_ended_are_padded_as_generate_pads_them(decided):
+    inputs = prepare()
+    schedule = between(decided, inputs)
+    # Without `pad_token_id`
+    settings = GenerationConfig(**GREEDY, eos_token_id=[144, 4, 26, 38, 107], return_dict_in_generate=True)
+    length, options = inputs["input_ids"].shape[1], {"generation_config": settings}
+    adaptive = decided.generate(**inputs, **options, num_visual_tokens=schedule)
+    padded = 0
+    for row, stage in enumerate(adaptive.stages.tolist()):
+        plain = decided.generate(**inputs, **options, num_visual_tokens=STAGES[stage]).sequences[row, length:].tolist()
+        answer = adaptive.sequences[row, length:].tolist()
+        shorter, longer = sorted([answer, plain], key=len)
+        assert longer[: len(shorter)] == shorter and set(longer[len(shorter) :]) <= {144}
+        padded += any(token in (4, 26, 38, 107) for token in answer[:-1])
+    assert padded
+
+
+def test_a_callback_is_not_asked_behind_the_end(decided):
+    """A function of a trie allows nothing there, which transformers refuses."""
+    inputs = prepare([3])
+    (answer,) = answers_at(decided, inputs, 16, max_new_tokens=3)
+    prompt_length = inputs["input_ids"].shape[1]
+
+    def only(row, ids):
+        return [answer[len(ids) - prompt_length]] if len(ids) < prompt_length + 2 else [2] if ids[-1] != 2 else []
+
+    options = GREEDY | {"prefix_allowed_tokens_fn": only, "num_visual_tokens": VisualTokenSchedule(STAGES, [1.0, 1.0])}
+    sequences = decided.generate(**inputs, **options)
+    assert sequences[0, prompt_length:].tolist() == [*answer[:2], 2]
 
 
 @pytest.mark.parametrize("settings", [[2, 8], {"num_visual_tokens": [2]}, {"num_visual_tokens": [2], "threshold": 1}])
