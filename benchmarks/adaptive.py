@@ -80,11 +80,10 @@ def questions(num_pictures, seed):
 
 def bootstrap(answers, stop, draws=2000):
     """95 % interval of the difference to always M, in points, over pictures."""
-    losses = -100 * answers.losses(stop)
-    counts = np.bincount(np.unique(answers.picture, return_inverse=True)[1])
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(len(losses), size=(draws, len(losses)))
-    means = (losses * counts)[drawn].sum(1) / counts[drawn].sum(1)
+    picture = np.unique(answers.picture, return_inverse=True)[1]
+    gains, counts = np.bincount(picture, answers.accuracy(stop) - answers.right[-1]), np.bincount(picture)
+    drawn = np.random.default_rng(0).integers(len(counts), size=(draws, len(counts)))
+    means = 100 * gains[drawn].sum(1) / counts[drawn].sum(1)
     return np.quantile(means, [0.025, 0.975])
 
 
@@ -127,7 +126,7 @@ def main():
     samples, picture = questions(arguments.calibration_pictures, CALIBRATION_SEED)
     calibrating = table_of(model, processor, samples, picture, sizes)
     schedule = calibrate(calibrating, arguments.tolerance, 0.95)
-    if schedule is None:
+    if schedule.num_visual_tokens == sizes[-1:]:
         raise SystemExit(
             "no schedule could be shown to be good enough: more --calibration_pictures, or a larger --tolerance"
         )
@@ -161,10 +160,10 @@ def long_answers(model, processor, num_pictures, sizes):
         for window in (1, 4, 8, 16, 80):
             answers = table_of(model, processor, samples, np.arange(len(samples)), sizes, window)
             proposer, tester = answers.select(half), answers.select(~half)
-            kept = [s for s in propose(proposer) if proposer.losses(proposer.stops(s)).mean() <= 0.005]
+            kept = [s for s in propose(proposer) if proposer.loss(proposer.stops(s)) <= 0.005]
             stop, every = tester.stops(kept[-1]), np.full((~half).sum(), len(sizes) - 1)
             always = tester.language_model_tokens(VisualTokenSchedule([sizes[-1]], []), every).mean()
-            cells = [f"{answers.new_tokens[-1].mean():.1f}", window, f"{100 * tester.losses(stop).mean():+.2f}"]
+            cells = [f"{answers.new_tokens[-1].mean():.1f}", window, f"{100 * tester.loss(stop):+.2f}"]
             cells += [f"{tester.language_model_tokens(kept[-1], stop).mean():.1f}", f"{always:.1f}"]
             lines.append(f"| {question} | " + " | ".join(map(str, cells)) + " |")
             print(lines[-1], flush=True)
@@ -274,10 +273,10 @@ def promise(calibrating, answers, tolerance):
     for split in range(SPLITS):
         chosen = np.isin(picture, rng.permutation(pictures)[: len(pictures) // 2])
         schedule = calibrate(both.select(chosen), tolerance, 0.95, seed=split)
-        if schedule is not None:
+        if len(schedule.num_visual_tokens) > 1 or schedule.num_visual_tokens[0] < both.num_visual_tokens[-1]:
             others = both.select(~chosen)
             stop = others.stops(schedule)
-            found.append((others.losses(stop).mean(), others.visual_tokens(stop).mean()))
+            found.append((others.loss(stop), others.visual_tokens(stop).mean()))
     lost, tokens = np.array(found).T
     return [
         f"Promise: of {SPLITS} random halves of {len(pictures)} pictures, {len(found)} gave a schedule ({tokens.mean():.1f} visual "

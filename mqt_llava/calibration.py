@@ -5,8 +5,8 @@ The questions are asked once with each number of visual tokens. Any schedule wit
 the confidence at a stage is that of the answer with this m. One part of the pictures proposes schedules, from the safest to the
 cheapest. The other part tests them one after the other, until one fails: fixed sequence testing, so none of them needs a
 correction for the others (Learn then Test, https://arxiv.org/abs/2110.01052). The test is a bet against the hypothesis that the
-loss is larger than the tolerance (https://arxiv.org/abs/2010.09686): it takes losses from -1 to 1, such as those of a picture
-about which several questions were asked, and knows no distribution.
+loss, a mean over questions, is larger than the tolerance (https://arxiv.org/abs/2010.09686). It is laid picture by picture, since
+questions about one picture are not independent of each other, and knows no distribution.
 """
 
 import itertools
@@ -74,28 +74,37 @@ class Answers:
         last = self.new_tokens[stop, np.arange(len(stop))]
         return self.visual_tokens(stop) + visited * self.text_tokens + last - 1 + (visited - 1)
 
-    def losses(self, stop) -> np.ndarray:
-        """By how much each picture's answers are worse than with the largest number of visual tokens, from -1 to 1."""
-        lost = self.right[-1] - self.accuracy(stop)
+    def loss(self, stop) -> float:
+        """By how much the answers are worse than with the largest number of visual tokens, from -1 to 1: a mean over questions."""
+        return float((self.right[-1] - self.accuracy(stop)).mean())
+
+    def excess(self, stop, tolerance: float) -> np.ndarray:
+        """By how much each picture's answers lose more than the tolerance, at most 1 - tolerance. Its mean over pictures is above 0
+        where the loss, as a mean over questions, is above the tolerance: pictures with more questions weigh more."""
         _, picture, count = np.unique(self.picture, return_inverse=True, return_counts=True)
-        return np.bincount(picture, lost) / count
+        return np.bincount(picture, self.right[-1] - self.accuracy(stop) - tolerance) / count.max()
 
 
-def wealth(losses, tolerance: float, bet: float) -> float:
-    """What one unit has at most become when in each round `bet` of it is laid on a loss below the tolerance. If the mean loss is
-    above, it exceeds 1 / p with a probability of at most p."""
-    return float(np.exp(np.cumsum(np.log1p(bet * (tolerance - losses)))).max(initial=1.0))
+def wealth(excess, bet: float) -> float:
+    """What one unit has at most become when in each round `bet` of it is laid on an excess below 0. If its mean is above, that is
+    more than 1 / p with a probability of at most p."""
+    return float(np.exp(np.cumsum(np.log1p(-bet * excess))).max(initial=1.0))
 
 
-def best_bet(losses, tolerance: float) -> float:
-    """The bet that would have grown fastest."""
+def best_bet(excess, tolerance: float) -> float:
+    """The bet that would have grown fastest, of those that cannot lose everything."""
     bets = np.linspace(0, 0.95 / (1 - tolerance), 96)
-    return float(bets[np.argmax([np.log1p(bet * (tolerance - losses)).sum() for bet in bets])])
+    return float(bets[np.argmax([np.log1p(-bet * excess).sum() for bet in bets])])
 
 
-def pictures_needed(tolerance: float, confidence: float) -> int:
-    """So many pictures are tested at least, where not one answer changes."""
-    return int(np.ceil(np.log(1 / (1 - confidence)) / np.log1p(0.95 / (1 - tolerance) * tolerance)))
+def pictures_needed(tolerance: float, confidence: float, evenness: float = 1.0) -> int:
+    """How many pictures a test needs at least, where not one answer changes.
+
+    Args:
+        evenness (`float`, *optional*): the mean number of questions about a picture, as a share of the largest.
+    """
+    growth = np.log1p(0.95 / (1 - tolerance) * tolerance * evenness)
+    return int(np.ceil(np.log(1 / (1 - confidence)) / growth))
 
 
 def propose(answers: Answers) -> list[VisualTokenSchedule]:
@@ -107,7 +116,7 @@ def propose(answers: Answers) -> list[VisualTokenSchedule]:
             for thresholds in itertools.product(*(grid[stage] for stage in stages[:-1])):
                 schedule = VisualTokenSchedule([sizes[s] for s in stages], [round(float(t), 4) for t in thresholds])
                 stop = answers.stops(schedule)
-                loss = float((answers.right[-1] - answers.accuracy(stop)).mean())
+                loss = answers.loss(stop)
                 cost = float(answers.language_model_tokens(schedule, stop).mean())
                 found.append((cost, loss, schedule))
     found.sort(key=lambda entry: entry[:2])
@@ -121,7 +130,14 @@ def propose(answers: Answers) -> list[VisualTokenSchedule]:
     return [frontier[i] for i in chosen]
 
 
-def calibrate(answers: Answers, tolerance: float, confidence: float, seed: int = 0) -> VisualTokenSchedule | None:
+def split(answers: Answers, seed: int = 0) -> tuple[Answers, Answers]:
+    """Those that propose and those that test, by pictures drawn at random."""
+    pictures = np.random.default_rng(seed).permutation(np.unique(answers.picture))
+    proposing = np.isin(answers.picture, pictures[: int(PROPOSING_SHARE * len(pictures))])
+    return answers.select(proposing), answers.select(~proposing)
+
+
+def calibrate(answers: Answers, tolerance: float, confidence: float, seed: int = 0) -> VisualTokenSchedule:
     """
     The cheapest schedule whose loss against the largest number of visual tokens is shown to be at most the tolerance.
 
@@ -129,22 +145,22 @@ def calibrate(answers: Answers, tolerance: float, confidence: float, seed: int =
         answers (`Answers`): to questions about pictures that are drawn at random from those that will come.
         tolerance (`float`): as a share of 1.
         confidence (`float`): of 0.95, at most one calibration in twenty chooses a schedule that loses more.
+        seed (`int`): of the split. To try several and take the one that is liked best voids the promise.
 
     Returns:
-        `VisualTokenSchedule` or `None`, where nothing can be shown with so many pictures.
+        `VisualTokenSchedule`: the largest number of visual tokens alone, where nothing cheaper can be shown.
     """
+    best = VisualTokenSchedule(answers.num_visual_tokens[-1:], [])
+    proposer, tester = split(answers, seed)
+    if not (len(proposer.picture) and len(tester.picture)):
+        return best
     rng = np.random.default_rng(seed)
-    pictures = rng.permutation(np.unique(answers.picture))
-    proposing = np.isin(answers.picture, pictures[: int(PROPOSING_SHARE * len(pictures))])
-    proposer, tester = answers.select(proposing), answers.select(~proposing)
-    best = None
-    if proposing.any() and not proposing.all():
-        for schedule in propose(proposer):
-            bet = best_bet(proposer.losses(proposer.stops(schedule)), tolerance)
-            losses = rng.permutation(tester.losses(tester.stops(schedule)))
-            if wealth(losses, tolerance, bet) < 1 / (1 - confidence):
-                break
-            best = schedule
+    for schedule in propose(proposer):
+        bet = best_bet(proposer.excess(proposer.stops(schedule), tolerance), tolerance)
+        excess = rng.permutation(tester.excess(tester.stops(schedule), tolerance))
+        if wealth(excess, bet) < 1 / (1 - confidence):
+            break
+        best = schedule
     return best
 
 
@@ -162,7 +178,7 @@ def collect(answers, num_questions: int, num_visual_tokens: list[int], picture, 
         right (`Callable`): how right an answer is, called with the index of a question, its text and that with the largest number of
             visual tokens.
     """
-    shape, answers = (len(num_visual_tokens), num_questions), list(answers)
+    shape = len(num_visual_tokens), num_questions
     texts, confidence, new_tokens = np.empty(shape, object), np.zeros(shape), np.zeros(shape, int)
     text_tokens = np.zeros(num_questions, int)
     for answer in answers:

@@ -24,6 +24,9 @@ from .models import (
 )
 
 
+LEAST_ACCURACY = 0.1  # below it references are not what the model can say, such as captions in other words
+
+
 def calibrate(
     data: Annotated[
         list[Path],
@@ -39,7 +42,10 @@ def calibrate(
     adapter: Annotated[str | None, typer.Option(metavar="DIR_OR_REPO", help="LoRA adapter to merge.")] = None,
     output_dir: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where generation_config.json is written. Default: into the checkpoint."),
+        typer.Option(
+            metavar="DIR",
+            help="Where generation_config.json is written. Default: into the checkpoint, or the adapter.",
+        ),
     ] = None,
     tolerance: Annotated[
         float, typer.Option(min=0.01, max=50, help="Loss against all visual tokens, at most, in points (of 100).")
@@ -58,7 +64,10 @@ def calibrate(
     batch_size: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Of the weights. auto: as `ask` chooses it.")] = Dtype.auto,
-    seed: Annotated[int, typer.Option(help="Of the split into pictures that propose and pictures that test.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(help="Of the split into pictures that propose and that test. To try several voids the promise."),
+    ] = 0,
 ):
     """Choose the schedule of `--num-visual-tokens auto` on questions of your own, with a promise.
 
@@ -70,12 +79,13 @@ def calibrate(
     mqt-llava calibrate questions.jsonl --tolerance 2 --output-dir calibrated
     """
     checkpoint = name_base(adapter) if adapter and model is None else name_checkpoint(model)
-    if output_dir is None and (adapter is not None or not Path(checkpoint).is_dir()):
-        raise UsageError("say where to write: --output-dir DIR")
+    if output_dir is None and not Path(checkpoint if adapter is None else adapter).is_dir():
+        raise UsageError("a repository is not written to; say where to write: --output-dir DIR")
     try:
+        import numpy as np
         from tqdm import tqdm
 
-        from ..calibration import calibrate, collect, doubling, pictures_needed
+        from ..calibration import calibrate, collect, doubling, pictures_needed, split
         from ..evaluation import answer_questions, load_metric, read_questions
     except ImportError as error:
         raise UsageError(f"{error.name} is missing: pip install 'mqt-llava[evaluate]'") from None
@@ -83,9 +93,10 @@ def calibrate(
     config = load_config(checkpoint)
     sizes = doubling(config.num_query_tokens)
     if num_visual_tokens is not None:
-        sizes = sorted({parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")})
+        sizes = {parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")}
         for m in sizes:
             check_num_visual_tokens(m, config.num_query_tokens)
+        sizes = sorted({*sizes, config.num_query_tokens})  # what others are compared with
     try:
         score = load_metric(metric)
         questions = [question for question in read_questions(data, image_folder) if question.images]
@@ -93,16 +104,20 @@ def calibrate(
         raise UsageError(str(error).rstrip(".")) from None
     if not questions:
         raise UsageError("no question is about an image")
-    names = [tuple(map(name_image, question.images)) for question in questions]
-    index = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    picture = [index[name] for name in names]
-    needed = pictures_needed(tolerance / 100, confidence)
-    if len(index) - len(index) // 3 < needed:
+    picture = number_pictures(questions)
+    number, counts = max(picture) + 1, np.bincount(picture)
+    needed = pictures_needed(tolerance / 100, confidence, counts.mean() / counts.max())
+    if number - number // 3 < needed:
         raise UsageError(
-            f"{len(index)} pictures are too few to promise a loss of at most {tolerance:g} points with a confidence of "
+            f"{number} pictures are too few to promise a loss of at most {tolerance:g} points with a confidence of "
             f"{confidence:g}: two thirds of them test, and at least {needed} are needed for that, where not one answer changes. "
             "Give more pictures, or a larger --tolerance"
         )
+    folder = Path(checkpoint if adapter is None else adapter) if output_dir is None else output_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
     device = resolve_device(device)
     costs = load_costs(checkpoint, config)
     request = {"num_images": max(len(question.images) for question in questions), "num_text_tokens": 256}
@@ -129,31 +144,56 @@ def calibrate(
             answers = collect(answers_with_progress(), len(questions), sizes, picture, right)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    schedule = calibrate(answers, tolerance / 100, confidence, seed)
-    if schedule is None:
+    accuracy = answers.right[-1].mean()
+    if has_references and accuracy < LEAST_ACCURACY:
         raise UsageError(
-            f"nothing is written: no schedule could be shown to lose at most {tolerance:g} points of {measure} with a confidence of "
-            f"{confidence:g}, from {len(questions)} questions about {len(index)} pictures"
+            f"with all visual tokens {100 * accuracy:.1f} % of the answers are right by {metric}, so a loss says nothing: compare with "
+            "the answers at all visual tokens, --agreement, or by another --metric"
+        )
+    schedule = calibrate(answers, tolerance / 100, confidence, seed)
+    if schedule.num_visual_tokens == sizes[-1:]:
+        raise UsageError(
+            f"nothing is written: no schedule cheaper than all visual tokens could be shown to lose at most {tolerance:g} points of "
+            f"{measure} with a confidence of {confidence:g}, from {len(questions)} questions about {number} pictures"
         )
     schedule.calibration = {
         "tolerance": tolerance / 100,
         "confidence": confidence,
         "measure": measure,
         "num_questions": len(questions),
-        "num_pictures": len(index),
+        "num_pictures": number,
+        "num_visual_tokens": sizes[-1],
+        "max_new_tokens": max_new_tokens,
+        "dtype": str(network.dtype).removeprefix("torch."),
     }
-    print_curve(answers, schedule, list(seconds.values()), measure)
+    print_curve(split(answers, seed)[1], schedule, list(seconds.values()), measure)
     settings = network.generation_config
     settings.visual_token_schedule = schedule.to_dict()
-    folder = Path(checkpoint) if output_dir is None else output_dir
-    folder.mkdir(parents=True, exist_ok=True)
     write_settings(settings, folder)
     print(f"written to {folder / 'generation_config.json'}")
 
 
+def number_pictures(questions) -> list[int]:
+    """An integer for each question, the same for all that have an image in common, with others between them or not."""
+    group = {}
+
+    def find(name):
+        while group[name] != name:
+            name = group[name]
+        return name
+
+    names = [[name_image(image) for image in question.images] for question in questions]
+    for of_question in names:
+        for name in of_question:
+            group.setdefault(name, name)
+            group[find(name)] = find(of_question[0])
+    index = {root: i for i, root in enumerate(dict.fromkeys(find(of_question[0]) for of_question in names))}
+    return [index[find(of_question[0])] for of_question in names]
+
+
 def name_image(image):
     """What tells a picture from others."""
-    return image if isinstance(image, (str, Path)) else hash(image.tobytes())
+    return os.path.realpath(image) if isinstance(image, (str, Path)) else hash(image.tobytes())
 
 
 def write_settings(settings, folder: Path):

@@ -90,7 +90,10 @@ def _answer_batch(model, processor, asked, num_visual_tokens, max_new_tokens, wi
         features = model.get_image_features(inputs.pop("pixel_values"), most, return_dict=True)
         inputs["mm_encoder_outputs"] = {"image": features}
     is_text = inputs["attention_mask"].bool() & (inputs["input_ids"] != model.config.image_token_id)
-    num_text_tokens, pad_token_id, answers = is_text.sum(-1).tolist(), processor.tokenizer.pad_token_id, []
+    num_text_tokens, answers = is_text.sum(-1).tolist(), []
+    ends = torch.tensor(
+        model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else []
+    )
     for m in num_visual_tokens:
         start = time.perf_counter()
         outputs = model.generate(
@@ -98,12 +101,14 @@ def _answer_batch(model, processor, asked, num_visual_tokens, max_new_tokens, wi
             num_visual_tokens=VisualTokenSchedule([m], [], window),  # one stage, for the confidence
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            num_beams=1,
             return_dict_in_generate=True,
         )
         sequences, confidence = outputs.sequences[:, length:].cpu(), outputs.confidences.tolist()
         seconds = (time.perf_counter() - start) / len(asked)
         texts = processor.batch_decode(sequences, skip_special_tokens=True)
-        num_new_tokens = (sequences != pad_token_id).sum(-1).tolist()
+        behind_end = torch.isin(sequences, ends).cumsum(-1) - torch.isin(sequences, ends).long()
+        num_new_tokens = (behind_end == 0).sum(-1).tolist()
         for (row, *_), *said in zip(asked, texts, confidence, num_text_tokens, num_new_tokens):
             answers.append(Answer(row, m, said[0].strip(), *said[1:], seconds))
     return answers

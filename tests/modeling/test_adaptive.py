@@ -338,7 +338,9 @@ def test_budgets():
     text = int(((inputs["input_ids"] != 3) & inputs["attention_mask"].bool()).sum(-1).max())
     request = {"num_text_tokens": text, "num_images": 2, "num_new_tokens": 8, "batch_size": 2}
     spent = [cost.flops for cost in CostModel(decided.config).stages(schedule, **request)]
-    decided.generate(**inputs, **options, max_flops=1e12)  # makes the cost model, whose own products are not to be counted
+    decided.generate(
+        **inputs, **options, max_flops=1e12
+    )  # makes the cost model, whose own products are not to be counted
     for number in (1, 2, 3):
         with FlopCounterMode(display=False) as counter:
             outputs = decided.generate(**inputs, **options, max_flops=sum(spent[:number]))
