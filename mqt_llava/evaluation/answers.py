@@ -17,7 +17,7 @@ class Answer:
 
     Args:
         index (`int`): of the question.
-        num_visual_tokens (`int`): m.
+        num_visual_tokens (`int`): m; with a schedule that at which the answer was taken.
         text (`str`): the answer.
         confidence (`float`): the product of its tokens' probabilities; see [`VisualTokenSchedule`].
         num_text_tokens (`int`): of the prompt, without those of images.
@@ -40,7 +40,7 @@ def answer_questions(
     model,
     processor,
     questions: list[Question],
-    num_visual_tokens: list[int],
+    num_visual_tokens: list[int | VisualTokenSchedule],
     max_new_tokens: int = 64,
     batch_size: int = 16,
     window: int = 32,
@@ -50,7 +50,7 @@ def answer_questions(
     come batch by batch. A question that fails is answered by its error.
 
     Args:
-        num_visual_tokens (`list[int]`): of each image, rising.
+        num_visual_tokens (`list[int]`): of each image, in any order; a [`VisualTokenSchedule`] among them is asked as "auto".
         window (`int`): of the confidence.
     """
     prompts = [processor.apply_chat_template(question.messages, add_generation_prompt=True) for question in questions]
@@ -62,7 +62,8 @@ def answer_questions(
             return _answer_batch(model, processor, asked, num_visual_tokens, max_new_tokens, window)
         except ValueError as error:  # of one of them: an image that is damaged, a prompt that is too long
             if len(rows) == 1:
-                return [Answer(rows[0], m, error=str(error)) for m in num_visual_tokens]
+                sizes = [m if isinstance(m, int) else m.num_visual_tokens[-1] for m in num_visual_tokens]
+                return [Answer(rows[0], m, error=str(error)) for m in sizes]
             return [said for row in rows for said in answer([row])]
 
     for start in range(0, len(order), batch_size):
@@ -72,7 +73,8 @@ def answer_questions(
 @torch.no_grad()
 def _answer_batch(model, processor, asked, num_visual_tokens, max_new_tokens, window) -> list[Answer]:
     """All answers to `(index, question, prompt)`s."""
-    most = num_visual_tokens[-1]
+    schedules = [VisualTokenSchedule([m], [], window) if isinstance(m, int) else m for m in num_visual_tokens]
+    most = max(schedule.num_visual_tokens[-1] for schedule in schedules)
     images = [image for _, question, _ in asked for image in question.open_images()]
     inputs = processor(
         images=images or None,
@@ -94,11 +96,11 @@ def _answer_batch(model, processor, asked, num_visual_tokens, max_new_tokens, wi
     ends = torch.tensor(
         model.generation_config.eos_token_id if model.generation_config.eos_token_id is not None else []
     )
-    for m in num_visual_tokens:
+    for schedule in schedules:  # of one stage, too, for the confidence
         start = time.perf_counter()
         outputs = model.generate(
             **inputs,
-            num_visual_tokens=VisualTokenSchedule([m], [], window),  # one stage, for the confidence
+            num_visual_tokens=schedule,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
@@ -109,6 +111,7 @@ def _answer_batch(model, processor, asked, num_visual_tokens, max_new_tokens, wi
         texts = processor.batch_decode(sequences, skip_special_tokens=True)
         behind_end = torch.isin(sequences, ends).cumsum(-1) - torch.isin(sequences, ends).long()
         num_new_tokens = (behind_end == 0).sum(-1).tolist()
-        for (row, *_), *said in zip(asked, texts, confidence, num_text_tokens, num_new_tokens):
-            answers.append(Answer(row, m, said[0].strip(), *said[1:], seconds))
+        sizes = [schedule.num_visual_tokens[stage] for stage in outputs.stages.tolist()]
+        for (row, *_), m, text, *said in zip(asked, sizes, texts, confidence, num_text_tokens, num_new_tokens):
+            answers.append(Answer(row, m, text.strip(), *said, seconds))
     return answers
