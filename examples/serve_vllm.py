@@ -31,6 +31,8 @@ parser.add_argument(
 )
 parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
 arguments = parser.parse_args()
+if ":" in arguments.schedule[-1]:
+    parser.error("the last m of --schedule takes every answer, so it has no threshold")
 
 NO_TOKENS = SimpleNamespace(content=())
 client = OpenAI(base_url=arguments.url, api_key="none")

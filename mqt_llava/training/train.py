@@ -71,6 +71,9 @@ def train(arguments: StageArguments, training: TrainingArguments, callbacks=None
     model = MQTLlavaForConditionalGeneration.from_pretrained(
         arguments.model, dtype=arguments.dtype, attn_implementation=arguments.attn_implementation
     )
+    schedule = getattr(model.generation_config, "visual_token_schedule", None)
+    if schedule:  # what was calibrated were other weights
+        model.generation_config.visual_token_schedule = schedule | {"calibration": None}
     model.requires_grad_(False)
     model.model.query_transformer.requires_grad_(True)
     if arguments.stage == 2:
