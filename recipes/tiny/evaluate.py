@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mqt_llava  # noqa: F401  (registers the model)
+from mqt_llava.evaluation import Question, answer_questions
 
 from . import make_data, scenes
 from .pretrain_vision import EVALUATION_SEED
@@ -93,40 +94,25 @@ def read_answer(answer):
     return counts
 
 
-@torch.no_grad()
-def answer_all(model, processor, samples, num_visual_tokens, batch_size=128):
-    """The greedy answer to each sample."""
-    template = {"add_generation_prompt": True, "tokenize": False}
-    prompts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": "<image>\n" * len(pictures) + question}], **template
-        )
-        for pictures, _, question, _ in samples
+def is_right_at(model, processor, samples, num_visual_tokens, batch_size=128):
+    """`{m: [whether the greedy answer to each sample is the expected one]}`: letter for letter, things in any order."""
+    questions = [
+        Question(str(i), [{"role": "user", "content": "<image>\n" * len(pictures) + question}], pictures, [answer])
+        for i, (pictures, _, question, answer) in enumerate(samples)
     ]
-    order = sorted(range(len(samples)), key=lambda i: len(samples[i][3]))  # answers of like length end together
-    answers = [""] * len(samples)
-    for start in tqdm(range(0, len(order), batch_size), desc=f"m = {num_visual_tokens}", leave=False):
-        rows = order[start : start + batch_size]
-        inputs = processor(
-            images=[picture for i in rows for picture in samples[i][0]],
-            text=[prompts[i] for i in rows],
-            num_visual_tokens=num_visual_tokens,
-            add_special_tokens=False,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(model.device)
-        output = model.generate(**inputs, max_new_tokens=40, do_sample=False)
-        texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for i, text in zip(rows, texts):
-            answers[i] = text.strip()
-    return answers
+    expected = [read_answer(sample[3]) for sample in samples]
+    right = {m: [False] * len(samples) for m in num_visual_tokens}
+    answers = answer_questions(model, processor, questions, list(num_visual_tokens), 40, batch_size)
+    for answer in tqdm(answers, total=len(samples) * len(right), unit="answer", mininterval=10):
+        if answer.error:
+            raise ValueError(answer.error)
+        right[answer.num_visual_tokens][answer.index] = read_answer(answer.text) == expected[answer.index]
+    return right
 
 
 def is_right(model, processor, samples, num_visual_tokens, batch_size=128):
-    """Whether the greedy answer to each sample is the expected one: letter for letter, things in any order."""
-    answers = answer_all(model, processor, samples, num_visual_tokens, batch_size)
-    return [read_answer(answer) == read_answer(sample[3]) for answer, sample in zip(answers, samples)]
+    """The same for one m."""
+    return is_right_at(model, processor, samples, [num_visual_tokens], batch_size)[num_visual_tokens]
 
 
 def accuracy_by_type(samples, right):
@@ -188,10 +174,8 @@ def main():
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(arguments.model)
     samples = evaluation_set(arguments.pictures, processor.image_processor.side)
-    accuracy = {}
-    for m in arguments.num_visual_tokens:
-        accuracy[m] = accuracy_by_type(samples, is_right(model, processor, samples, m))
-        print(m, accuracy[m], flush=True)
+    right = is_right_at(model, processor, samples, arguments.num_visual_tokens)
+    accuracy = {m: accuracy_by_type(samples, of_m) for m, of_m in right.items()}
 
     # A fifth of the questions is enough to see that nothing but guessing is left
     m, samples = max(arguments.num_visual_tokens), samples[: len(samples) // 5]
