@@ -1,5 +1,6 @@
 """`mqt-llava train`: the paper's values, YAML files, both stages, grouping by length, mistakes, and a run that is killed."""
 
+import json
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from peft import get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
 
+from mqt_llava import VisualTokenSchedule
 from mqt_llava.cli import main
 from mqt_llava.training.arguments import accumulation_steps, parse_arguments
 from mqt_llava.training.collator import MQTLlavaDataCollator
@@ -167,12 +169,18 @@ def test_both_stages_one_after_the_other(checkpoint, data, tmp_path, monkeypatch
     assert command(monkeypatch, *stage1) == 2
     assert "is not empty" in capfd.readouterr().err
 
+    settings = json.loads((one / "generation_config.json").read_text())
+    schedule = {"num_visual_tokens": [2, 16], "thresholds": [0.9]}
+    settings["visual_token_schedule"] = schedule | {"calibration": {"tolerance": 0.01}}
+    (one / "generation_config.json").write_text(json.dumps(settings))
     stage2 = ["--stage", 2, "--model", one, "--data_path", data, "--output_dir", two, *SMALL, "--max_steps", 2]
     assert command(monkeypatch, *stage2, "--distill_weight", 0.5) == 0
     assert "divergence" in capfd.readouterr().out
     assert changed_parts(two, one) == {"query_transformer", "language_model", "weight"}  # the last is lm_head.weight
     model = AutoModelForImageTextToText.from_pretrained(two)
     assert model.config.text_config.use_cache and model.generation_config.use_cache
+    kept = VisualTokenSchedule(**model.generation_config.visual_token_schedule)
+    assert kept == VisualTokenSchedule(**schedule)  # calibrated were other weights
     for folder in (two, two / "checkpoint-2"):
         assert AutoProcessor.from_pretrained(folder).num_query_tokens == M
     assert command(monkeypatch, *stage2[:-1], 3, "--resume") == 0
