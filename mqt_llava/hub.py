@@ -1,10 +1,14 @@
 """Publishing a checkpoint: its model card, and the way to the Hub."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+
+RESULTS_TITLE = "## Accuracy and compute"
 
 ASK = """content = [{"type": "image", "path": "photo.jpg"}, {"type": "text", "text": "What is in the picture?"}]
 inputs = processor.apply_chat_template(
@@ -215,6 +219,44 @@ def accuracy_table(folder: Path) -> str:
         figures = " | ".join(f"{accuracy[m][kind]:.1f}" for kind in kinds)
         lines.append(f"| {m} | {figures} | {costs(m).flops / 1e9:.2f} |")
     return "\n".join(lines)
+
+
+def show_results(folder: Path, results: Path) -> list[str]:
+    """Put what `mqt-llava evaluate` wrote into the model card of a checkpoint or an adapter.
+
+    Args:
+        folder (`Path`): whose README.md has or gets a section "Accuracy and compute"; nothing else of it changes.
+        results (`Path`): with results.md and accuracy.json, which is copied, as `.eval_results` is.
+
+    Returns:
+        `list[str]`: names of what was written.
+
+    Raises:
+        `ValueError`: for a folder without a model or an adapter, and for one without results.
+    """
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ValueError(
+            f"{folder} is no checkpoint and no adapter: it has neither config.json nor adapter_config.json"
+        )
+    if not all((results / name).is_file() for name in ("results.md", "accuracy.json")):
+        raise ValueError(f"{results} has no results: `mqt-llava evaluate` writes results.md and accuracy.json")
+    readme = folder / "README.md"
+    if not readme.exists():
+        raise ValueError(f"{folder} has no model card, README.md: `convert`, `finetune` and `push_to_hub` write one")
+    section = f"{RESULTS_TITLE}\n\n{(results / 'results.md').read_text(encoding='utf-8').strip()}\n"
+    card, _, rest = readme.read_text(encoding="utf-8").partition(RESULTS_TITLE)
+    following = re.search(r"^#{1,2} ", rest, re.MULTILINE)
+    section += "\n" + rest[following.start() :] if following else ""
+    partial = readme.with_suffix(".partial")
+    partial.write_text(f"{card.rstrip()}\n\n{section}", encoding="utf-8")
+    partial.replace(readme)
+    written = ["README.md"]
+    for path in [results / "accuracy.json", *sorted((results / ".eval_results").glob("*.yaml"))]:
+        name = path.relative_to(results)
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / name)
+        written.append(str(name))
+    return written
 
 
 def push_folder(

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 from .. import __version__
 from .ask import ask
 from .calibrate import calibrate
+from .card import card
 from .convert import convert
 from .cost import cost
 from .errors import UsageError, print_error
@@ -63,6 +64,7 @@ app.command()(convert)
 app.command()(cost)
 app.command()(evaluate)
 app.command()(calibrate)
+app.command()(card)
 app.command()(update)
 for handed_on in (serve, train):
     settings = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -4,19 +4,23 @@ import base64
 import csv
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
+from mqt_llava import TINY_CHECKPOINT
 from mqt_llava.cli import app
 from mqt_llava.evaluation import METRICS, Question, answer_questions, load_metric, read_questions
 from mqt_llava.evaluation.metrics import anls, contains, exact_match, multiple_choice, vqa_accuracy
 from mqt_llava.evaluation.report import enough, sentence, summarize
+from mqt_llava.hub import write_card
 from tests.mqt_llava.test_cli import restore_global_settings  # noqa: F401  the command silences transformers
 from tests.small_model import make_images, make_model, make_processor
 
@@ -284,3 +288,51 @@ def test_results_of_another_evaluation_are_not_overwritten(questions, tmp_path):
     assert refused.exit_code == 2 and "is not empty and holds no results" in " ".join(refused.stderr.split())
     again = run(questions / "questions.json", "--num-visual-tokens", "2", "--output-dir", tmp_path, "--overwrite")
     assert again.exit_code == 0 and (tmp_path / "results.jsonl").read_bytes() != before
+
+
+# Cards ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results(questions, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    options = ["--num-visual-tokens", "1,64", "--output-dir", folder, "--dataset-id", "someone/colours"]
+    assert run(questions / "questions.json", *options).exit_code == 0
+    return folder
+
+
+def run_card(*arguments):
+    return CliRunner().invoke(app, ["card", *map(str, arguments)])
+
+
+def test_a_card_shows_results_and_keeps_the_rest(results, tmp_path):
+    shutil.copytree(TINY_CHECKPOINT, tmp_path / "model")
+    write_card(tmp_path / "model", "someone/model")
+    own = (tmp_path / "model" / "README.md").read_text() + "\n## Licence\n\nOurs.\n"
+    (tmp_path / "model" / "README.md").write_text(own)
+    for _ in range(2):  # again: it is replaced, not repeated
+        result = run_card(tmp_path / "model", "--results", results)
+        assert result.exit_code == 0, result.output
+    card = (tmp_path / "model" / "README.md").read_text()
+    before, _, after = card.partition("## Accuracy and compute")
+    assert before.rstrip() == own.partition("## Accuracy and compute")[0].rstrip()
+    assert (results / "results.md").read_text().strip() in after and after.endswith("## Licence\n\nOurs.\n")
+    assert card.count("## Accuracy and compute") == card.count("## Licence") == 1
+    assert ModelCard(card).data.library_name == "transformers"
+    copied = tmp_path / "model" / "accuracy.json"
+    assert json.loads(copied.read_text()) == json.loads((results / "accuracy.json").read_text())
+    assert (tmp_path / "model" / ".eval_results" / "default_64_visual_tokens.yaml").exists()
+    priced = CliRunner().invoke(
+        app, ["cost", "--model", str(tmp_path / "model"), "--num-visual-tokens", "64", "--json"]
+    )
+    assert json.loads(priced.stdout)["costs"][0]["accuracy"]["all"] == pytest.approx(88.9, abs=0.1)
+
+
+def test_bad_folders_of_cards(results, tmp_path):
+    for folder, shown, message in (
+        (tmp_path, results, "is no checkpoint and no adapter"),
+        (TINY_CHECKPOINT, tmp_path, "has no results"),
+        (TINY_CHECKPOINT, results, "has no model card"),
+    ):
+        result = run_card(folder, "--results", shown)
+        assert result.exit_code == 2 and message in " ".join(result.stderr.split())
