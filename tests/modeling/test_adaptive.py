@@ -180,6 +180,25 @@ def test_features_of_the_caller(decided):
         decided.generate(**inputs, **GREEDY, mm_encoder_outputs={"image": few}, num_visual_tokens=schedule)
 
 
+def test_logits_are_those_of_a_run_from_scratch(decided):
+    """Behind the prompt at every stage, and behind every token of the last answer: the cached visual tokens are as good as new ones,
+    and rejected drafts are not seen."""
+    processor, seen = make_processor(), []
+    inputs = processor(images=make_images(1), text="a text before <image> and one behind", return_tensors="pt")
+    hook = decided.lm_head.register_forward_hook(lambda module, args, logits: seen.append(logits))
+    sequences = decided.generate(**inputs, **GREEDY, num_visual_tokens=VisualTokenSchedule(STAGES, [1.0, 1.0]))
+    hook.remove()
+    for m, logits in zip(STAGES, seen):
+        scratch = decided(**inputs, num_visual_tokens=m).logits[:, -1]
+        torch.testing.assert_close(logits[:, 0], scratch, atol=1e-4, rtol=0)
+    steps = torch.cat(seen[3:], dim=1)
+    ids = sequences[:, :-1]
+    whole = inputs | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    scratch = decided(**whole, num_visual_tokens=STAGES[-1]).logits[:, -steps.shape[1] :]
+    assert steps.shape[1] > 3
+    torch.testing.assert_close(steps, scratch, atol=1e-4, rtol=0)
+
+
 # What it costs --------------------------------------------------------------------------------------------------------
 
 
