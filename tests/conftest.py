@@ -12,10 +12,13 @@ os.environ["HF_DATASETS_CACHE"] = os.path.join(tempfile.gettempdir(), "mqt-llava
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.small_model import make_images, make_model, make_processor
 
 
+settings.register_profile("tests", deadline=None)  # a busy machine is no failure
+settings.load_profile("tests")
 torch.set_num_threads(1)  # pytest-xdist runs one process for each core
 
 ROOT = Path(__file__).parents[1]

@@ -2,7 +2,7 @@
 
 LLaVA starts from CLIP, which was pretrained on captioned pictures from the web. Here nothing is downloaded, so the
 tower learns from scenes. Every patch tells which object or figure covers it, of which one it holds the centre (so that two
-cats side by side are two) and what colour the background has. The mean of each quarter tells how many of each kind have their
+cats side by side are two), where it is in the picture and in the padded square, and what colour the background has. The mean of each quarter tells how many of each kind have their
 centre there, that of the picture how many things there are and which number is printed: visual tokens are sums over patches,
 and few of them say no more than what survives a sum.
 
@@ -29,11 +29,20 @@ from .optimizer import muon_and_adamw
 
 EVALUATION_SEED = 10_000_000  # seeds from here on are never trained on
 NAMES = scenes.KINDS + scenes.FIGURES
-LABELS = ("patches", "centres", "colour", "counts", "total", "number")
+LABELS = ("patches", "centres", "places", "colour", "counts", "total", "number")
+
+
+def patch_places(scene, grid):
+    """In which of the picture's 3 x 3 cells each patch of the padded square lies, `(grid * grid,)`; 9 is padding."""
+    inside = (np.arange(grid) + 0.5) / grid - 0.5
+    x, y = inside / scene.width + 0.5, inside / scene.height + 0.5
+    cells = 3 * np.floor(3 * y)[:, None] + np.floor(3 * x)[None]
+    is_padding = (abs(y - 0.5) > 0.5)[:, None] | (abs(x - 0.5) > 0.5)[None]
+    return np.where(is_padding, 9, cells).astype(np.int64).reshape(-1)
 
 
 def scene_labels(scene):
-    """What means over patches tell: index of the colour; `(4, 3, names)` whether one, two, three or more of each have their
+    """What patches tell of places; and means over patches: index of the colour; `(4, 3, names)` whether one, two, three or more of each have their
     centre in each quarter of the padded square; number of things; the two figures of the number, 10 for none."""
     counts = np.zeros((4, 3, len(NAMES)), np.bool_)
     number = [10, 10]
@@ -44,7 +53,8 @@ def scene_labels(scene):
             counts[quarter, min(2, counts[quarter, :, index].sum()), index] = True
         if thing.is_number:
             number = [10 if len(thing.name) == 1 else int(thing.name[0]), int(thing.name[-1])]
-    return scenes.COLOURS.index(scene.colour), counts, len(scene.things), np.array(number)
+    places = patch_places(scene, make_data.GRID)
+    return places, scenes.COLOURS.index(scene.colour), counts, len(scene.things), np.array(number)
 
 
 class PatchDataset(Dataset):
@@ -97,7 +107,8 @@ class PatchNamer(nn.Module):
         super().__init__()
         self.vision_tower = vision_tower
         width = vision_tower.config.hidden_size
-        self.of_patches = [1 + len(NAMES), 1 + len(NAMES), len(scenes.COLOURS)]
+        grid = make_data.GRID
+        self.of_patches = [1 + len(NAMES), 1 + len(NAMES), 1 + len(scenes.PLACES), 2 * grid, len(scenes.COLOURS)]
         self.of_picture = [1 + scenes.MAX_THINGS, 11, 11]
         self.patch_readout = nn.Linear(width, sum(self.of_patches))
         self.picture_readout = nn.Linear(width, sum(self.of_picture))
@@ -106,14 +117,18 @@ class PatchNamer(nn.Module):
         # For each patch that shows something eight do not, and for each centre twenty
         for name, background in (("cover_weight", 0.2), ("centre_weight", 0.1)):
             self.register_buffer(name, torch.tensor([background] + [1.0] * len(NAMES)), persistent=False)
+        row, column = torch.arange(grid).repeat_interleave(grid), torch.arange(grid).repeat(grid)
+        self.register_buffer("lines", torch.stack([row, column], dim=1).flatten(), persistent=False)
         for name, values in (("mean", OPENAI_CLIP_MEAN), ("std", OPENAI_CLIP_STD)):
             self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
 
-    def forward(self, pixel_values, patches, centres, colour, counts, total, number):
+    def forward(self, pixel_values, patches, centres, places, colour, counts, total, number):
         pixels = (pixel_values.permute(0, 3, 1, 2).float() - self.mean) / self.std
         features = self.vision_tower(pixels).last_hidden_state[:, 1:]
         features = F.layer_norm(features, features.shape[-1:])
-        covers, middles, colours = self.patch_readout(features).float().flatten(0, 1).split(self.of_patches, -1)
+        covers, middles, cells, lines, colours = (
+            self.patch_readout(features).float().flatten(0, 1).split(self.of_patches, -1)
+        )
         of_total, *of_number = self.picture_readout(features.mean(1)).float().split(self.of_picture, -1)
         half = make_data.GRID // 2
         means = features.unflatten(1, (2, half, 2, half)).mean((2, 4)).flatten(1, 2)
@@ -121,6 +136,8 @@ class PatchNamer(nn.Module):
         loss = (
             F.cross_entropy(covers, patches.flatten(), self.cover_weight)
             + 0.5 * F.cross_entropy(middles, centres.flatten(), self.centre_weight)
+            + 0.5 * F.cross_entropy(cells, places.flatten())
+            + 0.2 * F.cross_entropy(lines.unflatten(-1, (2, -1)).flatten(0, 1), self.lines.repeat(len(places)))
             + 0.2 * F.cross_entropy(colours, colour.repeat_interleave(patches.shape[1]))
             + 0.1 * F.cross_entropy(of_total, total)
         )
@@ -132,13 +149,14 @@ class PatchNamer(nn.Module):
             "loss": loss,
             "covers": covers.argmax(-1).view_as(patches),
             "middles": middles.argmax(-1).view_as(centres),
+            "cells": cells.argmax(-1).view_as(places),
             "counts": of_counts > 0,
             "total": of_total.argmax(-1),
         }
 
 
 def compute_metrics(prediction):
-    covers, middles, counts, total = prediction.predictions
+    covers, middles, cells, counts, total = prediction.predictions
     labels = dict(zip(LABELS, prediction.label_ids))
     shown, held = labels["patches"] > 0, labels["centres"] > 0
     return {
@@ -146,6 +164,7 @@ def compute_metrics(prediction):
         "background_patches": (covers == labels["patches"])[~shown].mean(),
         "centres": (middles == labels["centres"])[held].mean(),
         "all_centres": ((middles == labels["centres"]) | ~held).all(-1).mean(),
+        "places": (cells == labels["places"]).mean(),
         "all_counts": (counts == labels["counts"]).all((1, 2, 3)).mean(),
         "total": (total == labels["total"]).mean(),
     }

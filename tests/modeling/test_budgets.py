@@ -43,7 +43,7 @@ def row_logits(logits, attention_mask):
     return [values[mask.bool()] for values, mask in zip(logits, attention_mask)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @example(batch=[([1], ["", "a", "", ""]), ([2], ["", "a", "", ""])], padding_side="left", prepared=1)
 @given(
     batch=st.lists(rows, min_size=1, max_size=4),
@@ -69,7 +69,7 @@ def test_any_mix_equals_each_row_alone(batch, padding_side, prepared):
             torch.testing.assert_close(logits, MODEL(**alone).logits[0], atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(batch=st.lists(rows, min_size=1, max_size=3), prepared=num_visual_tokens)
 def test_generate_with_num_visual_tokens_equals_processor_with_num_visual_tokens(batch, prepared):
     """`generate(num_visual_tokens=...)` gives the answers of a prompt prepared so, after the caller's own ids."""
@@ -85,7 +85,7 @@ def test_generate_with_num_visual_tokens_equals_processor_with_num_visual_tokens
     assert torch.equal(output[:, length:], expected[:, exact["input_ids"].shape[1] :])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     m=num_visual_tokens,
     prepared=num_visual_tokens,

@@ -184,7 +184,7 @@ answers = text_content.filter(
 chats = st.tuples(st.none() | text_content, st.lists(st.tuples(user_content, answers), min_size=1, max_size=3))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(chats)
 def test_prompts_of_training_and_inference_are_one(chat):
     """The collator's ids of a chat are those of the processor, whose placeholders come m times."""
@@ -335,7 +335,7 @@ def transformers_pixels(image, **options):
     return LlavaImageProcessorPil()([image], **settings | options)["pixel_values"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(width=st.integers(1, 90), height=st.integers(1, 90), seed=st.integers(0, 9))
 def test_pixels_are_those_of_transformers(width, height, seed):
     """The faster way to pad and resize gives the same pixels, bit for bit."""

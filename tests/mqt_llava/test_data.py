@@ -392,7 +392,7 @@ def test_too_long_says_what_to_change():
             MQTLlavaDataCollator(make_processor(), sampler, max_length=length - 1)([row])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     turns=st.lists(st.integers(1, 30), min_size=1, max_size=3),
     images=st.lists(st.integers(0, 2), min_size=3, max_size=3),

@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, LlamaConfig
 
+from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration
 from mqt_llava.training import train
 from mqt_llava.training.data import load_conversations, open_image
 from recipes.tiny import assemble, evaluate, export, make_data, pretrain_text, pretrain_vision, scenes, tune
@@ -72,6 +73,18 @@ def test_answers_follow_from_the_scene(seed):
 def a_scene(*things, width=1.0, height=1.0):
     things = tuple(scenes.Thing(name, x, y, size, 0) for name, x, y, size in things)
     return scenes.Scene(0, "red", "plain", width, height, 300, things)
+
+
+def test_labels_of_a_patch_say_where_it_is_in_the_picture():
+    """A picture twice as wide as high: two rows of eight patches are padding on either side, and cells are low and wide."""
+    scene = a_scene(("cat", 0.15, 0.2, 0.2), ("cat", 0.9, 0.8, 0.2), width=1.0, height=0.5)
+    places, _, counts, total, number = pretrain_vision.scene_labels(scene)
+    grid = places.reshape(8, 8)
+    assert (grid[[0, 1, 6, 7]] == 9).all()
+    assert grid[2].tolist() == [0, 0, 0, 1, 1, 2, 2, 2] and grid[5].tolist() == [6, 6, 6, 7, 7, 8, 8, 8]
+    cat = pretrain_vision.NAMES.index("cat")
+    assert counts[:, :, cat].tolist() == [[True, False, False], [False] * 3, [False] * 3, [True, False, False]]
+    assert total == 2 and number.tolist() == [10, 10]
 
 
 def test_places_are_asked_for_only_where_they_are_plain():
@@ -172,6 +185,27 @@ def test_answers_name_things_in_any_order():
     assert evaluate.read_answer("42.") != evaluate.read_answer("4.")
 
 
+def test_visual_tokens_begin_with_parts_of_the_picture():
+    """The first with all of it, the next four with its quarters, later ones with squares of two patches; any number covers it."""
+    sizes = {"hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision = CLIPVisionConfig(image_size=128, patch_size=16, **sizes)
+    text = LlamaConfig(vocab_size=32, **sizes)
+    options = {"num_query_tokens": 64, "query_transformer_num_attention_heads": 8, "image_token_id": 3}
+    config = MQTLlavaConfig(vision_config=vision, text_config=text, **options)
+    transformer = MQTLlavaForConditionalGeneration(config).model.query_transformer
+    assemble.look_from_coarse_to_fine(transformer)
+    masks = assemble.gazes(8)
+    assert masks.shape == (64, 64) and masks.sum(1).int().tolist()[:16] == [64] + [16] * 4 + [9] * 9 + [4] * 2
+    covered = masks.cumsum(0) > 0
+    assert covered[0].all() and (masks[14:40].sum(0) > 0).float().mean() > 0.8
+    # 64 pictures, of which one patch each is not blank: how much of it each token shows
+    features = torch.eye(64)[:, :, None] * torch.randn(64, 1, 256)
+    with torch.no_grad():
+        shown = transformer(features, 64).norm(dim=-1).T
+    of_gaze = (shown * masks).sum(1) / shown.sum(1)
+    assert of_gaze[0] == 1 and of_gaze[1:].min() > 0.6 and of_gaze.mean() > 0.8
+
+
 def test_the_optimizer_is_muon_for_hidden_matrices_and_goes_on_where_it_was(checkpoint):
     def make():
         model = AutoModelForImageTextToText.from_pretrained(checkpoint)
@@ -234,7 +268,8 @@ def test_every_stage_runs_resumes_and_ships(tmp_path):
     text_data = ("--data_path", data / "text.json", "--output_dir", text, "--remove_unused_columns", False)
     run(pretrain_text, *text_data, "--max_steps", 2, *small, *TRAINING)
     start = tmp_path / "start"
-    run(assemble, "--vision_tower", vision, "--language_model", text, "--output_dir", start)
+    parts = ("--vision_tower", vision, "--language_model", text)
+    run(assemble, *parts, "--num_attention_heads", 2, "--output_dir", start)
     images = ("--image_folder", data / "images", "--bf16", False, "--gradient_accumulation_steps", 1)
     stage1 = ("--stage", 1, "--model", start, "--data_path", data / "captions.json", *images)
     run(train, *stage1, "--output_dir", tmp_path / "stage1", "--max_steps", 2, *TRAINING)
