@@ -2,13 +2,14 @@
 
     python -m benchmarks.elastic --runs runs --output_dir docs/accuracy
 
-All go on from stage 1 of `examples/train_tiny.sh`, whose folder is `--runs`, with the same data, seed and number of steps;
-how m is drawn is all that differs. Each is asked about scenes never trained on, at every m. A model takes some 20 minutes
-on a CPU core; called again, the script goes on where it stopped.
+All go on from stage 1 of `recipes/tiny/train.sh`, whose folder is `--runs`, with the same data, seed and number of steps;
+how m is drawn is all that differs, and whether a small m also learns from a larger one. Each is asked about scenes never trained
+on. A model takes some 15 minutes on two CPU cores; called again, the script goes on where it stopped.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,33 +17,35 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mqt_llava.training.evaluate import evaluation_set, is_right
+from recipes.tiny.evaluate import evaluation_set, is_right
 
 
-NUM_VISUAL_TOKENS = (1, 4, 16, 64)
-DISTRIBUTIONS = {"elastic": "even", **{f"m = {m} alone": str(m) for m in NUM_VISUAL_TOKENS}}
-LEGEND = """\
-Exact answers in %, all types of questions. The elastic model was trained as in the paper, with m from {2, 4, ..., M}.
-"""
+NUM_VISUAL_TOKENS = (1, 2, 4, 16, 64)
+EVEN = ["--num_visual_tokens", "1,1,1,2,2,2,3,4,4,6,8,8,12,16,16,24,32,32,48,64,64,64"]  # as in recipes/tiny/train.sh
+MODELS = {
+    "elastic": EVEN,
+    "elastic, distilled": [*EVEN, "--distill_weight", "1"],
+    **{f"m = {m} alone": ["--num_visual_tokens", str(m)] for m in NUM_VISUAL_TOKENS},
+}
+LEGEND = "Exact answers in %, lists in any order, all types of questions."
 
 
-def train(runs: Path, folder: Path, num_visual_tokens: str, steps: int):
-    command = f"""-m mqt_llava.training.train --stage 2 --model {runs}/stage1 --data_path {runs}/data/conversations.json
-        --image_folder {runs}/data/images --output_dir {folder} --num_visual_tokens {num_visual_tokens}
-        --max_steps {steps} --use_cpu --bf16 --max_grad_norm 1 --per_device_train_batch_size 64
-        --gradient_accumulation_steps 1 --gradient_checkpointing false --train_sampling_strategy random
-        --dataloader_num_workers 0 --learning_rate 1e-3 --warmup_steps {steps // 10}
+def train(runs: Path, folder: Path, options: list[str], steps: int):
+    command = f"""-m torch.distributed.run --nproc_per_node 2 -m recipes.tiny.tune --stage 2 --model {runs}/stage1
+        --data_path {runs}/data/conversations.json --image_folder {runs}/data/images --output_dir {folder}
+        --max_steps {steps} --use_cpu --bf16 --max_grad_norm 1 --ddp_backend gloo --per_device_train_batch_size 32
+        --gradient_accumulation_steps 1 --gradient_checkpointing false --attn_implementation eager
+        --dataloader_num_workers 0 --learning_rate 1e-3 --lr_scheduler_type cosine --warmup_steps {steps // 20}
         --logging_steps 20 --save_steps 200 --save_total_limit 1 --report_to none"""
     resume = ["--resume"] if any(folder.glob("checkpoint-*")) else []
-    subprocess.run([sys.executable, *command.split(), *resume], check=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *command.split(), *options, *resume], check=True, env=environment)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, required=True)
-    parser.add_argument(
-        "--num_visual_tokens", nargs="+", choices=DISTRIBUTIONS.values(), default=list(DISTRIBUTIONS.values())
-    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--pictures", type=int, default=500)
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -53,11 +56,11 @@ def main():
         "| trained at | " + " | ".join(f"m = {m}" for m in NUM_VISUAL_TOKENS) + " |",
         "| --- |" + " ---: |" * len(NUM_VISUAL_TOKENS),
     ]
-    for name, distribution in DISTRIBUTIONS.items():
-        folder = arguments.runs / "elastic" / distribution
-        if distribution in arguments.num_visual_tokens and not (folder / "accuracy.json").exists():
+    for name, options in MODELS.items():
+        folder = arguments.runs / "elastic" / name.replace(", ", "-").replace(" ", "-").replace("=-", "")
+        if name in arguments.models and not (folder / "accuracy.json").exists():
             if not (folder / "model.safetensors").exists():
-                train(arguments.runs, folder, distribution, arguments.steps)
+                train(arguments.runs, folder, options, arguments.steps)
             model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
             processor = AutoProcessor.from_pretrained(folder)
             right = {m: is_right(model, processor, samples, m) for m in NUM_VISUAL_TOKENS}

@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from benchmarks.measure import machine, markdown, seconds
 from mqt_llava import TINY_CHECKPOINT
 from mqt_llava.quantization import quantization_config
-from mqt_llava.training.evaluate import evaluation_set, is_right
+from recipes.tiny.evaluate import evaluation_set, is_right
 
 
 NUM_VISUAL_TOKENS = (1, 4, 16, 64)
@@ -54,12 +54,19 @@ def distributions(model, processor, samples, m: int, batch_size: int = 100) -> t
     for start in range(0, len(samples), batch_size):
         rows = samples[start : start + batch_size]
         conversations = [
-            [{"role": "user", "content": f"<image>\n{question}"}, {"role": "assistant", "content": answer}]
-            for _, _, question, answer in rows
+            [
+                {"role": "user", "content": "<image>\n" * len(pictures) + question},
+                {"role": "assistant", "content": answer},
+            ]
+            for pictures, _, question, answer in rows
         ]
         prompts = processor.apply_chat_template([turns[:1] for turns in conversations], add_generation_prompt=True)
         whole = processor.apply_chat_template(conversations)
-        options = {"images": [row[0] for row in rows], "num_visual_tokens": m, "add_special_tokens": False}
+        options = {
+            "images": [picture for row in rows for picture in row[0]],
+            "num_visual_tokens": m,
+            "add_special_tokens": False,
+        }
         inputs = processor(text=whole, padding=True, padding_side="right", return_tensors="pt", **options)
         lengths = [len(ids) for ids in processor(text=prompts, **options)["input_ids"]]
         logits = model(**inputs).logits[:, :-1]

@@ -4,7 +4,7 @@ Tunes adapters that differ in how m is drawn: anew at every step ("elastic"), or
 takes more steps than each of the four others, and fewer than all of those that it replaces. Prints how many questions about
 the new kinds are answered rightly, and how many about the old ones, before and after.
 
-    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/lora_new_skill.py --output_dir runs/new-skill
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 -m examples.lora_new_skill --output_dir runs/new-skill
 
 One process for each CPU core; plain `python` does as well. Called again, the script goes on with the next adapter. Needs
 Debian's fonts-noto-color-emoji.
@@ -25,14 +25,14 @@ from peft import get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments, set_seed
 
 import mqt_llava
-from mqt_llava.training import scenes
 from mqt_llava.training.adapters import load_adapter
 from mqt_llava.training.collator import MQTLlavaDataCollator
-from mqt_llava.training.evaluate import evaluation_set, is_right
 from mqt_llava.training.lora import make_lora_config
-from mqt_llava.training.pretrain_vision import EVALUATION_SEED
 from mqt_llava.training.sampling import VisualTokenSampler
 from mqt_llava.training.trainer import MQTLlavaTrainer
+from recipes.tiny import make_data, scenes
+from recipes.tiny.evaluate import evaluation_set, is_right
+from recipes.tiny.pretrain_vision import EVALUATION_SEED
 
 
 NEW_OBJECTS = {
@@ -55,7 +55,7 @@ def new_scene(seed):
     scene, rng = scenes.make_scene(seed), np.random.default_rng([seed, 5])
     things = list(scene.things)
     for i in rng.permutation(len(things))[: rng.integers(1, len(things) + 1)]:
-        things[i] = dataclasses.replace(things[i], name=NEW_KINDS[rng.integers(len(NEW_KINDS))])
+        things[i] = dataclasses.replace(things[i], name=NEW_KINDS[rng.integers(len(NEW_KINDS))], is_line_drawing=False)
     return dataclasses.replace(scene, things=tuple(things))
 
 
@@ -96,15 +96,16 @@ class NewSkill(torch.utils.data.Dataset):
             {"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)
         ]
         messages[0]["content"] = f"<image>\n{messages[0]['content']}"
-        return {"id": f"seed {seed}", "messages": messages, "images": [scenes.draw(scene)]}
+        return {"id": f"seed {seed}", "messages": messages, "images": [make_data.paint(scene, make_data.IMAGE_SIZE)]}
 
 
 def evaluation_of_new(num_pictures):
-    """`[(picture, type, question, answer), ...]`: two questions about each picture, seeds never trained on."""
+    """`[(pictures, type, question, answer), ...]`: two questions about each picture, seeds never trained on."""
     samples = []
     for seed in range(EVALUATION_SEED, EVALUATION_SEED + num_pictures):
         scene, rng = new_scene(seed), np.random.default_rng([seed, 8])
-        samples += [(scenes.draw(scene), *ask_about_new(scene, rng)) for _ in range(2)]
+        pictures = [make_data.prepare(scenes.draw(scene), make_data.IMAGE_SIZE)]
+        samples += [(pictures, *ask_about_new(scene, rng)) for _ in range(2)]
     return samples
 
 

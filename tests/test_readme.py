@@ -48,7 +48,7 @@ def test_commands_run(monkeypatch):
 
 
 def test_the_first_command_answers_right_and_worse_with_fewer_tokens():
-    from mqt_llava.training import scenes
+    from recipes.tiny import scenes
 
     scene = scenes.make_scene(int((ROOT / "examples" / "scene_seed.txt").read_text()))
     _, expected = scenes.ask(scene, "list", None)

@@ -8,8 +8,8 @@ import torch
 from openai import OpenAI
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mqt_llava.training.evaluate import accuracy_by_type, evaluation_set, is_right, markdown_table
-from mqt_llava.training.scenes import EMOJI_FONT
+from recipes.tiny.evaluate import accuracy_by_type, evaluation_set, is_right, markdown_table, read_answer
+from recipes.tiny.scenes import FONTS
 from tests.serving.common import server
 from tests.serving.test_server import as_url, content
 
@@ -19,7 +19,7 @@ NUM_VISUAL_TOKENS = (1, 4, 16, 64)
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists(EMOJI_FONT), reason="needs fonts-noto-color-emoji")
+@pytest.mark.skipif(not all(map(os.path.exists, FONTS)), reason="needs fonts-noto-color-emoji and fonts-symbola")
 def test_accuracy_through_the_server(tiny):
     """200 pictures of held-out seeds, all types of questions, 16 clients."""
     samples = evaluation_set(200)
@@ -30,15 +30,15 @@ def test_accuracy_through_the_server(tiny):
         client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
 
         def is_right_through_the_server(sample, m):
-            picture, _, question, answer = sample
+            pictures, _, question, answer = sample
             completion = client.chat.completions.create(
                 model="mqt-llava",
-                messages=[{"role": "user", "content": content([as_url(picture)], question)}],
+                messages=[{"role": "user", "content": content([as_url(picture) for picture in pictures], question)}],
                 temperature=0,
                 max_tokens=40,
                 extra_body={"mm_processor_kwargs": {"num_visual_tokens": m}},
             )
-            return completion.choices[0].message.content.strip() == answer
+            return read_answer(completion.choices[0].message.content) == read_answer(answer)
 
         for m in NUM_VISUAL_TOKENS:
             with ThreadPoolExecutor(16) as pool:
