@@ -292,7 +292,7 @@ def test_every_stage_runs_resumes_and_ships(tmp_path):
 
     run(export, "--model", tmp_path / "unbroken", "--output_dir", tmp_path / "shipped")
     links = list((tmp_path / "shipped").glob("*.py"))
-    assert len(links) == 5 and all(path.is_symlink() and path.exists() for path in links)  # one copy of the code
+    assert len(links) == 6 and all(path.is_symlink() and path.exists() for path in links)  # one copy of the code
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "shipped", trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(tmp_path / "shipped", trust_remote_code=True)
     assert model.dtype == torch.bfloat16 and model.generation_config.use_cache
