@@ -23,8 +23,7 @@ from mqt_llava.training.data import (
     with_num_visual_tokens,
 )
 from mqt_llava.training.sampling import VisualTokenSampler
-from tests.mqt_llava.test_training import REFERENCE
-from tests.reference import official_layout
+from tests.reference import REFERENCE, official_layout
 from tests.small_model import NUM_QUERY_TOKENS, make_images, make_model, make_processor
 
 

@@ -17,8 +17,7 @@ from mqt_llava.conversion.tokenization import load_llama_tokenizer
 from mqt_llava.training.collator import MQTLlavaDataCollator
 from mqt_llava.training.data import load_conversations
 from mqt_llava.training.lora import make_lora_config
-from tests.mqt_llava.test_training import REFERENCE
-from tests.reference import official_layout
+from tests.reference import REFERENCE, official_layout
 from tests.small_model import NUM_QUERY_TOKENS, make_config, make_images
 
 
