@@ -239,7 +239,7 @@ class MQTLlavaLmms(lmms):
             visual_tokens, counts = sum(counts[: num_images[i]]), counts[num_images[i] :]
             flops = self.count_flops(stages[i], visual_tokens, num_images[i], num_text_tokens[i], num_new_tokens[i])
             tokens = VisualTokenCounts(num_text_tokens[i] + visual_tokens, num_new_tokens[i], visual_tokens=visual_tokens)
-            answers.append({"text": text, "tokens": tokens, "flops": flops})
+            answers.append({"text": text.strip(), "tokens": tokens, "flops": flops})
         return answers
 
     def prepare(self, prompts: list[str], images: list):
@@ -264,7 +264,7 @@ class MQTLlavaLmms(lmms):
     # ------------------------------------------------------------------------------------------------ log-likelihoods
 
     @torch.no_grad()
-    def loglikelihood(self, requests) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests) -> list[GenerationResult]:
         """
         Of continuations that are given, such as the options of a question: `(loss, whether greedy decoding says it)`. lmms-eval
         documents a log-probability and takes the option that has the least, so that its models return the loss, as
@@ -286,7 +286,7 @@ class MQTLlavaLmms(lmms):
                 begin = time.perf_counter()
                 prompt, images = self.read_messages(_user_turn(context, doc_to_visual and doc_to_visual(doc)))
                 for row, result in zip(rows, self.score(prompt, images, targets)):
-                    results[row] = result
+                    results[row] = GenerationResult(result)  # lmms-eval 0.7.3 makes text of a tuple, and cannot read it then
                 self.totals["seconds"] += time.perf_counter() - begin
                 progress.update(len(rows))
         return results
