@@ -35,7 +35,13 @@ from ..training.data import SampleError, open_image
 
 
 # Tasks have others among them, of single models such as `image_aspect_ratio`
-GENERATION_SETTINGS = ("min_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "length_penalty", "early_stopping")
+GENERATION_SETTINGS = (
+    "min_new_tokens",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "length_penalty",
+    "early_stopping",
+)
 SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")
 
 
@@ -119,11 +125,8 @@ class MQTLlavaLmms(lmms):
             config = load_config(checkpoint)
             self.num_visual_tokens, self.schedule = _resolve_num_visual_tokens(num_visual_tokens, checkpoint, config)
             self.device = self.accelerator.device if self._world_size > 1 else resolve_device(device or "auto")
-            is_cpu = self.device.type == "cpu"
-            if dtype != Dtype.auto:
-                dtype = getattr(torch, dtype)
-            else:
-                dtype = torch.float32 if is_cpu else stored_dtype(config)
+            default_dtype = torch.float32 if self.device.type == "cpu" else stored_dtype(config)
+            dtype = default_dtype if dtype == Dtype.auto else getattr(torch, dtype)
             options = {"device_map": device_map or {"": self.device}, "attn_implementation": attn_implementation}
             self.processor, self._model = load_model(checkpoint, self.device, Placement(dtype, options), adapter)
         except UsageError as error:
@@ -238,7 +241,9 @@ class MQTLlavaLmms(lmms):
                 text = text.partition(stop)[0]
             visual_tokens, counts = sum(counts[: num_images[i]]), counts[num_images[i] :]
             flops = self.count_flops(stages[i], visual_tokens, num_images[i], num_text_tokens[i], num_new_tokens[i])
-            tokens = VisualTokenCounts(num_text_tokens[i] + visual_tokens, num_new_tokens[i], visual_tokens=visual_tokens)
+            tokens = VisualTokenCounts(
+                num_text_tokens[i] + visual_tokens, num_new_tokens[i], visual_tokens=visual_tokens
+            )
             answers.append({"text": text.strip(), "tokens": tokens, "flops": flops})
         return answers
 
@@ -286,7 +291,9 @@ class MQTLlavaLmms(lmms):
                 begin = time.perf_counter()
                 prompt, images = self.read_messages(_user_turn(context, doc_to_visual and doc_to_visual(doc)))
                 for row, result in zip(rows, self.score(prompt, images, targets)):
-                    results[row] = GenerationResult(result)  # lmms-eval 0.7.3 makes text of a tuple, and cannot read it then
+                    results[row] = GenerationResult(
+                        result
+                    )  # lmms-eval 0.7.3 makes text of a tuple, and cannot read it then
                 self.totals["seconds"] += time.perf_counter() - begin
                 progress.update(len(rows))
         return results

@@ -70,7 +70,9 @@ def ours():
 @pytest.mark.parametrize("m", NUM_VISUAL_TOKENS)
 def test_accuracy_is_that_of_our_evaluator_question_by_question(m, tasks, ours):
     model_args = f"pretrained={TINY_CHECKPOINT},num_visual_tokens={m}"
-    results = evaluator.simple_evaluate("mqt_llava", model_args, tasks=["mqt_scenes"], task_manager=tasks, batch_size=8)
+    results = evaluator.simple_evaluate(
+        "mqt_llava", model_args, tasks=["mqt_scenes"], task_manager=tasks, batch_size=8
+    )
     samples, metric = results["samples"]["mqt_scenes"], load_metric("exact_match")
     questions = read_questions(TASK / "questions.json", TASK)
     assert len(samples) == len(questions) == 60
@@ -112,10 +114,29 @@ def run_command(*command, **variables):
 def test_command_and_ranks(tmp_path):
     """The command of the README, and the same shared by two processes."""
     arguments = ["--model", "mqt_llava", "--model_args", f"pretrained={TINY_CHECKPOINT},num_visual_tokens=4"]
-    arguments += ["--batch_size", "8", "--include_path", str(TASK), "--tasks", "mqt_scenes", "--log_samples", "--limit", "9"]
+    arguments += [
+        "--batch_size",
+        "8",
+        "--include_path",
+        str(TASK),
+        "--tasks",
+        "mqt_scenes",
+        "--log_samples",
+        "--limit",
+        "9",
+    ]
     runs = {
         "one": [str(Path(sys.executable).parent / "lmms-eval")],
-        "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "lmms_eval"],
+        "two": [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "-m",
+            "lmms_eval",
+        ],
     }
     found = {}
     for name, command in runs.items():
@@ -140,9 +161,7 @@ def test_registered_under_its_name():
 
 def test_each_image_is_encoded_once(lm):
     seen = []
-    hook = lm._model.model.vision_tower.register_forward_pre_hook(
-        lambda module, inputs: seen.append(len(inputs[0]))
-    )
+    hook = lm._model.model.vision_tower.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     questions = [user("List everything.", Image.open(path)) for path in PICTURES[:6]]
     questions += [user("What differs?", *map(Image.open, PICTURES[:2])), user("Is there a dog?")]
     ask(lm, questions)
@@ -268,7 +287,9 @@ def test_arguments_that_are_wrong(arguments, message):
 
 def test_options_by_their_likelihood(tmp_path, tasks):
     """A task of output type `multiple_choice`, and losses against those of the model with labels."""
-    (tmp_path / "utils.py").write_text((TASK / "utils.py").read_text().replace("Path(__file__).parent", f"Path({str(TASK)!r})"))
+    (tmp_path / "utils.py").write_text(
+        (TASK / "utils.py").read_text().replace("Path(__file__).parent", f"Path({str(TASK)!r})")
+    )
     rows = [row for row in json.loads((TASK / "questions.json").read_text()) if row["category"] == "number?"]
     (tmp_path / "questions.json").write_text(json.dumps(rows))
     task = yaml.load((TASK / "mqt_scenes.yaml").read_text().replace("!function ", ""), yaml.SafeLoader)
