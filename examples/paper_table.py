@@ -56,12 +56,10 @@ def markdown(ours: dict[int, dict], paper: dict[int, dict]) -> str:
     lines = [f"| m | {' | '.join(BENCHMARKS)} | TFLOP per answer |", "| ---: |" + " ---: |" * (len(BENCHMARKS) + 1)]
     for m in sorted(ours.keys() | paper.keys()):
         row, theirs = ours.get(m, {}), paper.get(m, {})
-        cells = [
-            f"{f'{row[name]:.1f}' if name in row else '-'} / {theirs.get(name, '-')}"
-            if name in row or name in theirs
-            else ""
-            for name in BENCHMARKS
-        ]
+        cells = []
+        for name in BENCHMARKS:
+            figure = f"{row[name]:.1f}" if name in row else "-"
+            cells.append(f"{figure} / {theirs.get(name, '-')}" if name in row or name in theirs else "")
         cells.append(f"{row['TFLOP']:.2f}" if "TFLOP" in row else "")
         lines.append(f"| {m} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -19,6 +19,11 @@ pytestmark = pytest.mark.lmms
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(scope="module")
+def manager():
+    return TaskManager()
+
+
 def run_script(tmp_path, lmms_eval, **variables):
     """Run the script with a stand-in for the command of lmms-eval."""
     environment = {name: value for name, value in os.environ.items() if name != "OPENAI_API_KEY"}
@@ -113,8 +118,8 @@ def test_script_says_what_is_left_out_and_what_failed(tmp_path):
         ("mmbench_en_dev_static", "\nAnswer with the option's letter from the given choices directly."),
     ],
 )
-def test_prompts_end_as_in_llava(task, suffix):
-    path = TaskManager().task_index[task]["yaml_path"]
+def test_prompts_end_as_in_llava(task, suffix, manager):
+    path = manager.task_index[task]["yaml_path"]
     assert load_yaml_config(path, mode="simple")["lmms_eval_specific_kwargs"]["default"]["post_prompt"] == suffix
 
 
