@@ -1,0 +1,421 @@
+"""lmms-eval's tasks, without a fork of it: `lmms-eval --model mqt_llava --model_args pretrained=DIR,num_visual_tokens=16 ...`
+
+lmms-eval finds [`manifest`] through the entry point group `lmms_eval.models`. It makes the model from the text of `--model_args`,
+builds the requests of all tasks and hands them over at once, on every rank its own share of them.
+"""
+
+import contextlib
+import json
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import cache, partial
+from itertools import groupby
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from lmms_eval.api.instance import GenerationResult, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from lmms_eval.models.registry_v2 import ModelManifest
+from lmms_eval.protocol import ChatMessages
+from loguru import logger
+from tqdm import tqdm
+from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..cli.errors import UsageError
+from ..cli.models import Dtype, load_config, load_model, name_base, resolve_device
+from ..cost import CostModel
+from ..modeling.adaptive_mqt_llava import resolve_schedule
+from ..modeling.budget_mqt_llava import default_num_visual_tokens, resolve_visual_token_counts
+from ..placement import Placement, stored_dtype
+from ..training.data import SampleError, open_image
+
+
+# Tasks have others among them, of single models such as `image_aspect_ratio`
+GENERATION_SETTINGS = (
+    "min_new_tokens",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "length_penalty",
+    "early_stopping",
+)
+SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")
+
+
+def manifest() -> ModelManifest:
+    """What the entry point `lmms_eval.models` names."""
+    return ModelManifest(
+        "mqt_llava",
+        chat_class_path=f"{__name__}.MQTLlavaLmms",
+        simple_class_path=f"{__name__}.MQTLlavaSimpleLmms",  # with --force_simple
+        aliases=("mqt-llava",),
+    )
+
+
+@dataclass
+class VisualTokenCounts(TokenCounts):
+    """What `--log_samples` writes of an answer. `input_tokens` are text and visual tokens, `visual_tokens` those of all its images."""
+
+    visual_tokens: int | None = None
+
+    def to_dict(self):
+        return super().to_dict() | {"visual_tokens": self.visual_tokens}
+
+
+class MQTLlavaLmms(lmms):
+    """
+    An MQT-LLaVA model for lmms-eval. Of several processes (`accelerate launch`, `torchrun`) each has the whole model and answers its
+    share of the questions.
+
+    Args:
+        pretrained (`str`): a folder or a Hub repository. Defaults to the base model of `adapter`.
+        num_visual_tokens (`int` or `"auto"`): m, of each image, or as many as the question needs, by the schedule of the
+            checkpoint's generation config. Defaults to what that config says, or M.
+        batch_size (`int`): questions at once. lmms-eval sets it, by `--batch_size`.
+        device (`str`): "cpu", "cuda:1" and so on; "auto" takes a GPU where there is one. lmms-eval sets it, by `--device`.
+        device_map (`str`): "auto", "balanced" and so on, to spread one model over several GPUs.
+        dtype (`str`): of the weights. "auto": float32 on a CPU, else that of the checkpoint.
+        attn_implementation (`str`): as for `from_pretrained`.
+        adapter (`str`): a LoRA adapter to merge, a folder or a repository.
+        max_new_tokens (`int`): where a task does not say it.
+        system_prompt (`str`): text or a file of it, in place of the chat template's.
+
+    Raises:
+        `ValueError`: for all that is not so, before the weights are read.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        num_visual_tokens: int | str | None = None,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        device_map: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        adapter: str | None = None,
+        max_new_tokens: int = 1024,
+        system_prompt: str | None = None,
+        **unknown,
+    ):
+        super().__init__()
+        if unknown:
+            raise ValueError(
+                f"mqt_llava has no model argument {', '.join(unknown)}; it has pretrained, num_visual_tokens, batch_size, device, "
+                "device_map, dtype, attn_implementation, adapter, max_new_tokens and system_prompt."
+            )
+        if pretrained is None and adapter is None:
+            raise ValueError("Say which model: --model_args pretrained=DIR_OR_REPO.")
+        self.batch_size = _positive_integer("batch_size", batch_size)
+        self.max_new_tokens = _positive_integer("max_new_tokens", max_new_tokens)
+        if dtype not in list(Dtype):
+            raise ValueError(f"dtype is one of {', '.join(Dtype)}; got {dtype!r}.")
+        self.system_prompt = system_prompt and self._resolve_system_prompt(system_prompt.replace("\\n", "\n"))
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if self._world_size > 1 and device_map is not None:
+            raise ValueError("device_map spreads one model: start one process for it, not several.")
+        try:
+            checkpoint = name_base(adapter) if pretrained is None else pretrained
+            config = load_config(checkpoint)
+            self.num_visual_tokens, self.schedule = _resolve_num_visual_tokens(num_visual_tokens, checkpoint, config)
+            self.device = self.accelerator.device if self._world_size > 1 else resolve_device(device or "auto")
+            default_dtype = torch.float32 if self.device.type == "cpu" else stored_dtype(config)
+            dtype = default_dtype if dtype == Dtype.auto else getattr(torch, dtype)
+            options = {"device_map": device_map or {"": self.device}, "attn_implementation": attn_implementation}
+            self.processor, self._model = load_model(checkpoint, self.device, Placement(dtype, options), adapter)
+        except UsageError as error:
+            raise ValueError(error.message) from None
+        self.device = self._model.device  # of the embeddings, where inputs go
+        self.max_length = getattr(config.get_text_config(), "max_position_embeddings", float("inf"))
+        self.count_flops = cache(partial(_count_flops, CostModel(config), self.schedule))  # many answers are alike
+        self.totals = Counter()
+
+    # ------------------------------------------------------------------------------------------------------ answers
+
+    def generate_until(self, requests) -> list[GenerationResult]:
+        """Answers, in the order of the requests. Those with equal settings share batches, the longest prompts first, so that what
+        does not fit into memory shows at once."""
+        settings = [json.dumps(self.settings_of(request), sort_keys=True, default=str) for request in requests]
+        order = sorted(range(len(requests)), key=lambda i: (settings[i], -len(requests[i].args[0])))
+        results = [None] * len(requests)
+        with tqdm(total=len(requests), desc="Answering", disable=self.rank != 0) as progress:
+            for _, group in groupby(order, key=settings.__getitem__):
+                group = list(group)
+                generation = self.read_settings(self.settings_of(requests[group[0]]))
+                for start in range(0, len(group), self.batch_size):
+                    rows = group[start : start + self.batch_size]
+                    asked = [self.read_messages(self.messages_of(requests[row])) for row in rows]
+                    begin = time.perf_counter()
+                    answers = self.answer(asked, **generation)
+                    self.totals["seconds"] += time.perf_counter() - begin
+                    for row, answer in zip(rows, answers):
+                        results[row] = self.note(requests[row], answer)
+                    progress.update(len(rows))
+        return results
+
+    def settings_of(self, request) -> dict:
+        return request.args[2]
+
+    def messages_of(self, request) -> list[dict]:
+        _, doc_to_messages, _, doc_id, task, split = request.args
+        return doc_to_messages(self.task_dict[task][split][doc_id])
+
+    def read_settings(self, settings: dict) -> dict:
+        """A task's `generation_kwargs` as arguments of [`answer`]."""
+        until = settings.get("until") or []
+        until = [until] if isinstance(until, str) else list(until)
+        temperature = settings.get("temperature")
+        do_sample = settings.get("do_sample", bool(temperature)) and temperature != 0  # 0 stands for greedy decoding
+        num_beams = settings.get("num_beams") or 1
+        if self.schedule is not None and (do_sample or num_beams > 1):
+            raise ValueError(
+                f"num_visual_tokens=auto is greedy decoding, and the task asks for {'samples' if do_sample else 'beams'}."
+            )
+        names = GENERATION_SETTINGS + (SAMPLING_SETTINGS if do_sample else ())
+        generation = {name: settings[name] for name in names if settings.get(name) is not None}
+        return {
+            "until": until,
+            "max_new_tokens": settings.get("max_new_tokens") or self.max_new_tokens,
+            "generation": generation | {"do_sample": bool(do_sample), "num_beams": num_beams},
+        }
+
+    def read_messages(self, messages: list[dict]) -> tuple[str, list]:
+        """The prompt of chat messages, and their images, not yet opened."""
+        messages = ChatMessages(messages=messages)
+        images, videos, audios = messages.extract_media()
+        if videos or audios:
+            raise ValueError(f"MQT-LLaVA takes images and text; the task has {'videos' if videos else 'audio'}.")
+        messages, token = messages.to_hf_messages(), self.processor.image_token
+        if self.system_prompt:
+            messages = self._apply_system_prompt(messages, self.system_prompt)
+        texts = [[part["text"] for part in message["content"] if part["type"] == "text"] for message in messages]
+        num_named = sum(text.count(token) for parts in texts for text in parts)
+        if num_named == len(images):  # the texts say themselves where images stand
+            messages = [message | {"content": "".join(parts)} for message, parts in zip(messages, texts)]
+        elif num_named:
+            raise ValueError(f"A question has {num_named} {token} in its text and {len(images)} images.")
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), images
+
+    def answer(self, asked: list[tuple[str, list]], until, max_new_tokens, generation) -> list[dict]:
+        """Answer prompts about images in one batch. One that cannot be asked, because an image is damaged or the prompt too long, has
+        an `error`; the others are asked one by one then."""
+        try:
+            return self.answer_batch(asked, until, max_new_tokens, generation)
+        except SampleError as error:
+            if len(asked) == 1:
+                logger.error(f"A question cannot be asked and counts as wrong: {error}")
+                return [{"text": "", "error": str(error)}]
+            return [self.answer([one], until, max_new_tokens, generation)[0] for one in asked]
+
+    @torch.no_grad()
+    def answer_batch(self, asked, until, max_new_tokens, generation) -> list[dict]:
+        inputs = self.prepare([prompt for prompt, _ in asked], [image for _, images in asked for image in images])
+        length, tokenizer = inputs["input_ids"].shape[1], self.processor.tokenizer
+        criteria = [StopStringCriteria(tokenizer, until)] if until else []
+        outputs = self._model.generate(
+            **inputs,
+            num_visual_tokens=self.schedule or self.num_visual_tokens,
+            max_new_tokens=int(min(max_new_tokens, self.max_length - length)),
+            stopping_criteria=StoppingCriteriaList(criteria),
+            return_dict_in_generate=True,
+            **generation,
+        )
+        new = outputs.sequences[:, length:].cpu()
+        is_placeholder = inputs["input_ids"] == self._model.config.image_token_id
+        num_text_tokens = (inputs["attention_mask"].bool() & ~is_placeholder).sum(-1).tolist()
+        num_new_tokens = (new != tokenizer.pad_token_id).sum(-1).tolist()
+        num_images = [len(images) for _, images in asked]
+        counts = [self.num_visual_tokens] * sum(num_images)
+        stages = [None] * len(asked)
+        if self.schedule is not None:
+            counts, stages = outputs.visual_token_counts.tolist(), outputs.stages.tolist()
+        answers = []
+        for i, text in enumerate(self.processor.batch_decode(new, skip_special_tokens=True)):
+            for stop in until:
+                text = text.partition(stop)[0]
+            visual_tokens, counts = sum(counts[: num_images[i]]), counts[num_images[i] :]
+            flops = self.count_flops(stages[i], visual_tokens, num_images[i], num_text_tokens[i], num_new_tokens[i])
+            tokens = VisualTokenCounts(
+                num_text_tokens[i] + visual_tokens, num_new_tokens[i], visual_tokens=visual_tokens
+            )
+            answers.append({"text": text.strip(), "tokens": tokens, "flops": flops})
+        return answers
+
+    def prepare(self, prompts: list[str], images: list):
+        """Inputs of the model, with m placeholders for each image; with a schedule, as many as its last stage has."""
+        inputs = self.processor(
+            images=[open_image(image) for image in images] or None,
+            text=prompts,
+            num_visual_tokens=self.num_visual_tokens,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,  # the chat template writes the BOS
+            return_tensors="pt",
+        ).to(self.device)
+        length = inputs["input_ids"].shape[1]
+        if length >= self.max_length:
+            raise SampleError(f"the prompt has {length} tokens, the model takes {self.max_length}")
+        return inputs
+
+    def generate_until_multi_round(self, requests):
+        raise NotImplementedError("mqt_llava answers questions of one round.")
+
+    # ------------------------------------------------------------------------------------------------ log-likelihoods
+
+    @torch.no_grad()
+    def loglikelihood(self, requests) -> list[GenerationResult]:
+        """
+        Of continuations that are given, such as the options of a question: `(loss, whether greedy decoding says it)`. lmms-eval
+        documents a log-probability and takes the option that has the least, so that its models return the loss, as
+        a mean over tokens; so do we.
+
+        Tasks of this kind need `--force_simple`. The images of a document are encoded once for all that continues it.
+        """
+        asked = defaultdict(list)
+        for row, request in enumerate(requests):
+            context, _, _, doc_id, task, split = request.args
+            asked[task, split, doc_id, context].append(row)
+        results = [None] * len(requests)
+        with tqdm(total=len(requests), desc="Scoring", disable=self.rank != 0) as progress:
+            for (task, split, doc_id, context), rows in asked.items():
+                _, _, doc_to_visual, *_ = requests[rows[0]].args
+                doc = self.task_dict[task][split][doc_id]
+                targets = [requests[row].args[1] for row in rows]
+                targets = [target(doc) if callable(target) else target for target in targets]
+                begin = time.perf_counter()
+                prompt, images = self.read_messages(_user_turn(context, doc_to_visual and doc_to_visual(doc)))
+                for row, result in zip(rows, self.score(prompt, images, targets)):
+                    results[row] = GenerationResult(
+                        result
+                    )  # lmms-eval 0.7.3 makes text of a tuple, and cannot read it then
+                self.totals["seconds"] += time.perf_counter() - begin
+                progress.update(len(rows))
+        return results
+
+    def score(self, prompt: str, images: list, targets: list[str]) -> list[tuple[float, bool]]:
+        """`(loss, is greedy)` of each answer to a prompt."""
+        inputs, eos = self.prepare([prompt], images), self.processor.tokenizer.eos_token
+        # As the chat template writes answers, for the processor knows how those are tokenized; their end is not scored
+        answers = [f" {str(target).strip()}{eos}" for target in targets]
+        answers = [self.processor(text=text, add_special_tokens=False)["input_ids"][0][:-1] for text in answers]
+        image_outputs = None
+        if images:
+            image_outputs = self._model.get_image_features(
+                inputs["pixel_values"], self.num_visual_tokens, return_dict=True
+            )
+        results = []
+        for start in range(0, len(answers), self.batch_size):
+            results += self.score_batch(inputs, image_outputs, answers[start : start + self.batch_size])
+        return results
+
+    def score_batch(self, inputs, image_outputs, answers: list[list[int]]) -> list[tuple[float, bool]]:
+        number, lengths = len(answers), torch.tensor([len(ids) for ids in answers], device=self.device)
+        pad = self.processor.tokenizer.pad_token_id or 0
+        padded = [ids + [pad] * (int(lengths.max()) - len(ids)) for ids in answers]
+        ids = torch.tensor(padded, dtype=torch.long, device=self.device)
+        is_answer = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
+        prompt = inputs["input_ids"].expand(number, -1)
+        batch = {
+            "input_ids": torch.cat([prompt, ids], dim=1),
+            "attention_mask": torch.cat([torch.ones_like(prompt), is_answer.long()], dim=1),
+        }
+        if image_outputs is not None:
+            outputs = BaseModelOutputWithPooling(pooler_output=list(image_outputs.pooler_output) * number)
+            batch["mm_encoder_outputs"] = {"image": outputs}
+        if "visual_token_counts" in inputs:
+            batch["visual_token_counts"] = inputs["visual_token_counts"].repeat(number)
+        logits = self._model(**batch, logits_to_keep=ids.shape[1] + 1).logits[:, :-1].float()
+        log_probs = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0].masked_fill(~is_answer, 0)
+        losses = -log_probs.sum(-1) / lengths.clamp(min=1)
+        is_greedy = ((logits.argmax(-1) == ids) | ~is_answer).all(-1)
+        return list(zip(losses.tolist(), is_greedy.tolist()))
+
+    # -------------------------------------------------------------------------------------------------------- figures
+
+    def note(self, request, answer: dict) -> GenerationResult:
+        """Count an answer. Ranks with fewer questions than others are given some again, and those are not counted."""
+        tokens = answer.get("tokens")
+        if not (request.metadata or {}).get("__padding_only__"):
+            self.totals["answers"] += 1
+            self.totals["failed"] += tokens is None
+            if tokens is not None:
+                self.totals["visual_tokens"] += tokens.visual_tokens
+                self.totals["new_tokens"] += tokens.output_tokens
+                self.totals["flops"] += answer["flops"]
+        return GenerationResult(answer["text"], tokens)
+
+    def clean(self):
+        """lmms-eval calls this on every rank when all requests are answered: figures of the run go into its table and its results
+        file, as `throughput`, before the model goes."""
+        ranks = gather_object([self.totals])
+        totals, seconds = sum(ranks, Counter()), max(rank["seconds"] for rank in ranks)
+        answered = totals["answers"] - totals["failed"]
+        if answered and self.rank == 0:
+            figures = {
+                "visual_tokens": totals["visual_tokens"] / answered,
+                "gflops": totals["flops"] / answered / 1e9,
+                "failed": totals["failed"],
+            }
+            # lmms-eval calls them avg_visual_tokens and so on: it means over calls of `log_metrics`, of which this is the only one
+            log_metrics(seconds, totals["new_tokens"], totals["new_tokens"] / max(seconds, 1e-9), figures)
+        self.totals.clear()
+        super().clean()
+
+
+class MQTLlavaSimpleLmms(MQTLlavaLmms):
+    """
+    The same for `--force_simple`, where a task has a text and its images, which stand in front of it. lmms-eval's tasks with
+    `output_type: multiple_choice` or `loglikelihood` can be asked in no other way.
+    """
+
+    is_simple = True
+
+    def settings_of(self, request) -> dict:
+        return request.args[1]
+
+    def messages_of(self, request) -> list[dict]:
+        context, _, doc_to_visual, doc_id, task, split = request.args
+        return _user_turn(context, doc_to_visual and doc_to_visual(self.task_dict[task][split][doc_id]))
+
+
+def _user_turn(text: str, visuals: list | None) -> list[dict]:
+    content = []
+    for visual in visuals or []:
+        if isinstance(visual, (str, dict)):  # paths of videos, and sounds
+            raise ValueError("MQT-LLaVA takes images and text; the task has videos or audio.")
+        content.append({"type": "image", "url": visual})
+    return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+
+
+def _positive_integer(name: str, value) -> int:
+    with contextlib.suppress(TypeError, ValueError):
+        if not isinstance(value, (bool, float)) and int(value) >= 1:
+            return int(value)
+    raise ValueError(f"{name} must be a positive integer; got {value!r}.")
+
+
+def _resolve_num_visual_tokens(num_visual_tokens, checkpoint: str, config):
+    """m, and for "auto" the schedule, whose last m that is."""
+    generation_config = GenerationConfig()
+    with contextlib.suppress(OSError):  # there is none
+        generation_config = GenerationConfig.from_pretrained(checkpoint)
+    if num_visual_tokens is None:
+        num_visual_tokens = default_num_visual_tokens(generation_config)
+    schedule = resolve_schedule(num_visual_tokens, [generation_config], config.num_query_tokens)
+    if schedule is not None:
+        return schedule.num_visual_tokens[-1], schedule
+    return resolve_visual_token_counts(num_visual_tokens, 1, config.num_query_tokens)[0], None
+
+
+def _count_flops(costs, schedule, stage, num_visual_tokens, num_images, num_text_tokens, num_new_tokens) -> int:
+    """FLOPs of an answer; with a schedule up to the stage that gave it, an estimate: earlier drafts are taken to be as long."""
+    request = {"num_text_tokens": num_text_tokens, "num_images": num_images, "num_new_tokens": max(1, num_new_tokens)}
+    if stage is None or not num_images:
+        return costs(num_visual_tokens // num_images if num_images else 1, **request).flops
+    return sum(cost.flops for cost in costs.stages(schedule, **request)[: stage + 1])
