@@ -44,8 +44,7 @@ def gazes(side):
     coarse += [box(y, x, cell, cell) for y in starts for x in starts]
     fine = [box(y, x, 2, 2) for y in range(side - 1) for x in range(side - 1)]
     fine = [fine[17 * i % len(fine)] for i in range(len(fine))]
-    masks = [*coarse, *fine, *fine][: side * side]
-    return torch.stack(masks)
+    return torch.stack([*coarse, *fine, *fine][: side * side])  # of 8 x 8 queries one has a square for the second time
 
 
 @torch.no_grad()
@@ -53,8 +52,7 @@ def look_from_coarse_to_fine(query_transformer):
     """
     Begin with visual tokens that each show a part of the picture, as [`gazes`] has it.
 
-    With small random projections every query attends evenly to all patches: all visual tokens begin as the same average, and
-    take thousands of steps to part. Here queries and keys share a projection that tells rows and columns, a query is the mean
+    With small random projections every query attends evenly to all patches, and all visual tokens begin as the same average. Here queries and keys share a projection that tells rows and columns, a query is the mean
     of the positions that it looks at, and the values go through rotations, in which nothing is lost.
     """
     width, head_dim = query_transformer.q_proj.in_features, query_transformer.head_dim

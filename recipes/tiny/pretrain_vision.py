@@ -3,8 +3,8 @@
 LLaVA starts from CLIP, which was pretrained on captioned pictures from the web. Here nothing is downloaded, so the
 tower learns from scenes. Every patch tells which object or figure covers it, of which one it holds the centre (so that two
 cats side by side are two), where it is in the picture and in the padded square, and what colour the background has. Nothing is
-asked of the picture as a whole: patches that told how many things there are elsewhere left the language model no reason
-to look at any patch in particular, and it never learned what is where.
+asked of the picture as a whole: with towers whose patches were also averaged to tell how many things there are, the language
+model did not learn what is where. (That this is the reason is a guess, not shown yet.)
 
     python -m recipes.tiny.pretrain_vision --data_path runs/data --output_dir runs/vision
 """

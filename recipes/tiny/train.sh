@@ -7,7 +7,7 @@
 set -euo pipefail
 runs=${1:?"usage: train.sh FOLDER"}
 python=${PYTHON:-python}
-# One process a core, each with half of the batch: a step of stage 2 took 0.7 s, in one process 0.8
+# One process a core, each with half of the batch
 launch=(env OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --nproc_per_node 2 -m)
 on_cpu=(--use_cpu --bf16 --max_grad_norm 1 --lr_scheduler_type cosine --learning_rate 1e-3 --save_total_limit 2 --report_to none)
 
