@@ -3,8 +3,7 @@
 LLaVA starts from CLIP, which was pretrained on captioned pictures from the web. Here nothing is downloaded, so the
 tower learns from scenes. Every patch tells which object or figure covers it, of which one it holds the centre (so that two
 cats side by side are two), where it is in the picture and in the padded square, and what colour the background has. Nothing is
-asked of the picture as a whole: with towers whose patches were also averaged to tell how many things there are, the language
-model did not learn what is where. (That this is the reason is a guess, not shown yet.)
+asked of the picture as a whole: a visual token is a weighted sum of patches, and can hold what each of them tells.
 
     python -m recipes.tiny.pretrain_vision --data_path runs/data --output_dir runs/vision
 """
@@ -107,10 +106,13 @@ class PatchNamer(nn.Module):
         for name, values in (("mean", OPENAI_CLIP_MEAN), ("std", OPENAI_CLIP_STD)):
             self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
 
-    def forward(self, pixel_values, patches, centres, places, colour):
+    def features(self, pixel_values):
         pixels = (pixel_values.permute(0, 3, 1, 2).float() - self.mean) / self.std
         features = self.vision_tower(pixels).last_hidden_state[:, 1:]
-        features = F.layer_norm(features, features.shape[-1:])
+        return F.layer_norm(features, features.shape[-1:])
+
+    def forward(self, pixel_values, patches, centres, places, colour):
+        features = self.features(pixel_values)
         covers, middles, cells, lines, colours = (
             self.patch_readout(features).float().flatten(0, 1).split(self.of_patches, -1)
         )

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionC
 from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration
 from mqt_llava.training import train
 from mqt_llava.training.data import load_conversations, open_image
-from recipes.tiny import assemble, evaluate, export, make_data, pretrain_text, pretrain_vision, scenes, tune
+from recipes.tiny import drills, evaluate, export, gazes, make_data, pretrain_language, pretrain_vision, scenes, tune
 from recipes.tiny.optimizer import MuonAndAdamW
 
 
@@ -198,8 +198,8 @@ def test_visual_tokens_begin_with_parts_of_the_picture():
     options = {"num_query_tokens": 64, "query_transformer_num_attention_heads": 8, "image_token_id": 3}
     config = MQTLlavaConfig(vision_config=vision, text_config=text, **options)
     transformer = MQTLlavaForConditionalGeneration(config).model.query_transformer
-    assemble.look_from_coarse_to_fine(transformer)
-    masks = assemble.gazes(8)
+    gazes.look_from_coarse_to_fine(transformer)
+    masks = gazes.gazes(8)
     assert masks.shape == (64, 64) and masks.sum(1).int().tolist()[:16] == [64] + [16] * 4 + [9] * 9 + [4] * 2
     assert (masks[14:40].sum(0) > 0).float().mean() > 0.8  # some of the small squares cover most of the picture
     # 64 pictures, of which one patch each is not blank: how much of it each token shows
@@ -208,6 +208,50 @@ def test_visual_tokens_begin_with_parts_of_the_picture():
         shown = transformer(features, 64).norm(dim=-1).T
     of_gaze = (shown * masks).sum(1) / shown.sum(1)
     assert of_gaze[0] == 1 and of_gaze[1:].min() > 0.6 and of_gaze.mean() > 0.8
+
+
+@given(st.integers(0, 2 * drills.FIRST))
+def test_drills_are_right_about_what_their_labels_show(seed):
+    turns, (covers, centres, places, colour) = drills.drill(seed)
+    names = [pretrain_vision.NAMES[covers[patch] - 1] for patch in drills.MIDDLES]
+    assert (centres > 0).sum() == 9 and all(centres[patch] == covers[patch] for patch in drills.MIDDLES)
+    assert [places[patch] for patch in drills.MIDDLES] == list(range(9))
+    questions = [turn["value"].removeprefix("<image>\n") for turn in turns[::2]]
+    assert turns[0]["value"].startswith("<image>") and len(set(questions)) == len(questions)
+
+    counts = {kind: names.count(kind) for kind in scenes.KINDS}
+    words = {kind: scenes.NUMBER_WORDS[count] for kind, count in counts.items() if count <= scenes.MAX_THINGS}
+    told = {
+        "What is where?": dict(zip(scenes.PLACES, names)),
+        "What is there?": {kind: "yes" if count else "no" for kind, count in counts.items()},
+        "How many of what?": words,
+        "Describe the picture.": {},
+    }
+    right = {f"What is {scenes.where(cell)}?": scenes.noun(name) for cell, name in enumerate(names)}
+    right |= {f"Is there {scenes.noun(kind)}?": told["What is there?"][kind] for kind in scenes.KINDS}
+    right |= {f"How many {scenes.plural(kind)} are there?": word for kind, word in words.items()}
+    rows = [
+        ["nothing"] * 5,
+        *(["nothing", *map(scenes.noun, names[i : i + 3]), "nothing"] for i in (0, 3, 6)),
+        ["nothing"] * 5,
+    ]
+    for cell, name in enumerate(names):
+        row, column = divmod(cell, 3)
+        above, below, left, right_of = (
+            rows[row][column + 1],
+            rows[row + 2][column + 1],
+            *rows[row + 1][column : column + 3 : 2],
+        )
+        for direction, thing in {"above": above, "below": below, "left of": left, "right of": right_of}.items():
+            right[f"What is {direction} the {name}?"] = thing
+    for question, answer in zip(questions, (turn["value"] for turn in turns[1::2])):
+        if question == "Describe the picture.":
+            assert scenes.COLOURS[colour] in answer and all(name in answer for name in names)
+        elif question in told:
+            parts = [tuple(part.rsplit(" ", 1)) for part in answer.rstrip(".").split(", ")]
+            assert parts and all(told[question][about] == said for about, said in parts)
+        else:
+            assert answer == scenes.sentence(right[question])
 
 
 def test_the_optimizer_is_muon_for_hidden_matrices_and_goes_on_where_it_was(checkpoint):
@@ -264,16 +308,14 @@ TRAINING = (
 @pytest.mark.slow
 def test_every_stage_runs_resumes_and_ships(tmp_path):
     data = tmp_path / "data"
-    run(make_data, "--output_dir", data, "--pictures", 16, "--drills", 16, "--texts", 16)
-    vision, text = tmp_path / "vision", tmp_path / "text"
+    run(make_data, "--output_dir", data, "--pictures", 16)
+    vision, start = tmp_path / "vision", tmp_path / "start"
     small = ("--num_hidden_layers", 1, "--hidden_size", 32, "--num_attention_heads", 2)
     vision_data = ("--data_path", data, "--output_dir", vision, "--remove_unused_columns", False)
     run(pretrain_vision, *vision_data, "--max_steps", 2, *small, *TRAINING)
-    text_data = ("--data_path", data / "text.json", "--output_dir", text, "--remove_unused_columns", False)
-    run(pretrain_text, *text_data, "--max_steps", 2, *small, *TRAINING)
-    start = tmp_path / "start"
-    parts = ("--vision_tower", vision, "--language_model", text)
-    run(assemble, *parts, "--num_attention_heads", 2, "--output_dir", start)
+    language = ("--data_path", data, "--vision_tower", vision, "--output_dir", start, "--drills", 8)
+    query_transformer = ("--query_transformer_num_attention_heads", 2)
+    run(pretrain_language, *language, "--max_steps", 4, *small, *query_transformer, *TRAINING)
     images = ("--image_folder", data / "images", "--bf16", False, "--gradient_accumulation_steps", 1)
     stage1 = ("--stage", 1, "--model", start, "--data_path", data / "captions.json", *images)
     run(train, *stage1, "--output_dir", tmp_path / "stage1", "--max_steps", 2, *TRAINING)
