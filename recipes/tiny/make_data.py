@@ -3,8 +3,8 @@
     python -m recipes.tiny.make_data --output_dir runs/data
 
 `captions.json` (stage 1) and `conversations.json` (stage 2) speak of the pictures in `images/`, which are padded and resized as the
-processor does it, so that training need not. `patches.npy` has what every patch shows, for the vision tower. `text.json` has no
-pictures: there the user says in words what a scene shows, and the language model learns to answer from that, first from drills.
+processor does it, so that training need not. `patches.npy` has what every patch shows, from which the vision tower and the language
+model learn.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from mqt_llava import MQTLlavaImageProcessor
 from . import scenes
 
 
-TEXT_SEED = 50_000_000  # scenes told in words are others than those drawn
 PAIR_SEED = 60_000_000
 IMAGE_SIZE, GRID = 128, 8  # the vision tower's pixels and patches
 PAIR_SHARE = 0.1  # of the conversations
@@ -93,53 +92,6 @@ def pair_sample(seed):
     return {"id": f"{seed}", "image": [f"{seed}a.png", f"{seed}b.png"], "conversations": turns(pair)}
 
 
-def text_sample(seed):
-    """No picture: the user tells the scene, things in any order, and asks."""
-    scene, rng = scenes.make_scene(TEXT_SEED + seed), np.random.default_rng([seed, 3])
-    # What stands beside what is not told
-    pairs = [
-        pair for kind, *pair in scenes.conversation(scene) if kind != "beside" or pair[1].startswith("There is no")
-    ]
-    pairs = pairs[: rng.integers(2, 9)]
-    if seed % 4 == 0:
-        pairs.insert(0, ["Describe the picture.", scenes.caption(scene)])
-    told = scenes.caption(scene, [scene.things[i] for i in rng.permutation(len(scene.things))])
-    pairs[0][0] = f"{told}\n{pairs[0][0]}"
-    return {"id": f"text-{seed}", "conversations": turns(*pairs)}
-
-
-def drill_sample(seed, with_places=False):
-    """No picture either: up to four things told, and eight questions whether, how many and where, some of them twice. To find
-    what was asked for in what was told is the one skill that all answers need, and from whole scenes it is learned ten times
-    slower."""
-    rng = np.random.default_rng([seed, 7])
-    number, kinds = int(rng.integers(1, 5)), scenes.KINDS
-    names = [kinds[i] for i in rng.integers(len(kinds), size=number)]
-    cells = rng.choice(9, number, replace=False) if with_places else []
-    pairs = []
-    for _ in range(8):
-        i = rng.integers(number)
-        name = names[i] if rng.random() < 0.5 else kinds[rng.integers(len(kinds))]
-        if with_places and rng.random() < 0.6:
-            pairs.append((f"What is {scenes.where(cells[i])}?", scenes.sentence(scenes.noun(names[i]))))
-        elif rng.random() < 0.7:
-            pairs.append((f"Is there {scenes.noun(name)}?", "Yes." if name in names else "No."))
-        else:
-            word = scenes.NUMBER_WORDS[names.count(name)]
-            pairs.append((f"How many {scenes.plural(name)} are there?", scenes.sentence(word)))
-    told = [scenes.noun(name) for name in names]
-    told = [f"{noun} {scenes.where(cell)}" for noun, cell in zip(told, cells)] or told
-    (question, answer), *rest = pairs
-    pairs = [(f"{scenes.sentence(scenes.join(told))}\n{question}", answer), *rest]
-    return {"id": f"drill-{seed}", "conversations": turns(*pairs)}
-
-
-def by_length(samples, chunk=1280):
-    """Samples of like length beside each other, so that batches need little padding; otherwise in their order."""
-    chunks = (samples[start : start + chunk] for start in range(0, len(samples), chunk))
-    return [sample for part in chunks for sample in sorted(part, key=lambda sample: len(json.dumps(sample)))]
-
-
 def write_json(path, samples):
     """Write aside and move into place, so that an interrupted run leaves no half file."""
     partial = path.with_suffix(".partial")
@@ -151,8 +103,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--pictures", type=int, default=150_000)
-    parser.add_argument("--drills", type=int, default=28_800, help="the last third with places")
-    parser.add_argument("--texts", type=int, default=60_000)
     parser.add_argument("--image_size", type=int, default=IMAGE_SIZE)
     arguments = parser.parse_args()
 
@@ -161,9 +111,6 @@ def main():
     seeds = range(arguments.pictures)
     pairs = range(PAIR_SEED, PAIR_SEED + round(PAIR_SHARE * arguments.pictures))
     with multiprocessing.Pool(os.cpu_count()) as pool:
-        drills = ((seed, 3 * seed >= 2 * arguments.drills) for seed in range(arguments.drills))
-        text = pool.starmap(drill_sample, drills) + pool.map(text_sample, range(arguments.texts))
-        write_json(arguments.output_dir / "text.json", by_length(text))
         write_json(arguments.output_dir / "captions.json", pool.map(caption_sample, seeds, chunksize=500))
         samples = pool.map(conversation_sample, seeds, chunksize=500) + pool.map(pair_sample, pairs, chunksize=500)
         write_json(arguments.output_dir / "conversations.json", samples)

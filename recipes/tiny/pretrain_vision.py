@@ -2,9 +2,8 @@
 
 LLaVA starts from CLIP, which was pretrained on captioned pictures from the web. Here nothing is downloaded, so the
 tower learns from scenes. Every patch tells which object or figure covers it, of which one it holds the centre (so that two
-cats side by side are two), where it is in the picture and in the padded square, and what colour the background has. The mean of each quarter tells how many of each kind have their
-centre there, that of the picture how many things there are and which number is printed: visual tokens are sums over patches,
-and few of them say no more than what survives a sum.
+cats side by side are two), where it is in the picture and in the padded square, and what colour the background has. Nothing is
+asked of the picture as a whole: a visual token is a weighted sum of patches, and can hold what each of them tells.
 
     python -m recipes.tiny.pretrain_vision --data_path runs/data --output_dir runs/vision
 """
@@ -29,7 +28,7 @@ from .optimizer import muon_and_adamw
 
 EVALUATION_SEED = 10_000_000  # seeds from here on are never trained on
 NAMES = scenes.KINDS + scenes.FIGURES
-LABELS = ("patches", "centres", "places", "colour", "counts", "total", "number")
+LABELS = ("patches", "centres", "places", "colour")
 
 
 def patch_places(scene, grid):
@@ -42,19 +41,8 @@ def patch_places(scene, grid):
 
 
 def scene_labels(scene):
-    """What patches tell of places; and means over patches: index of the colour; `(4, 3, names)` whether one, two, three or more of each have their
-    centre in each quarter of the padded square; number of things; the two figures of the number, 10 for none."""
-    counts = np.zeros((4, 3, len(NAMES)), np.bool_)
-    number = [10, 10]
-    for thing in scene.things:
-        quarter = 2 * int(thing.y >= 0.5) + int(thing.x >= 0.5)
-        for figure in thing.name if thing.is_number else [thing.name]:
-            index = NAMES.index(figure)
-            counts[quarter, min(2, counts[quarter, :, index].sum()), index] = True
-        if thing.is_number:
-            number = [10 if len(thing.name) == 1 else int(thing.name[0]), int(thing.name[-1])]
-    places = patch_places(scene, make_data.GRID)
-    return places, scenes.COLOURS.index(scene.colour), counts, len(scene.things), np.array(number)
+    """Where each patch is, and the index of the colour."""
+    return patch_places(scene, make_data.GRID), scenes.COLOURS.index(scene.colour)
 
 
 class PatchDataset(Dataset):
@@ -101,7 +89,7 @@ def collate(samples):
 
 
 class PatchNamer(nn.Module):
-    """A vision tower with linear readouts of every patch feature, and of their means over the quarters and the picture."""
+    """A vision tower with linear readouts of every patch feature."""
 
     def __init__(self, vision_tower):
         super().__init__()
@@ -109,11 +97,7 @@ class PatchNamer(nn.Module):
         width = vision_tower.config.hidden_size
         grid = make_data.GRID
         self.of_patches = [1 + len(NAMES), 1 + len(NAMES), 1 + len(scenes.PLACES), 2 * grid, len(scenes.COLOURS)]
-        self.of_picture = [1 + scenes.MAX_THINGS, 11, 11]
         self.patch_readout = nn.Linear(width, sum(self.of_patches))
-        self.picture_readout = nn.Linear(width, sum(self.of_picture))
-        self.quarter_readout = nn.Linear(width, 3 * len(NAMES))
-        nn.init.constant_(self.quarter_readout.bias, -4.0)  # nearly everything is absent
         # For each patch that shows something eight do not, and for each centre twenty
         for name, background in (("cover_weight", 0.2), ("centre_weight", 0.1)):
             self.register_buffer(name, torch.tensor([background] + [1.0] * len(NAMES)), persistent=False)
@@ -122,41 +106,33 @@ class PatchNamer(nn.Module):
         for name, values in (("mean", OPENAI_CLIP_MEAN), ("std", OPENAI_CLIP_STD)):
             self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
 
-    def forward(self, pixel_values, patches, centres, places, colour, counts, total, number):
+    def features(self, pixel_values):
         pixels = (pixel_values.permute(0, 3, 1, 2).float() - self.mean) / self.std
         features = self.vision_tower(pixels).last_hidden_state[:, 1:]
-        features = F.layer_norm(features, features.shape[-1:])
+        return F.layer_norm(features, features.shape[-1:])
+
+    def forward(self, pixel_values, patches, centres, places, colour):
+        features = self.features(pixel_values)
         covers, middles, cells, lines, colours = (
             self.patch_readout(features).float().flatten(0, 1).split(self.of_patches, -1)
         )
-        of_total, *of_number = self.picture_readout(features.mean(1)).float().split(self.of_picture, -1)
-        half = make_data.GRID // 2
-        means = features.unflatten(1, (2, half, 2, half)).mean((2, 4)).flatten(1, 2)
-        of_counts = self.quarter_readout(means).float().view(counts.shape)
         loss = (
             F.cross_entropy(covers, patches.flatten(), self.cover_weight)
             + 0.5 * F.cross_entropy(middles, centres.flatten(), self.centre_weight)
             + 0.5 * F.cross_entropy(cells, places.flatten())
             + 0.2 * F.cross_entropy(lines.unflatten(-1, (2, -1)).flatten(0, 1), self.lines.repeat(len(places)))
             + 0.2 * F.cross_entropy(colours, colour.repeat_interleave(patches.shape[1]))
-            + 0.1 * F.cross_entropy(of_total, total)
         )
-        entropy = F.binary_cross_entropy_with_logits(of_counts, counts.float(), reduction="sum")
-        loss = loss + 0.02 * entropy / len(counts)
-        for i, logits in enumerate(of_number):
-            loss = loss + 0.1 * F.cross_entropy(logits, number[:, i])
         return {
             "loss": loss,
             "covers": covers.argmax(-1).view_as(patches),
             "middles": middles.argmax(-1).view_as(centres),
             "cells": cells.argmax(-1).view_as(places),
-            "counts": of_counts > 0,
-            "total": of_total.argmax(-1),
         }
 
 
 def compute_metrics(prediction):
-    covers, middles, cells, counts, total = prediction.predictions
+    covers, middles, cells = prediction.predictions
     labels = dict(zip(LABELS, prediction.label_ids))
     shown, held = labels["patches"] > 0, labels["centres"] > 0
     return {
@@ -165,8 +141,6 @@ def compute_metrics(prediction):
         "centres": (middles == labels["centres"])[held].mean(),
         "all_centres": ((middles == labels["centres"]) | ~held).all(-1).mean(),
         "places": (cells == labels["places"]).mean(),
-        "all_counts": (counts == labels["counts"]).all((1, 2, 3)).mean(),
-        "total": (total == labels["total"]).mean(),
     }
 
 

@@ -364,11 +364,17 @@ def _sorted(things):
     return sorted(things, key=lambda thing: (thing.is_number, thing.name, 9 if thing.place is None else thing.place))
 
 
-def caption(scene, things=None):
-    """What stage 1 learns to say of a picture: the background, then every thing with its place."""
-    things = _sorted(scene.things) if things is None else things
-    parts = [noun(t.name) + ("" if t.place is None else f" {where(t.place)}") for t in things]
-    return f"{_article(scene.colour).capitalize()} background with {join(parts or ['nothing on it'])}."
+def describe(colour, placed):
+    """The background, then `[(cell or None, name), ...]`, each with its place in front of it."""
+    parts = [noun(name) if cell is None else f"{where(cell)} {noun(name)}" for cell, name in placed]
+    background = f"{_article(colour).capitalize()} background"
+    return f"{background}. {sentence(join(parts))}" if parts else f"{background} with nothing on it."
+
+
+def caption(scene):
+    """What stage 1 learns to say of a picture: the background, then what is at which place in raster order, then the rest."""
+    things = sorted(_sorted(scene.things), key=lambda thing: 9 if thing.place is None else thing.place)
+    return describe(scene.colour, [(thing.place, thing.name) for thing in things])
 
 
 def list_all(scene):

@@ -7,7 +7,7 @@
 set -euo pipefail
 runs=${1:?"usage: train.sh FOLDER"}
 python=${PYTHON:-python}
-# One process a core, each with half of the batch: a step of stage 2 took 0.7 s, in one process 0.8
+# One process a core, each with half of the batch
 launch=(env OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --nproc_per_node 2 -m)
 on_cpu=(--use_cpu --bf16 --max_grad_norm 1 --lr_scheduler_type cosine --learning_rate 1e-3 --save_total_limit 2 --report_to none)
 
@@ -22,7 +22,7 @@ tune() {
             --attn_implementation eager --dataloader_num_workers 0 --logging_steps 10 --save_steps 200 "${@:2}"
 }
 
-# 150,000 pictures with captions and one to six questions each, 15,000 pairs, 28,800 drills, 60,000 scenes told in words
+# 150,000 pictures with captions and one to six questions each, and 15,000 pairs
 [ -e "$runs/data/patches.npy" ] || OMP_NUM_THREADS=1 $python -m recipes.tiny.make_data --output_dir "$runs/data"
 
 # In place of CLIP: a tower that names what every patch shows
@@ -33,20 +33,15 @@ tune() {
         --dataloader_num_workers 1 --dataloader_persistent_workers --dataloader_prefetch_factor 4 \
         --logging_steps 20 --eval_strategy steps --eval_steps 500 --save_steps 500
 
-# In place of Vicuna: a language model that answers questions about scenes told in words
-[ -e "$runs/text/model.safetensors" ] ||
-    "${launch[@]}" recipes.tiny.pretrain_text --data_path "$runs/data/text.json" --output_dir "$runs/text" "${on_cpu[@]}" \
-        --ddp_backend gloo --max_steps 1200 --per_device_train_batch_size 32 --warmup_steps 40 --weight_decay 0.01 \
-        --remove_unused_columns False --logging_steps 20 --save_steps 200
-
-# Stage 1: the query transformer alone, captions, m = M
-[ -e "$runs/start/processor_config.json" ] || $python -m recipes.tiny.assemble --output_dir "$runs/start" \
-    --vision_tower "$runs/vision" --language_model "$runs/text"
-tune stage1 --stage 1 --model "$runs/start" --data_path "$runs/data/captions.json" --max_steps 300 --warmup_steps 20
+# In place of Vicuna: a language model that answers from visual tokens, made of labels. Takes the place of stage 1, too
+[ -e "$runs/start/model.safetensors" ] ||
+    "${launch[@]}" recipes.tiny.pretrain_language --data_path "$runs/data" --vision_tower "$runs/vision" --output_dir "$runs/start" \
+        "${on_cpu[@]}" --learning_rate 2e-3 --ddp_backend gloo --max_steps 2500 --per_device_train_batch_size 32 --warmup_steps 40 \
+        --weight_decay 0.01 --logging_steps 20 --save_steps 250
 
 # Stage 2: query transformer and language model, conversations. Small m are drawn as often as large ones, m = 1 among them, which
 # the paper never draws
-tune stage2 --stage 2 --model "$runs/stage1" --data_path "$runs/data/conversations.json" --max_steps 4000 --warmup_steps 50 \
+tune stage2 --stage 2 --model "$runs/start" --data_path "$runs/data/conversations.json" --max_steps 4000 --warmup_steps 50 \
     --num_visual_tokens 1,1,1,2,2,2,3,4,4,6,8,8,12,16,16,24,32,32,48,64,64,64
 
 $python -m recipes.tiny.export --model "$runs/stage2" --output_dir "$runs/mqt-llava-tiny"

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionC
 from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration
 from mqt_llava.training import train
 from mqt_llava.training.data import load_conversations, open_image
-from recipes.tiny import assemble, evaluate, export, make_data, pretrain_text, pretrain_vision, scenes, tune
+from recipes.tiny import drills, evaluate, export, gazes, make_data, pretrain_language, pretrain_vision, scenes, tune
 from recipes.tiny.optimizer import MuonAndAdamW
 
 
@@ -78,13 +78,11 @@ def a_scene(*things, width=1.0, height=1.0):
 def test_labels_of_a_patch_say_where_it_is_in_the_picture():
     """A picture twice as wide as high: two rows of eight patches are padding on either side, and cells are low and wide."""
     scene = a_scene(("cat", 0.15, 0.2, 0.2), ("cat", 0.9, 0.8, 0.2), width=1.0, height=0.5)
-    places, _, counts, total, number = pretrain_vision.scene_labels(scene)
+    places, colour = pretrain_vision.scene_labels(scene)
     grid = places.reshape(8, 8)
     assert (grid[[0, 1, 6, 7]] == 9).all()
     assert grid[2].tolist() == [0, 0, 0, 1, 1, 2, 2, 2] and grid[5].tolist() == [6, 6, 6, 7, 7, 8, 8, 8]
-    cat = pretrain_vision.NAMES.index("cat")
-    assert counts[:, :, cat].tolist() == [[True, False, False], [False] * 3, [False] * 3, [True, False, False]]
-    assert total == 2 and number.tolist() == [10, 10]
+    assert scenes.COLOURS[colour] == "red"
 
 
 def test_places_are_asked_for_only_where_they_are_plain():
@@ -185,25 +183,75 @@ def test_answers_name_things_in_any_order():
     assert evaluate.read_answer("42.") != evaluate.read_answer("4.")
 
 
+def test_line_drawings_show_the_kinds_that_they_are_asked_for():
+    samples = evaluate.line_drawings(scenes.HELD_OUT, 16)
+    named = [evaluate.read_answer(answer) for *_, answer in samples]
+    assert named == [{kind: 1} for kind in (*scenes.HELD_OUT, *scenes.HELD_OUT)]
+    assert len({pictures[0].tobytes() for pictures, *_ in samples}) == 16
+
+
 def test_visual_tokens_begin_with_parts_of_the_picture():
-    """The first with all of it, the next four with its quarters, later ones with squares of two patches; any number covers it."""
+    """The first with all of it, the next four with its quarters, later ones with squares of 2 x 2 patches."""
     sizes = {"hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     vision = CLIPVisionConfig(image_size=128, patch_size=16, **sizes)
     text = LlamaConfig(vocab_size=32, **sizes)
     options = {"num_query_tokens": 64, "query_transformer_num_attention_heads": 8, "image_token_id": 3}
     config = MQTLlavaConfig(vision_config=vision, text_config=text, **options)
     transformer = MQTLlavaForConditionalGeneration(config).model.query_transformer
-    assemble.look_from_coarse_to_fine(transformer)
-    masks = assemble.gazes(8)
+    gazes.look_from_coarse_to_fine(transformer)
+    masks = gazes.gazes(8)
     assert masks.shape == (64, 64) and masks.sum(1).int().tolist()[:16] == [64] + [16] * 4 + [9] * 9 + [4] * 2
-    covered = masks.cumsum(0) > 0
-    assert covered[0].all() and (masks[14:40].sum(0) > 0).float().mean() > 0.8
+    assert (masks[14:40].sum(0) > 0).float().mean() > 0.8  # some of the small squares cover most of the picture
     # 64 pictures, of which one patch each is not blank: how much of it each token shows
     features = torch.eye(64)[:, :, None] * torch.randn(64, 1, 256)
     with torch.no_grad():
         shown = transformer(features, 64).norm(dim=-1).T
     of_gaze = (shown * masks).sum(1) / shown.sum(1)
     assert of_gaze[0] == 1 and of_gaze[1:].min() > 0.6 and of_gaze.mean() > 0.8
+
+
+@given(st.integers(0, 2 * drills.FIRST))
+def test_drills_are_right_about_what_their_labels_show(seed):
+    turns, (covers, centres, places, colour) = drills.drill(seed)
+    names = [pretrain_vision.NAMES[covers[patch] - 1] for patch in drills.MIDDLES]
+    assert (centres > 0).sum() == 9 and all(centres[patch] == covers[patch] for patch in drills.MIDDLES)
+    assert [places[patch] for patch in drills.MIDDLES] == list(range(9))
+    questions = [turn["value"].removeprefix("<image>\n") for turn in turns[::2]]
+    assert turns[0]["value"].startswith("<image>") and len(set(questions)) == len(questions)
+
+    counts = {kind: names.count(kind) for kind in scenes.KINDS}
+    words = {kind: scenes.NUMBER_WORDS[count] for kind, count in counts.items() if count <= scenes.MAX_THINGS}
+    told = {
+        "What is where?": dict(zip(scenes.PLACES, names)),
+        "What is there?": {kind: "yes" if count else "no" for kind, count in counts.items()},
+        "How many of what?": words,
+        "Describe the picture.": {},
+    }
+    right = {f"What is {scenes.where(cell)}?": scenes.noun(name) for cell, name in enumerate(names)}
+    right |= {f"Is there {scenes.noun(kind)}?": told["What is there?"][kind] for kind in scenes.KINDS}
+    right |= {f"How many {scenes.plural(kind)} are there?": word for kind, word in words.items()}
+    rows = [
+        ["nothing"] * 5,
+        *(["nothing", *map(scenes.noun, names[i : i + 3]), "nothing"] for i in (0, 3, 6)),
+        ["nothing"] * 5,
+    ]
+    for cell, name in enumerate(names):
+        row, column = divmod(cell, 3)
+        above, below, left, right_of = (
+            rows[row][column + 1],
+            rows[row + 2][column + 1],
+            *rows[row + 1][column : column + 3 : 2],
+        )
+        for direction, thing in {"above": above, "below": below, "left of": left, "right of": right_of}.items():
+            right[f"What is {direction} the {name}?"] = thing
+    for question, answer in zip(questions, (turn["value"] for turn in turns[1::2])):
+        if question == "Describe the picture.":
+            assert scenes.COLOURS[colour] in answer and all(name in answer for name in names)
+        elif question in told:
+            parts = [tuple(part.rsplit(" ", 1)) for part in answer.rstrip(".").split(", ")]
+            assert parts and all(told[question][about] == said for about, said in parts)
+        else:
+            assert answer == scenes.sentence(right[question])
 
 
 def test_the_optimizer_is_muon_for_hidden_matrices_and_goes_on_where_it_was(checkpoint):
@@ -260,16 +308,14 @@ TRAINING = (
 @pytest.mark.slow
 def test_every_stage_runs_resumes_and_ships(tmp_path):
     data = tmp_path / "data"
-    run(make_data, "--output_dir", data, "--pictures", 16, "--drills", 16, "--texts", 16)
-    vision, text = tmp_path / "vision", tmp_path / "text"
+    run(make_data, "--output_dir", data, "--pictures", 16)
+    vision, start = tmp_path / "vision", tmp_path / "start"
     small = ("--num_hidden_layers", 1, "--hidden_size", 32, "--num_attention_heads", 2)
     vision_data = ("--data_path", data, "--output_dir", vision, "--remove_unused_columns", False)
     run(pretrain_vision, *vision_data, "--max_steps", 2, *small, *TRAINING)
-    text_data = ("--data_path", data / "text.json", "--output_dir", text, "--remove_unused_columns", False)
-    run(pretrain_text, *text_data, "--max_steps", 2, *small, *TRAINING)
-    start = tmp_path / "start"
-    parts = ("--vision_tower", vision, "--language_model", text)
-    run(assemble, *parts, "--num_attention_heads", 2, "--output_dir", start)
+    language = ("--data_path", data, "--vision_tower", vision, "--output_dir", start, "--drills", 8)
+    query_transformer = ("--query_transformer_num_attention_heads", 2)
+    run(pretrain_language, *language, "--max_steps", 4, *small, *query_transformer, *TRAINING)
     images = ("--image_folder", data / "images", "--bf16", False, "--gradient_accumulation_steps", 1)
     stage1 = ("--stage", 1, "--model", start, "--data_path", data / "captions.json", *images)
     run(train, *stage1, "--output_dir", tmp_path / "stage1", "--max_steps", 2, *TRAINING)
