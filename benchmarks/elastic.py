@@ -31,7 +31,7 @@ LEGEND = "Exact answers in %, lists in any order, all types of questions."
 
 
 def train(runs: Path, folder: Path, options: list[str], steps: int):
-    command = f"""-m torch.distributed.run --nproc_per_node 2 -m recipes.tiny.tune --stage 2 --model {runs}/stage1
+    command = f"""-m torch.distributed.run --nproc_per_node 2 -m recipes.tiny.tune --stage 2 --model {runs}/start
         --data_path {runs}/data/conversations.json --image_folder {runs}/data/images --output_dir {folder}
         --max_steps {steps} --use_cpu --bf16 --max_grad_norm 1 --ddp_backend gloo --per_device_train_batch_size 32
         --gradient_accumulation_steps 1 --gradient_checkpointing false --attn_implementation eager

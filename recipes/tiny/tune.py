@@ -1,6 +1,6 @@
 """A stage of `mqt-llava train`, by Muon: the same arguments.
 
-python -m recipes.tiny.tune --stage 2 --model runs/stage1 --data_path runs/data/conversations.json --output_dir runs/stage2
+python -m recipes.tiny.tune --stage 2 --model runs/start --data_path runs/data/conversations.json --output_dir runs/stage2
 """
 
 from mqt_llava.training.arguments import parse_arguments
