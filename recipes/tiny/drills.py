@@ -20,8 +20,9 @@ STEPS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 
 
 
 def some(names, rng):
-    """Nine kinds, about half of them there, none of them oftener than there is a word for."""
-    kinds = [name if rng.random() < 0.5 else scenes.KINDS[rng.integers(len(scenes.KINDS))] for name in names]
+    """Up to nine kinds, about half of them there, none of them oftener than there is a word for."""
+    pools = (names or scenes.KINDS, scenes.KINDS)
+    kinds = [pool[rng.integers(len(pool))] for pool in (pools[i] for i in rng.integers(2, size=9))]
     return [kind for kind in dict.fromkeys(kinds) if names.count(kind) <= scenes.MAX_THINGS]
 
 
@@ -73,6 +74,23 @@ def describe(names, colour, rng):
 
 
 TYPES = (tell_places, ask_places, tell_whether, ask_whether, tell_numbers, ask_numbers, ask_beside, describe)
+
+
+def tell_scene(scene):
+    """The turns that tell of a scene what is where, or how many of what. None where there is nothing to tell."""
+    rng = np.random.default_rng([scene.seed, 9])
+    if rng.random() < 0.5:
+        names = [thing.name for thing in scene.things if not thing.is_number]
+        ((question, answer),) = tell_numbers(names, scene.colour, rng)
+        return turns((f"<image>\n{question}", answer))
+    occupied, empty = scenes.clear_cells(scene)
+    names = {cell: occupied[cell].name for cell in occupied} | dict.fromkeys(empty[:2], "nothing")
+    if not names:
+        return None
+    ((question, answer),) = tell(
+        "What is where?", {scenes.PLACES[cell]: names[cell] for cell in rng.permutation([*names])}
+    )
+    return turns((f"<image>\n{question}", answer))
 
 
 def drill(seed):

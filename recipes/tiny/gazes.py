@@ -12,8 +12,8 @@ NUM_COARSE = 14  # the whole picture, its quarters, its 3 x 3 cells
 
 def gazes(side):
     """What the queries look at to begin with, from coarse to fine, `(side * side, side * side)` masks of patches: the whole
-    picture, its quarters, its 3 x 3 cells, then squares of 2 x 2 patches, in an order whose beginnings cover the picture
-    evenly."""
+    picture, its quarters, its 3 x 3 cells, then squares of 2 x 2 patches: first those that share no patch, in which each thing has its
+    centre once, then those between, both in an order whose beginnings cover the picture evenly."""
 
     def box(top, left, height, width):
         mask = torch.zeros(side, side)
@@ -25,8 +25,10 @@ def gazes(side):
     coarse = [box(0, 0, side, side)]
     coarse += [box(y, x, half, half) for y in (0, half) for x in (0, half)]
     coarse += [box(y, x, cell, cell) for y in starts for x in starts]
-    fine = [box(y, x, 2, 2) for y in range(side - 1) for x in range(side - 1)]
-    fine = [fine[17 * i % len(fine)] for i in range(len(fine))]
+    squares = {(y, x): box(y, x, 2, 2) for y in range(side - 1) for x in range(side - 1)}
+    apart = [squares[place] for place in squares if place[0] % 2 == place[1] % 2 == 0]
+    between = [squares[place] for place in squares if place[0] % 2 or place[1] % 2]
+    fine = [part[step * i % len(part)] for part, step in ((apart, 7), (between, 17)) for i in range(len(part))]
     return torch.stack([*coarse, *fine, *fine][: side * side])  # of 8 x 8 queries one has a square for the second time
 
 

@@ -38,7 +38,7 @@ from mqt_llava.training.data import canonical_sample
 from mqt_llava.training.sampling import parse_distribution
 
 from . import scenes
-from .drills import drill
+from .drills import drill, tell_scene
 from .gazes import NUM_COARSE, look_from_coarse_to_fine
 from .optimizer import muon_and_adamw
 from .pretrain_vision import LABELS, NAMES, PatchDataset, PatchNamer, collate, scene_labels
@@ -57,8 +57,8 @@ class LanguageArguments:
     vocab_size: int = 1024
     num_query_tokens: int = 64
     query_transformer_num_attention_heads: int = 8
-    drills: int = 25_600
-    elastic_from: int = 57_600
+    drills: int = 16_000
+    elastic_from: int = 48_000
     num_visual_tokens: str = "1,1,1,2,2,2,3,4,4,6,8,8,12,16,16,24,32,32,48,64,64,64"
     fit_pictures: int = 3000
 
@@ -199,33 +199,45 @@ class LabelReader(nn.Module):
 
 
 class LabelDataset(Dataset):
-    """Drills, then what is asked about pictures, of which every eighth is described. Samples before `elastic_from` have as many
-    visual tokens at least as it takes to look at each cell alone."""
+    """Drills, then what is asked about pictures, or told of them in the words of the drills, or a description. Samples before
+    `elastic_from` have as many visual tokens at least as it takes to look at each cell alone."""
 
     def __init__(self, folder, drills, elastic_from):
-        read = lambda name: json.loads((Path(folder) / name).read_text(encoding="utf-8"))  # noqa: E731
         self.drills, self.elastic_from = drills, elastic_from
         self.patches = np.load(Path(folder) / "patches.npy")
-        rows = zip(
-            read("captions.json"), read("conversations.json")
-        )  # without pairs of pictures, which have no labels
-        self.turns = [(caption if i % 8 == 0 else row)["conversations"] for i, (caption, row) in enumerate(rows)]
+        captions, conversations = (
+            json.loads((Path(folder) / f"{name}.json").read_text(encoding="utf-8"))
+            for name in ("captions", "conversations")
+        )
+        self.turns = []  # of pairs of pictures none: they have no labels
+        for seed, (caption, conversation) in enumerate(zip(captions, conversations)):
+            told = tell_scene(scenes.make_scene(seed)) if seed % 4 == 1 else None
+            self.turns.append(told or (caption if seed % 8 == 0 else conversation)["conversations"])
+        self.order = by_length(self.turns)
 
     def __len__(self):
         return self.drills + len(self.turns)
 
     def __getitem__(self, index):
-        seed = index - self.drills
-        if seed < 0:
+        if index < self.drills:
             turns, labels = drill(index)
         else:
-            scene = scenes.make_scene(seed)
-            turns, labels = (
-                self.turns[seed],
-                (*self.patches[seed].reshape(2, -1).astype(np.int64), *scene_labels(scene)),
-            )
+            seed = self.order[index - self.drills]
+            scene, patches = scenes.make_scene(seed), self.patches[seed].reshape(2, -1).astype(np.int64)
+            turns, labels = self.turns[seed], (*patches, *scene_labels(scene))
         least = NUM_COARSE if index < self.elastic_from else 1
         return {"conversations": turns, "labels": labels, "min_num_visual_tokens": least}
+
+
+def by_length(rows, chunk=1280, batch=64):
+    """An order in which rows of like length stand beside each other, so that batches need little padding; the batches of a chunk
+    are shuffled."""
+    rng, order = np.random.default_rng(0), []
+    for start in range(0, len(rows), chunk):
+        part = sorted(range(start, min(start + chunk, len(rows))), key=lambda row: len(str(rows[row])))
+        batches = [part[i : i + batch] for i in range(0, len(part), batch)]
+        order += [row for i in rng.permutation(len(batches)) for row in batches[i]]
+    return order
 
 
 class LabelCollator(MQTLlavaDataCollator):

@@ -410,7 +410,7 @@ def ask(scene, kind, rng):
         name = any_kind(0.8)
         return f"How many {plural(name)} are there?", sentence(NUMBER_WORDS[present.count(name)])
     if kind == "at":
-        occupied, empty = _clear_cells(scene)
+        occupied, empty = clear_cells(scene)
         if not (occupied or empty):
             return None
         from_occupied = occupied and (not empty or rng.random() < 0.85)
@@ -437,7 +437,7 @@ def ask(scene, kind, rng):
     raise ValueError(f"unknown question type {kind!r}; allowed: {', '.join(QUESTION_TYPES)}")
 
 
-def _clear_cells(scene):
+def clear_cells(scene):
     """`({cell: its thing}, [cells that nothing reaches into])`, without cells of which it is not plain what they show."""
     edges = np.arange(4) / 3
     shares = np.zeros((len(scene.things), 9))  # of each cell, covered by each thing

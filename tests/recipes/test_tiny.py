@@ -88,10 +88,10 @@ def test_labels_of_a_patch_say_where_it_is_in_the_picture():
 def test_places_are_asked_for_only_where_they_are_plain():
     scene = a_scene(("cat", 0.15, 0.15, 0.2), ("dog", 0.5, 0.34, 0.2), ("bee", 0.8, 0.8, 0.2))
     assert [thing.place for thing in scene.things] == [0, None, 8]  # the dog is near a line
-    occupied, empty = scenes._clear_cells(scene)
+    occupied, empty = scenes.clear_cells(scene)
     assert {cell: thing.name for cell, thing in occupied.items()} == {0: "cat", 8: "bee"}
     assert empty == [2, 3, 5, 6, 7]  # the dog reaches into 1 and 4
-    assert scenes._clear_cells(a_scene(("cat", 0.5, 0.5, 0.85)))[1] == []  # it reaches everywhere
+    assert scenes.clear_cells(a_scene(("cat", 0.5, 0.5, 0.85)))[1] == []  # it reaches everywhere
     assert [t.place for t in a_scene(("cat", 0.9, 0.5, 0.1), width=1.0, height=0.5).things] == [5]
 
 
@@ -252,6 +252,37 @@ def test_drills_are_right_about_what_their_labels_show(seed):
             assert parts and all(told[question][about] == said for about, said in parts)
         else:
             assert answer == scenes.sentence(right[question])
+
+
+@given(seeds)
+def test_what_is_told_of_a_scene_is_right(seed):
+    scene = scenes.make_scene(seed)
+    turns = drills.tell_scene(scene)
+    occupied, empty = scenes.clear_cells(scene)
+    if turns is None:
+        assert not occupied and not empty
+        return
+    question, answer = (turn["value"].removeprefix("<image>\n") for turn in turns)
+    parts = [part.rsplit(" ", 1) for part in answer.rstrip(".").split(", ")]
+    if question == "What is where?":
+        told = {scenes.PLACES.index(place): name for place, name in parts}
+        assert {cell: thing.name for cell, thing in occupied.items()}.items() <= told.items()
+        assert all(told[cell] == "nothing" and cell in empty for cell in told if cell not in occupied)
+    else:
+        assert question == "How many of what?" and parts
+        assert all(scenes.NUMBER_WORDS[scene.count(kind)] == number for kind, number in parts)
+
+
+@given(st.lists(st.text(max_size=30), max_size=60))
+def test_rows_of_like_length_stand_beside_each_other(rows):
+    order = pretrain_language.by_length(rows, chunk=16, batch=4)
+    assert sorted(order) == list(range(len(rows)))
+    for start in range(0, len(rows) // 16 * 16, 16):
+        part = order[start : start + 16]
+        assert sorted(part) == list(range(start, start + 16))  # each chunk of its own rows
+        lengths = [len(str(rows[row])) for row in part]
+        batches = [lengths[i : i + 4] for i in range(0, 16, 4)]
+        assert sorted(lengths) == [length for batch in sorted(batches) for length in batch]
 
 
 def test_the_optimizer_is_muon_for_hidden_matrices_and_goes_on_where_it_was(checkpoint):
