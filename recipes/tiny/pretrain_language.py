@@ -57,15 +57,15 @@ class LanguageArguments:
     vocab_size: int = 1024
     num_query_tokens: int = 64
     query_transformer_num_attention_heads: int = 8
-    drills: int = 16_000
-    elastic_from: int = 48_000
+    drills: int = 16_000  # samples before those about pictures
+    elastic_from: int = 48_000  # the sample from which m may be small
     num_visual_tokens: str = "1,1,1,2,2,2,3,4,4,6,8,8,12,16,16,24,32,32,48,64,64,64"
-    fit_pictures: int = 3000
+    fit_pictures: int = 3000  # from whose features the values are fitted
 
 
 def train_tokenizer(texts, vocab_size):
     """A byte-level BPE tokenizer with Llama's special tokens and `<image>`. Places are one token each: with "top" and "left" for
-    two, what is there took the language model more than twice as many steps."""
+    two, what is there took a small language model about twice as many steps."""
     tokenizer = Tokenizer(models.BPE())
     # Numbers figure by figure
     steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
