@@ -192,9 +192,9 @@ class LabelReader(nn.Module):
         words = self.language_model.get_input_embeddings()  # tied to the output's
         embeds = words(input_ids)
         embeds = embeds.masked_scatter((input_ids == self.image_token_id)[..., None], visual.to(embeds.dtype))
-        hidden_states = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask).last_hidden_state
+        outputs = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False)
         is_answer = labels[:, 1:] != -100
-        logits = F.linear(hidden_states[:, :-1][is_answer], words.weight).float()
+        logits = F.linear(outputs.last_hidden_state[:, :-1][is_answer], words.weight).float()
         return {"loss": F.cross_entropy(logits, labels[:, 1:][is_answer])}
 
 
@@ -292,6 +292,8 @@ def main():
     model = make_model(arguments, processor)
     label_tower = LabelTower(model.config.vision_config.hidden_size)
     label_tower.speak(model, tokenizer)
+    for layer in model.model.language_model.layers:
+        layer.compile(dynamic=True)  # takes a third off a step
     sampler = VisualTokenSampler(parse_distribution(arguments.num_visual_tokens), arguments.num_query_tokens)
     training.train_sampling_strategy = "sequential"  # drills first
     training.remove_unused_columns = False
