@@ -48,13 +48,17 @@ def ask_whether(names, colour, rng):
     return [(f"Is there {scenes.noun(kind)}?", "Yes." if kind in names else "No.") for kind in some(names, rng)]
 
 
+def count(names, rng):
+    return {kind: scenes.NUMBER_WORDS[names.count(kind)] for kind in some(names, rng)}
+
+
 def tell_numbers(names, colour, rng):
-    return tell("How many of what?", {kind: scenes.NUMBER_WORDS[names.count(kind)] for kind in some(names, rng)})
+    return tell("How many of what?", count(names, rng))
 
 
 def ask_numbers(names, colour, rng):
-    number = {kind: scenes.sentence(scenes.NUMBER_WORDS[names.count(kind)]) for kind in some(names, rng)}
-    return [(f"How many {scenes.plural(kind)} are there?", number[kind]) for kind in number]
+    counts = count(names, rng)
+    return [(f"How many {scenes.plural(kind)} are there?", scenes.sentence(counts[kind])) for kind in counts]
 
 
 def ask_beside(names, colour, rng):
@@ -81,7 +85,8 @@ def tell_scene(scene):
     rng = np.random.default_rng([scene.seed, 9])
     if rng.random() < 0.5:
         names = [thing.name for thing in scene.things if not thing.is_number]
-        ((question, answer),) = tell_numbers(names, scene.colour, rng)
+        counts = {"things": scenes.NUMBER_WORDS[len(scene.things)]} | count(names, rng)
+        ((question, answer),) = tell("How many of what?", counts)
         return turns((f"<image>\n{question}", answer))
     occupied, empty = scenes.clear_cells(scene)
     names = {cell: occupied[cell].name for cell in occupied} | dict.fromkeys(empty[:2], "nothing")

@@ -2,7 +2,7 @@
 
     python -m recipes.tiny.make_data --output_dir runs/data
 
-`captions.json` (stage 1) and `conversations.json` (stage 2) speak of the pictures in `images/`, which are padded and resized as the
+`captions.json` and `conversations.json` speak of the pictures in `images/`, which are padded and resized as the
 processor does it, so that training need not. `patches.npy` has what every patch shows, from which the vision tower and the language
 model learn.
 """
@@ -64,7 +64,7 @@ def turns(*pairs):
 
 
 def caption_sample(seed):
-    """Stage 1: describe the picture."""
+    """Describe the picture."""
     pair = ("<image>\nDescribe the picture.", scenes.caption(scenes.make_scene(seed)))
     return {"id": f"{seed}", "image": f"{seed:07d}.png", "conversations": turns(pair)}
 

@@ -57,15 +57,15 @@ class LanguageArguments:
     vocab_size: int = 1024
     num_query_tokens: int = 64
     query_transformer_num_attention_heads: int = 8
-    drills: int = 16_000
-    elastic_from: int = 48_000
+    drills: int = 16_000  # samples before those about pictures
+    elastic_from: int = 48_000  # the sample from which m may be small
     num_visual_tokens: str = "1,1,1,2,2,2,3,4,4,6,8,8,12,16,16,24,32,32,48,64,64,64"
-    fit_pictures: int = 3000
+    fit_pictures: int = 3000  # from whose features the values are fitted
 
 
 def train_tokenizer(texts, vocab_size):
     """A byte-level BPE tokenizer with Llama's special tokens and `<image>`. Places are one token each: with "top" and "left" for
-    two, what is there took the language model more than twice as many steps."""
+    two, what is there took a small language model about twice as many steps."""
     tokenizer = Tokenizer(models.BPE())
     # Numbers figure by figure
     steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -192,9 +192,9 @@ class LabelReader(nn.Module):
         words = self.language_model.get_input_embeddings()  # tied to the output's
         embeds = words(input_ids)
         embeds = embeds.masked_scatter((input_ids == self.image_token_id)[..., None], visual.to(embeds.dtype))
-        hidden_states = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask).last_hidden_state
+        outputs = self.language_model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False)
         is_answer = labels[:, 1:] != -100
-        logits = F.linear(hidden_states[:, :-1][is_answer], words.weight).float()
+        logits = F.linear(outputs.last_hidden_state[:, :-1][is_answer], words.weight).float()
         return {"loss": F.cross_entropy(logits, labels[:, 1:][is_answer])}
 
 
@@ -292,6 +292,8 @@ def main():
     model = make_model(arguments, processor)
     label_tower = LabelTower(model.config.vision_config.hidden_size)
     label_tower.speak(model, tokenizer)
+    for layer in model.model.language_model.layers:
+        layer.compile(dynamic=True)  # takes a third off a step
     sampler = VisualTokenSampler(parse_distribution(arguments.num_visual_tokens), arguments.num_query_tokens)
     training.train_sampling_strategy = "sequential"  # drills first
     training.remove_unused_columns = False

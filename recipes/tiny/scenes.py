@@ -372,7 +372,7 @@ def describe(colour, placed):
 
 
 def caption(scene):
-    """What stage 1 learns to say of a picture: the background, then what is at which place in raster order, then the rest."""
+    """A description: the background, then what is at which place in raster order, then the rest."""
     things = sorted(_sorted(scene.things), key=lambda thing: 9 if thing.place is None else thing.place)
     return describe(scene.colour, [(thing.place, thing.name) for thing in things])
 

@@ -28,7 +28,7 @@ tune() {
 # In place of CLIP: a tower that names what every patch shows
 [ -e "$runs/vision/model.safetensors" ] ||
     $python -m recipes.tiny.pretrain_vision --data_path "$runs/data" --output_dir "$runs/vision" "${on_cpu[@]}" --torch_compile \
-        --max_steps 4500 --per_device_train_batch_size 128 --per_device_eval_batch_size 250 \
+        --max_steps 4000 --per_device_train_batch_size 128 --per_device_eval_batch_size 250 \
         --warmup_steps 200 --weight_decay 0.05 --remove_unused_columns False \
         --dataloader_num_workers 1 --dataloader_persistent_workers --dataloader_prefetch_factor 4 \
         --logging_steps 20 --eval_strategy steps --eval_steps 500 --save_steps 500
@@ -36,7 +36,7 @@ tune() {
 # In place of Vicuna: a language model that answers from visual tokens, made of labels. Takes the place of stage 1, too
 [ -e "$runs/start/model.safetensors" ] ||
     "${launch[@]}" recipes.tiny.pretrain_language --data_path "$runs/data" --vision_tower "$runs/vision" --output_dir "$runs/start" \
-        "${on_cpu[@]}" --learning_rate 2e-3 --ddp_backend gloo --max_steps 2500 --per_device_train_batch_size 32 --warmup_steps 40 \
+        "${on_cpu[@]}" --learning_rate 2e-3 --ddp_backend gloo --max_steps 4000 --per_device_train_batch_size 32 --warmup_steps 40 \
         --weight_decay 0.01 --logging_steps 20 --save_steps 250
 
 # Stage 2: query transformer and language model, conversations. Small m are drawn as often as large ones, m = 1 among them, which
