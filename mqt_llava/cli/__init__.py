@@ -16,6 +16,7 @@ from .convert import convert
 from .cost import cost
 from .errors import UsageError, print_error
 from .evaluate import evaluate
+from .explain import explain
 from .finetune import finetune
 from .serve import serve
 from .train import train
@@ -63,6 +64,7 @@ app.command()(finetune)
 app.command()(convert)
 app.command()(cost)
 app.command()(evaluate)
+app.command()(explain)
 app.command()(calibrate)
 app.command()(card)
 app.command()(update)
