@@ -27,7 +27,7 @@ from .modeling.image_processing_mqt_llava import to_rgb
 from .speed import resolve_dtype
 
 
-METHODS = ("integrated", "gradient", "attention", "rollout", "occlusion")
+METHODS = ("integrated_gradients", "gradient", "attention", "rollout", "occlusion")
 NUM_STEPS = 8  # of integrated gradients
 WINDOW = 3  # patches in a row that occlusion covers at once
 MAX_SIDE = 1024  # pixels of pictures that are drawn over
@@ -271,7 +271,7 @@ def explain(
         per_word (`bool`): whether each word is explained. If not, the whole answer is the one "word", and gradients need fewer rows.
         max_new_tokens (`int`): length of an answer, at most.
         batch_size (`int`): rows that the language model computes at once. A word is one of the rows of `gradient`, and `NUM_STEPS`
-            of those of `integrated`; a patch is one of the rows of `occlusion`.
+            of those of `integrated_gradients`; a patch is one of the rows of `occlusion`.
 
     Raises:
         `ValueError`: for an unknown method, an empty question or answer, a prompt that is too long, and whatever processor and model
@@ -307,6 +307,8 @@ class AskedQuestion:
             )
         self.counts, self.question, messages = counts, question, question
         if isinstance(question, str):
+            if processor.image_token in question:
+                raise ValueError(f"The question must not contain {processor.image_token}, which stands for an image.")
             parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]
             messages = [{"role": "user", "content": parts}]
         else:
@@ -417,7 +419,7 @@ class AskedQuestion:
         products = [added[[image]].along(of_image) for image, of_image in enumerate(gradients)]
         return [one.sum(1) for one in products], [one.sum(2) for one in products]
 
-    def by_integrated(self, batch_size: int):
+    def by_integrated_gradients(self, batch_size: int):
         """The same with gradients from all along the way from the grey picture's tokens (integrated gradients,
         https://arxiv.org/abs/1703.01365): all patches' evidence sums to what the picture did for the word."""
         return self.by_gradient(batch_size, [(step + 0.5) / NUM_STEPS for step in range(NUM_STEPS)])
@@ -576,7 +578,9 @@ def extra_bytes(
     """
     text = costs.config.text_config
     itemsize, length = resolve_dtype(dtype).itemsize, num_text_tokens + num_images * num_visual_tokens + num_new_tokens
-    rows = {"integrated": num_words * NUM_STEPS, "gradient": num_words, "occlusion": costs.num_patches}.get(method, 1)
+    rows = {"integrated_gradients": num_words * NUM_STEPS, "gradient": num_words, "occlusion": costs.num_patches}.get(
+        method, 1
+    )
     rows = min(rows, batch_size)
     layer = 2 * length * costs.text_width * itemsize
     logits = 3 * num_new_tokens * text.vocab_size * 4
