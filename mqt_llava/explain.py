@@ -11,6 +11,7 @@ occlusion alone changes the picture itself.
 
 import contextlib
 import math
+import textwrap
 import threading
 from dataclasses import dataclass
 from functools import partial
@@ -613,11 +614,15 @@ def sheet(explanations: list[Explanation], max_words: int = 7):
     first, single = explanations[0], len(explanations) == 1
     words = range(min(len(first.words), max_words)) if single and len(first.words) > 1 else []
     panels = [(one, None) for one in explanations] + [(first, word) for word in words]
-    size = 2.4
-    num_images, columns = len(first.pictures), 1 + len(panels)
-    figure = Figure(figsize=(size * columns, size * (num_images + 0.6) + 0.6), layout="constrained")
-    figure.suptitle(first.question, parse_math=False, wrap=True)
-    grid = figure.add_gridspec(num_images + 1, columns, height_ratios=[1] * num_images + [0.45])
+    width, columns, titles = 2.4, 1 + len(panels), [title(*panel) for panel in panels]
+    heights = [width * (box[3] - box[1]) / (box[2] - box[0]) for box in first.boxes]
+    height_of_titles = 0.2 * max(text.count("\n") + 1 for text in titles)
+    has_bars = first.tokens is not None
+    figure = Figure(
+        figsize=(width * columns, sum(heights) + height_of_titles + 0.6 + 1.3 * has_bars), layout="constrained"
+    )
+    figure.suptitle(first.question, parse_math=False)
+    grid = figure.add_gridspec(len(heights) + has_bars, columns, height_ratios=[*heights, *[1.2] * has_bars])
     for image, (picture, box) in enumerate(zip(first.pictures, first.boxes)):
         shown = [picture.crop(box), *(one.draw(word, image) for one, word in panels)]
         for column, picture in enumerate(shown):
@@ -625,22 +630,25 @@ def sheet(explanations: list[Explanation], max_words: int = 7):
             axes.imshow(picture)
             axes.set_axis_off()
             if image == 0 and column > 0:
-                axes.set_title(title(*panels[column - 1]), fontsize=9, parse_math=False, wrap=True)
-    for column, (one, word) in enumerate(panels, 1):
-        tokens = one.importance(word)
-        if tokens is not None:
-            axes = figure.add_subplot(grid[-1, column])
-            for of_image in tokens:  # images over each other
-                axes.bar(range(1, len(of_image) + 1), of_image.tolist(), width=1.0, alpha=1 / len(tokens) ** 0.5)
-            axes.axhline(0, color="grey", linewidth=0.5)
-            axes.tick_params(labelsize=7)
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.set_xlabel("visual token", fontsize=8)
+                axes.set_title(titles[column - 1], fontsize=9, parse_math=False)
+    for column, (one, word) in enumerate(panels if has_bars else [], 1):
+        axes, tokens = figure.add_subplot(grid[-1, column]), one.importance(word)
+        for of_image in tokens:  # images over each other
+            axes.bar(range(1, len(of_image) + 1), of_image.tolist(), width=1.0, alpha=1 / len(tokens) ** 0.5)
+        most = max(one.visual_token_counts)
+        axes.set(xlim=(0.25, most + 0.75), xticks=sorted({1, most}))
+        axes.axhline(0, color="grey", linewidth=0.5)
+        axes.tick_params(labelsize=7)
+        axes.set_xlabel("visual token", fontsize=8)
+        if column == 1:
+            axes.set_ylabel("attention" if first.method in ("attention", "rollout") else "evidence, nats", fontsize=8)
     return figure
 
 
 def title(explanation: Explanation, word: int | None) -> str:
+    """Of a panel: a word with its probability, or m and the answer, in lines of a panel's width."""
     if word is not None:
         return f"{explanation.words[word]} ({100 * math.exp(explanation.log_probs[word]):.0f} %)"
     counts = sorted(set(explanation.visual_token_counts))
-    return f"m = {', '.join(map(str, counts))}: {explanation.answer}"
+    text = f"m = {', '.join(map(str, counts))}: {explanation.answer}"
+    return "\n".join(textwrap.wrap(text, 36, max_lines=4, placeholder=" ..."))
