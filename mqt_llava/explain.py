@@ -71,9 +71,13 @@ class Explanation:
     def heat(self, word: int | None = None) -> list[torch.Tensor]:
         """A heat map for each image, `(side, side)`: each patch's share of all that spoke for a word, or for the whole answer where
         `word` is None. All images' together sum to 1, or to 0 where nothing spoke for it."""
-        maps = [(of_image.sum(0) if word is None else of_image[word]).clamp(min=0) for of_image in self.evidence]
+        maps = self.support(word)
         total = sum(float(one.sum()) for one in maps)
         return [one / total if total > 0 else one for one in maps]
+
+    def support(self, word: int | None = None) -> list[torch.Tensor]:
+        """The evidence for a word, or for the whole answer, that is above 0: for each image, `(side, side)`."""
+        return [(of_image.sum(0) if word is None else of_image[word]).clamp(min=0) for of_image in self.evidence]
 
     def importance(self, word: int | None = None) -> list[torch.Tensor] | None:
         """What each visual token did for a word, or for the whole answer: for each image a tensor of shape `(m,)`; None by
@@ -82,22 +86,24 @@ class Explanation:
 
     def draw(self, word: int | None = None, image: int = 0) -> Image.Image:
         """An image with the heat map of a word, or of the whole answer, over it: the hottest patch of all images is red, what has
-        no part in it shows the picture in grey."""
-        heat = self.heat(word)
-        hottest = max(float(one.max()) for one in heat) or 1.0
+        no part in it shows the picture in grey. By gradients and occlusion, colours are the paler the less than a nat (a factor
+        of e in the probability) all that spoke for it comes to, so that a word which needs no picture does not look as if it did."""
+        support = self.support(word)
+        hottest, total = max(float(one.max()) for one in support), sum(float(one.sum()) for one in support)
+        strength = 1.0 if self.method in ("attention", "rollout") else min(1.0, total)
         picture, box = self.pictures[image], self.boxes[image]
-        levels = (255 * heat[image] / hottest).round().to(torch.uint8).numpy()
+        levels = (255 * support[image] / (hottest or 1.0)).round().to(torch.uint8).numpy()
         mask = Image.fromarray(levels).resize(picture.size, Image.Resampling.BICUBIC)
-        return overlay(picture, mask).crop(box)
+        return overlay(picture, mask, strength).crop(box)
 
 
-def overlay(picture: Image.Image, mask: Image.Image) -> Image.Image:
-    """A picture in grey, coloured where an 8-bit mask of its size is not 0: yellow, then red."""
+def overlay(picture: Image.Image, mask: Image.Image, strength: float = 1.0) -> Image.Image:
+    """A picture in grey, coloured where an 8-bit mask of its size is not 0: yellow, then red; as opaque as `strength`, up to 1."""
     colours = [(255, max(0, 230 - level * 230 // 255), 0) for level in range(256)]
     heat = mask.copy()
     heat.putpalette([channel for colour in colours for channel in colour])
     grey = picture.convert("L").convert("RGB")
-    return Image.composite(heat.convert("RGB"), grey, mask.point(lambda level: level * 3 // 4))
+    return Image.composite(heat.convert("RGB"), grey, mask.point([round(0.75 * strength * i) for i in range(256)]))
 
 
 def base_model(model):
@@ -651,4 +657,4 @@ def title(explanation: Explanation, word: int | None) -> str:
         return f"{explanation.words[word]} ({100 * math.exp(explanation.log_probs[word]):.0f} %)"
     counts = sorted(set(explanation.visual_token_counts))
     text = f"m = {', '.join(map(str, counts))}: {explanation.answer}"
-    return "\n".join(textwrap.wrap(text, 36, max_lines=4, placeholder=" ..."))
+    return "\n".join(textwrap.wrap(text, 30, max_lines=4, placeholder=" ..."))

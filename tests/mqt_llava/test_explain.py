@@ -361,6 +361,9 @@ def test_heat_is_drawn_where_it_is():
     assert len(set(drawn.getpixel((5, 25)))) == 1
     assert drawn.tobytes() != result.draw(1).tobytes()  # where nothing spoke for the word: the picture in grey
     assert len(set(result.draw(1).getpixel((45, 10)))) == 1
+    result.evidence[0][0, 2, 4] = 0.1  # hardly anything, the most of its word though
+    pale = result.draw(0).getpixel((45, 10))
+    assert 0 < pale[0] - pale[2] < 40 < red - blue
 
 
 def test_the_caller_keeps_the_picture():
