@@ -500,12 +500,15 @@ def flat_list(image_processor, images) -> list:
 
 def split_words(tokenizer, ids: list[int]) -> tuple[str, list[str], list[int]]:
     """The text of an answer, its words, and to which of them each token belongs: to the last that it has a part in."""
-    word_of = []
-    for end in range(1, len(ids) + 1):
-        so_far = tokenizer.decode(ids[:end], skip_special_tokens=True)
-        word_of.append(max(0, len(so_far.rstrip("\ufffd").split()) - 1))  # a character may come in several tokens
     text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return text, text.split(), word_of
+    words = text.split()
+    word_of = [max(0, len(words) - 1)] * len(ids)
+    for end in range(len(ids) - 1, 0, -1):
+        so_far = tokenizer.decode(ids[:end], skip_special_tokens=True)
+        # A token that begins a character belongs to the one that ends it
+        is_whole = not so_far.endswith("\ufffd")
+        word_of[end - 1] = max(0, len(so_far.split()) - 1) if is_whole else word_of[end]
+    return text, words, word_of
 
 
 def padding_colour(image_processor) -> tuple[int, ...]:
