@@ -60,6 +60,7 @@ class MQTLlavaTrainer(Trainer):
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        sampler.lengths = sampler.lengths[:]  # as a list: a column of `datasets` is slow when asked row by row
         batch_size = sampler.batch_size * self.args.world_size
         return SeededLengthGroupedSampler(sampler, batch_size, seed, lambda: int(self.state.epoch or 0))
 

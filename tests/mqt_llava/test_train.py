@@ -249,8 +249,12 @@ def test_the_order_depends_on_seed_and_epoch():
     assert order(2, 2) != order(1, 2)
 
 
-@given(number=st.integers(1, 200), batch_size=st.integers(1, 9), num_processes=st.integers(1, 3), seed=st.integers(0, 99))
-def test_batches_of_like_length_come_in_any_order_but_for_the_first_and_the_last(number, batch_size, num_processes, seed):
+@given(
+    number=st.integers(1, 200), batch_size=st.integers(1, 9), num_processes=st.integers(1, 3), seed=st.integers(0, 99)
+)
+def test_batches_of_like_length_come_in_any_order_but_for_the_first_and_the_last(
+    number, batch_size, num_processes, seed
+):
     lengths = [(7 * i) % 50 for i in range(number)]
     grouped = LengthGroupedSampler(batch_size, lengths=lengths)
     step = batch_size * num_processes
@@ -427,6 +431,15 @@ def test_predictions_are_logits_alone(accumulation, tmp_path):
         },
     )
     assert trainer.evaluate()["eval_same"] and shapes == [True, True]
+
+
+def test_lengths_are_read_at_once(data, tmp_path):
+    """A column of `datasets` takes 0.3 ms for each row that it is asked for: four minutes an epoch for LLaVA's 665,000."""
+    rows = with_lengths(load_conversations(data), make_processor(), M)
+    trainer = make_trainer(tmp_path, train_sampling_strategy="group_by_length")
+    trainer.train_dataset = rows
+    assert trainer._get_train_sampler().sampler.lengths == list(rows["length"])
+    assert type(trainer._get_train_sampler().sampler.lengths) is list
 
 
 @pytest.mark.parametrize("adapter", [False, True])
