@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # How the second edition of mqt-llava-tiny is to be trained: from scratch, on two CPU cores. The shipped checkpoint is of the
-# first one (examples/train_tiny.sh); this has not been run from end to end yet. Each step is one command, and goes on where it was broken
+# first one (examples/train_tiny.sh of commit 9bf9e86); this has not been run from end to end yet. Each step is one command, and goes on where it was broken
 # off when called again. Needs `pip install -c constraints.txt -e ".[train]"` and Debian's fonts-noto-color-emoji and fonts-symbola.
 #
 #     bash recipes/tiny/train.sh runs
