@@ -31,7 +31,8 @@ def test_python_blocks_run(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed[:3]] == ["64", "16", "1"]
     assert printed[3] == str([" Yes.", " Four."])  # the batch
-    assert printed[0].split(maxsplit=1)[1] == printed[4].strip()  # the pipeline answers as generate does
+    assert printed[4].startswith("tensor([")  # auto
+    assert printed[0].split(maxsplit=1)[1] == printed[5].strip()  # the pipeline answers as generate does
 
 
 def test_commands_run(monkeypatch):
