@@ -189,8 +189,21 @@ class LabelReader(nn.Module):
         self.language_model = model.model.language_model
         self.image_token_id = model.config.image_token_id
 
-    def forward(self, input_ids, attention_mask, labels, num_visual_tokens, **patch_labels):
-        visual = self.query_transformer(self.label_tower(**patch_labels), num_visual_tokens)
+    def forward(
+        self,
+        input_ids,
+        attention_mask,
+        labels,
+        num_visual_tokens,
+        patches,
+        centres,
+        numbers,
+        places,
+        colour,
+        total,
+    ):
+        values = self.label_tower(patches, centres, numbers, places, colour, total)
+        visual = self.query_transformer(values, num_visual_tokens)
         words = self.language_model.get_input_embeddings()  # tied to the output's
         embeds = words(input_ids)
         embeds = embeds.masked_scatter((input_ids == self.image_token_id)[..., None], visual.to(embeds.dtype))
