@@ -93,7 +93,9 @@ def resolve_schedule(num_visual_tokens, generation_configs, num_query_tokens: in
     """
     if isinstance(num_visual_tokens, str):
         if num_visual_tokens != AUTO:
-            raise ValueError(f'`num_visual_tokens` must be integers or "auto"; got {num_visual_tokens!r}.')
+            raise ValueError(
+                f'`num_visual_tokens` must be an integer, a list of them, one per image, or "auto"; got {num_visual_tokens!r}.'
+            )
         settings = (getattr(config, "visual_token_schedule", None) for config in generation_configs)
         settings = next((setting for setting in settings if setting is not None), None)
         if settings is None:

@@ -85,13 +85,13 @@ def enough(rows: list[Row], tolerance: float | None = None) -> Row:
 def sentence(rows: list[Row], tolerance: float | None = None) -> str:
     row, best = enough(rows, tolerance), max(rows, key=lambda row: row.accuracy)
     low, high = row.difference_interval
-    against = f"m = {best.num_visual_tokens} ({best.accuracy:.1f} %)"
     if row is best:
         return f"m = {row.num_visual_tokens} is the best, and no smaller m is as good."
     within = "not significantly worse than" if tolerance is None else f"within {tolerance:g} points of"
     return (
-        f"m = {row.num_visual_tokens} is enough: {row.accuracy:.1f} %, {within} the best, {against}; the difference is "
-        f"{row.difference:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}."
+        f"m = {row.num_visual_tokens} is the smallest that is {within} the best, m = {best.num_visual_tokens}: {row.accuracy:.1f} against "
+        f"{best.accuracy:.1f} %, a difference of {row.difference:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f} (more questions "
+        "narrow it)."
     )
 
 

@@ -9,24 +9,30 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 class SeededLengthGroupedSampler(Sampler):
     """
-    A [`~transformers.trainer_pt_utils.LengthGroupedSampler`] whose order depends on seed and epoch alone. By itself it
-    draws from torch's global generator, and a run that is resumed in mid-epoch would go on with other samples.
+    A [`~transformers.trainer_pt_utils.LengthGroupedSampler`] whose order depends on seed and epoch alone, with its batches
+    shuffled. By itself it draws from torch's global generator, so a run that is resumed in mid-epoch would go on with
+    other samples; and its batches come from the longest to the shortest, so the model sees one kind of question after the other.
 
     Args:
-        sampler (`LengthGroupedSampler`): gives the order.
+        sampler (`LengthGroupedSampler`): groups the samples. The first batch, with the longest sample, stays the first, so that a
+            run that needs too much memory fails at once.
+        batch_size (`int`): of all processes together.
         seed (`int`): the same on all ranks.
         epoch (`Callable[[], int]`): asked for the number of the epoch whenever one begins.
     """
 
-    def __init__(self, sampler: LengthGroupedSampler, seed: int, epoch: Callable[[], int]):
-        self.sampler, self.seed, self.epoch = sampler, seed, epoch
+    def __init__(self, sampler: LengthGroupedSampler, batch_size: int, seed: int, epoch: Callable[[], int]):
+        self.sampler, self.batch_size, self.seed, self.epoch = sampler, batch_size, seed, epoch
 
     def __len__(self):
         return len(self.sampler)
 
     def __iter__(self):
-        self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch())
-        return iter(self.sampler)
+        generator = self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch())
+        first, *others = torch.tensor(list(self.sampler)).split(self.batch_size)
+        last = [others.pop()] if others else []  # may be a smaller one
+        shuffled = [others[i] for i in torch.randperm(len(others), generator=generator)]
+        return iter(torch.cat([first, *shuffled, *last]).tolist())
 
 
 def with_lengths(dataset, processor, num_visual_tokens: int):

@@ -37,6 +37,8 @@ class MQTLlavaTrainer(Trainer):
         layers = {type(module).__name__ for module in model.modules()}
         model._no_split_modules = [name for name in model._no_split_modules or () if name in layers]
         super().__init__(model, args, data_collator=data_collator, **kwargs)
+        # `Trainer` tells the whole model alone, and the language model would keep keys and values for nobody
+        model.config.text_config.use_cache = args.use_cache
         if self.label_smoother is not None:
             self.label_smoother = ShiftingLabelSmoother(self.label_smoother.epsilon)
         self.sampler = data_collator.num_visual_tokens
@@ -58,7 +60,9 @@ class MQTLlavaTrainer(Trainer):
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return SeededLengthGroupedSampler(sampler, seed, lambda: int(self.state.epoch or 0))
+        sampler.lengths = sampler.lengths[:]  # as a list: a column of `datasets` is slow when asked row by row
+        batch_size = sampler.batch_size * self.args.world_size
+        return SeededLengthGroupedSampler(sampler, batch_size, seed, lambda: int(self.state.epoch or 0))
 
     def _with_collator(self, get_dataloader, **settings):
         """The data loader that is made while the collator has other settings."""

@@ -13,9 +13,10 @@ from .make_data import GRID, turns
 from .pretrain_vision import NAMES, patch_places
 
 
-FIRST = 9600  # samples of the first four types alone
+FIRST = 14_400  # samples of the first six types alone
 CELLS = patch_places(scenes.Scene(0, "grey", "plain", 1.0, 1.0, 512, ()), GRID)  # of a square picture's patches
 MIDDLES = [np.flatnonzero(cell == CELLS)[np.sum(cell == CELLS) // 2] for cell in range(9)]
+NO_TOTAL = scenes.MAX_THINGS + 1  # nine things are more than any picture has
 STEPS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}  # rows and columns
 
 
@@ -101,7 +102,7 @@ def tell_scene(scene):
 def drill(seed):
     """`(turns, labels)`: LLaVA's list of turns, and the labels of patches as [`pretrain_vision`] has them."""
     rng = np.random.default_rng([seed, 7])
-    ask = TYPES[rng.integers(4 if seed < FIRST else len(TYPES))]
+    ask = TYPES[rng.integers(6 if seed < FIRST else len(TYPES))]
     # All different, or a few kinds several times
     number = 9 if ask in (tell_places, ask_places) or rng.random() < 0.5 else rng.integers(2, 7)
     kinds = rng.choice(len(scenes.KINDS), number, replace=False)
@@ -110,4 +111,6 @@ def drill(seed):
     centres = np.zeros(len(CELLS), dtype=np.int64)
     centres[MIDDLES] = 1 + kinds
     (question, answer), *pairs = ask([NAMES[kind] for kind in kinds], scenes.COLOURS[colour], rng)
-    return turns((f"<image>\n{question}", answer), *pairs), ((1 + kinds)[CELLS], centres, CELLS, colour)
+    numbers = np.bincount(kinds)[kinds].clip(max=scenes.MAX_THINGS)  # of more of a kind, none are counted
+    labels = ((1 + kinds)[CELLS], centres, numbers[CELLS], CELLS, colour, NO_TOTAL)
+    return turns((f"<image>\n{question}", answer), *pairs), labels

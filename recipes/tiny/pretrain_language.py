@@ -38,7 +38,7 @@ from mqt_llava.training.data import canonical_sample
 from mqt_llava.training.sampling import parse_distribution
 
 from . import scenes
-from .drills import drill, tell_scene
+from .drills import NO_TOTAL, drill, tell_scene
 from .gazes import NUM_COARSE, look_from_coarse_to_fine
 from .optimizer import muon_and_adamw
 from .pretrain_vision import LABELS, NAMES, PatchDataset, PatchNamer, collate, scene_labels
@@ -57,8 +57,8 @@ class LanguageArguments:
     vocab_size: int = 1024
     num_query_tokens: int = 64
     query_transformer_num_attention_heads: int = 8
-    drills: int = 16_000  # samples before those about pictures
-    elastic_from: int = 48_000  # the sample from which m may be small
+    drills: int = 24_000  # samples before those about pictures
+    elastic_from: int = 56_000  # the sample from which m may be small
     num_visual_tokens: str = "1,1,1,2,2,2,3,4,4,6,8,8,12,16,16,24,32,32,48,64,64,64"
     fit_pictures: int = 3000  # from whose features the values are fitted
 
@@ -155,8 +155,9 @@ class LabelTower(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        sizes = (1 + len(NAMES), 1 + len(NAMES), 1 + len(scenes.PLACES), len(scenes.COLOURS))
-        nothing = (0, 0, len(scenes.PLACES), None)
+        numbers, places = 1 + scenes.MAX_THINGS, len(scenes.PLACES)
+        sizes = (1 + len(NAMES), 1 + len(NAMES), numbers, 1 + places, len(scenes.COLOURS), 1 + numbers)
+        nothing = (0, 0, 0, places, None, NO_TOTAL)
         self.embeddings = nn.ModuleList(
             nn.Embedding(size, width, padding_idx=index) for size, index in zip(sizes, nothing)
         )
@@ -165,14 +166,15 @@ class LabelTower(nn.Module):
     def speak(self, model, tokenizer):
         """Begin with visual tokens that are like the words for what they show."""
         words = model.get_input_embeddings().weight @ model.model.query_transformer.text_proj.weight  # a rotation
-        names = (NAMES, NAMES, scenes.PLACES, scenes.COLOURS)
-        for embedding, first, texts, factor in zip(self.embeddings, (1, 1, 0, 0), names, (1, 1, 0.5, 0.5)):
+        names = (NAMES, NAMES, scenes.NUMBER_WORDS[1:], scenes.PLACES, scenes.COLOURS)
+        for embedding, first, texts, factor in zip(self.embeddings, (1, 1, 1, 0, 0), names, (1, 1, 0.5, 0.5, 0.5)):
             for i, text in enumerate(texts):
                 ids = tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
                 embedding.weight[first + i] = factor * words[ids].mean(0)
+        self.embeddings[-1].weight *= words.std()  # not the words for how many there are of a kind
 
-    def forward(self, patches, centres, places, colour):
-        labels = (patches, centres, places, colour[:, None].expand_as(patches))
+    def forward(self, patches, centres, numbers, places, colour, total):
+        labels = (patches, centres, numbers, places, *(label[:, None].expand_as(patches) for label in (colour, total)))
         return sum(embedding(label) for embedding, label in zip(self.embeddings, labels))
 
 
@@ -187,8 +189,21 @@ class LabelReader(nn.Module):
         self.language_model = model.model.language_model
         self.image_token_id = model.config.image_token_id
 
-    def forward(self, input_ids, attention_mask, labels, num_visual_tokens, patches, centres, places, colour):
-        visual = self.query_transformer(self.label_tower(patches, centres, places, colour), num_visual_tokens)
+    def forward(
+        self,
+        input_ids,
+        attention_mask,
+        labels,
+        num_visual_tokens,
+        patches,
+        centres,
+        numbers,
+        places,
+        colour,
+        total,
+    ):
+        values = self.label_tower(patches, centres, numbers, places, colour, total)
+        visual = self.query_transformer(values, num_visual_tokens)
         words = self.language_model.get_input_embeddings()  # tied to the output's
         embeds = words(input_ids)
         embeds = embeds.masked_scatter((input_ids == self.image_token_id)[..., None], visual.to(embeds.dtype))
@@ -223,8 +238,8 @@ class LabelDataset(Dataset):
             turns, labels = drill(index)
         else:
             seed = self.order[index - self.drills]
-            scene, patches = scenes.make_scene(seed), self.patches[seed].reshape(2, -1).astype(np.int64)
-            turns, labels = self.turns[seed], (*patches, *scene_labels(scene))
+            patches, centres = self.patches[seed].reshape(2, -1).astype(np.int64)
+            turns, labels = self.turns[seed], (patches, centres, *scene_labels(scenes.make_scene(seed), patches))
         least = NUM_COARSE if index < self.elastic_from else 1
         return {"conversations": turns, "labels": labels, "min_num_visual_tokens": least}
 

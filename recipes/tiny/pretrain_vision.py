@@ -1,9 +1,10 @@
 """Pretrain the vision tower of `mqt-llava-tiny` from scratch: name what every patch of synthetic pictures shows.
 
 LLaVA starts from CLIP, which was pretrained on captioned pictures from the web. Here nothing is downloaded, so the
-tower learns from scenes. Every patch tells which object or figure covers it, of which one it holds the centre (so that two
-cats side by side are two), where it is in the picture and in the padded square, and what colour the background has. Nothing is
-asked of the picture as a whole: a visual token is a weighted sum of patches, and can hold what each of them tells.
+tower learns from scenes. Every patch tells which object or figure covers it, how many of that kind there are, of which one it
+holds the centre (so that two cats side by side are two), where it is in the picture and in the padded square, what colour the
+background has and how many things there are. A visual token is a weighted sum of patches, and can hold what each of them tells;
+how often it finds the same, a small language model is slow to learn.
 
     python -m recipes.tiny.pretrain_vision --data_path runs/data --output_dir runs/vision
 """
@@ -28,7 +29,7 @@ from .optimizer import muon_and_adamw
 
 EVALUATION_SEED = 10_000_000  # seeds from here on are never trained on
 NAMES = scenes.KINDS + scenes.FIGURES
-LABELS = ("patches", "centres", "places", "colour")
+LABELS = ("patches", "centres", "numbers", "places", "colour", "total")
 
 
 def patch_places(scene, grid):
@@ -40,9 +41,11 @@ def patch_places(scene, grid):
     return np.where(is_padding, 9, cells).astype(np.int64).reshape(-1)
 
 
-def scene_labels(scene):
-    """Where each patch is, and the index of the colour."""
-    return patch_places(scene, make_data.GRID), scenes.COLOURS.index(scene.colour)
+def scene_labels(scene, patches):
+    """How many there are of the kind that covers each patch (0 where none does), where each patch is, the index of the colour, and
+    how many things there are."""
+    numbers = np.array([0] + [scene.count(name) if name in scenes.KINDS else 0 for name in NAMES])[patches]
+    return numbers, patch_places(scene, make_data.GRID), scenes.COLOURS.index(scene.colour), len(scene.things)
 
 
 class PatchDataset(Dataset):
@@ -59,8 +62,8 @@ class PatchDataset(Dataset):
         if seed not in self.rows:
             with Image.open(self.images / f"{seed:07d}.png") as picture:
                 pixels = np.asarray(picture)
-            labels = self.patches[seed].reshape(2, -1).astype(np.int64)
-            self.rows[seed] = pixels, *labels, *scene_labels(scenes.make_scene(seed))
+            patches, centres = self.patches[seed].reshape(2, -1).astype(np.int64)
+            self.rows[seed] = pixels, patches, centres, *scene_labels(scenes.make_scene(seed), patches)
         return self.rows[seed]
 
 
@@ -71,9 +74,10 @@ class EvaluationDataset(Dataset):
         self.rows = []
         for seed in range(EVALUATION_SEED, EVALUATION_SEED + length):
             scene = scenes.make_scene(seed)
-            picture, *patches = make_data.paint(scene, image_size, grid=grid)
+            picture, *labels = make_data.paint(scene, image_size, grid=grid)
             pixels = np.asarray(make_data.prepare(picture, image_size))
-            self.rows.append((pixels, *(labels.reshape(-1) for labels in patches), *scene_labels(scene)))
+            patches, centres = (label.reshape(-1) for label in labels)
+            self.rows.append((pixels, patches, centres, *scene_labels(scene, patches)))
 
     def __len__(self):
         return len(self.rows)
@@ -96,12 +100,23 @@ class PatchNamer(nn.Module):
         self.vision_tower = vision_tower
         width = vision_tower.config.hidden_size
         grid = make_data.GRID
-        self.of_patches = [1 + len(NAMES), 1 + len(NAMES), 1 + len(scenes.PLACES), 2 * grid, len(scenes.COLOURS)]
+        numbers = 1 + scenes.MAX_THINGS
+        self.of_patches = [
+            1 + len(NAMES),
+            1 + len(NAMES),
+            numbers,
+            1 + len(scenes.PLACES),
+            2 * grid,
+            len(scenes.COLOURS),
+            numbers,
+        ]
         self.patch_readout = nn.Linear(width, sum(self.of_patches))
         # For each patch that shows something eight do not, and for each centre twenty
         for name, background in (("cover_weight", 0.2), ("centre_weight", 0.1)):
             self.register_buffer(name, torch.tensor([background] + [1.0] * len(NAMES)), persistent=False)
         row, column = torch.arange(grid).repeat_interleave(grid), torch.arange(grid).repeat(grid)
+        # Four of five kinds are there once
+        self.register_buffer("number_weight", torch.tensor([0.1, 0.3] + [1.0] * (numbers - 2)), persistent=False)
         self.register_buffer("lines", torch.stack([row, column], dim=1).flatten(), persistent=False)
         for name, values in (("mean", OPENAI_CLIP_MEAN), ("std", OPENAI_CLIP_STD)):
             self.register_buffer(name, 255 * torch.tensor(values)[:, None, None], persistent=False)
@@ -111,28 +126,32 @@ class PatchNamer(nn.Module):
         features = self.vision_tower(pixels).last_hidden_state[:, 1:]
         return F.layer_norm(features, features.shape[-1:])
 
-    def forward(self, pixel_values, patches, centres, places, colour):
+    def forward(self, pixel_values, patches, centres, numbers, places, colour, total):
         features = self.features(pixel_values)
-        covers, middles, cells, lines, colours = (
+        covers, middles, counts, cells, lines, colours, totals = (
             self.patch_readout(features).float().flatten(0, 1).split(self.of_patches, -1)
         )
         loss = (
             F.cross_entropy(covers, patches.flatten(), self.cover_weight)
             + 0.5 * F.cross_entropy(middles, centres.flatten(), self.centre_weight)
+            + 0.5 * F.cross_entropy(counts, numbers.flatten(), self.number_weight)
             + 0.5 * F.cross_entropy(cells, places.flatten())
             + 0.2 * F.cross_entropy(lines.unflatten(-1, (2, -1)).flatten(0, 1), self.lines.repeat(len(places)))
             + 0.2 * F.cross_entropy(colours, colour.repeat_interleave(patches.shape[1]))
+            + 0.5 * F.cross_entropy(totals, total.repeat_interleave(patches.shape[1]))
         )
         return {
             "loss": loss,
             "covers": covers.argmax(-1).view_as(patches),
             "middles": middles.argmax(-1).view_as(centres),
+            "counts": counts.argmax(-1).view_as(numbers),
             "cells": cells.argmax(-1).view_as(places),
+            "totals": totals.argmax(-1).view_as(patches),
         }
 
 
 def compute_metrics(prediction):
-    covers, middles, cells = prediction.predictions
+    covers, middles, counts, cells, totals = prediction.predictions
     labels = dict(zip(LABELS, prediction.label_ids))
     shown, held = labels["patches"] > 0, labels["centres"] > 0
     return {
@@ -140,6 +159,8 @@ def compute_metrics(prediction):
         "background_patches": (covers == labels["patches"])[~shown].mean(),
         "centres": (middles == labels["centres"])[held].mean(),
         "all_centres": ((middles == labels["centres"]) | ~held).all(-1).mean(),
+        "several": (counts == labels["numbers"])[labels["numbers"] > 1].mean(),
+        "totals": (totals == labels["total"][:, None]).mean(),
         "places": (cells == labels["places"]).mean(),
     }
 

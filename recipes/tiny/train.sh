@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # How the second edition of mqt-llava-tiny is to be trained: from scratch, on two CPU cores. The shipped checkpoint is of the
-# first one (examples/train_tiny.sh); this has not been run from end to end yet. Each step is one command, and goes on where it was broken
+# first one (examples/train_tiny.sh of commit 9bf9e86); this has not been run from end to end yet. Each step is one command, and goes on where it was broken
 # off when called again. Needs `pip install -c constraints.txt -e ".[train]"` and Debian's fonts-noto-color-emoji and fonts-symbola.
 #
 #     bash recipes/tiny/train.sh runs
@@ -27,10 +27,9 @@ tune() {
 
 # In place of CLIP: a tower that names what every patch shows
 [ -e "$runs/vision/model.safetensors" ] ||
-    $python -m recipes.tiny.pretrain_vision --data_path "$runs/data" --output_dir "$runs/vision" "${on_cpu[@]}" --torch_compile \
-        --max_steps 4000 --per_device_train_batch_size 128 --per_device_eval_batch_size 250 \
+    "${launch[@]}" recipes.tiny.pretrain_vision --data_path "$runs/data" --output_dir "$runs/vision" "${on_cpu[@]}" --torch_compile \
+        --ddp_backend gloo --max_steps 4000 --per_device_train_batch_size 64 --per_device_eval_batch_size 250 \
         --warmup_steps 200 --weight_decay 0.05 --remove_unused_columns False \
-        --dataloader_num_workers 1 --dataloader_persistent_workers --dataloader_prefetch_factor 4 \
         --logging_steps 20 --eval_strategy steps --eval_steps 500 --save_steps 500
 
 # In place of Vicuna: a language model that answers from visual tokens, made of labels. Takes the place of stage 1, too

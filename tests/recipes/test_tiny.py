@@ -4,6 +4,7 @@ import copy
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -78,11 +79,14 @@ def a_scene(*things, width=1.0, height=1.0):
 def test_labels_of_a_patch_say_where_it_is_in_the_picture():
     """A picture twice as wide as high: two rows of eight patches are padding on either side, and cells are low and wide."""
     scene = a_scene(("cat", 0.15, 0.2, 0.2), ("cat", 0.9, 0.8, 0.2), width=1.0, height=0.5)
-    places, colour = pretrain_vision.scene_labels(scene)
+    patches = np.zeros(64, dtype=int)
+    patches[[16, 47]], patches[20] = 1 + scenes.KINDS.index("cat"), 1 + pretrain_vision.NAMES.index("7")
+    numbers, places, colour, total = pretrain_vision.scene_labels(scene, patches)
     grid = places.reshape(8, 8)
     assert (grid[[0, 1, 6, 7]] == 9).all()
     assert grid[2].tolist() == [0, 0, 0, 1, 1, 2, 2, 2] and grid[5].tolist() == [6, 6, 6, 7, 7, 8, 8, 8]
-    assert scenes.COLOURS[colour] == "red"
+    assert scenes.COLOURS[colour] == "red" and total == 2
+    assert np.flatnonzero(numbers).tolist() == [16, 47] and numbers[[16, 47]].tolist() == [2, 2]
 
 
 def test_places_are_asked_for_only_where_they_are_plain():
@@ -212,8 +216,11 @@ def test_visual_tokens_begin_with_parts_of_the_picture():
 
 @given(st.integers(0, 2 * drills.FIRST))
 def test_drills_are_right_about_what_their_labels_show(seed):
-    turns, (covers, centres, places, colour) = drills.drill(seed)
+    turns, (covers, centres, numbers, places, colour, _) = drills.drill(seed)
     names = [pretrain_vision.NAMES[covers[patch] - 1] for patch in drills.MIDDLES]
+    assert [numbers[patch] for patch in drills.MIDDLES] == [
+        min(names.count(name), scenes.MAX_THINGS) for name in names
+    ]
     assert (centres > 0).sum() == 9 and all(centres[patch] == covers[patch] for patch in drills.MIDDLES)
     assert [places[patch] for patch in drills.MIDDLES] == list(range(9))
     questions = [turn["value"].removeprefix("<image>\n") for turn in turns[::2]]
