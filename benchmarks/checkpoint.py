@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from mqt_llava.conversion.files import LazyTensor
-from mqt_llava.conversion.writing import write_shards
+from mqt_llava.conversion.files import LazyTensor, write_shards
 from tests.reference import official_layout
 
 

@@ -20,7 +20,6 @@ TEXT_MODEL_TYPES = {"llava_llama": "llama", "llava_mistral": "mistral"}
 NUM_HEADS = 16  # of the query transformer; fixed in the authors' code, whatever the widths
 KEPT = ("mm_", "image_", "query_", "tokenizer_", "use_mm_", "num_visual_")  # settings that converting back will need
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # besides SentencePiece's
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.json")
 OPENAI_CLIP = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
@@ -77,7 +76,7 @@ class VisionTower:
 
     def __init__(self, name: str, near: Path | None = None):
         self.name = name
-        self.folder = fetch(name, *WEIGHT_PATTERNS, near=near)
+        self.folder = fetch(name, near=near)
         config = read_config(self.folder)
         self.config = getattr(config, "vision_config", config)
         if not hasattr(self.config, "image_size"):

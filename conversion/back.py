@@ -9,11 +9,10 @@ from transformers import AutoTokenizer
 
 from ..modeling.configuration_mqt_llava import MQTLlavaConfig
 from .authors import NUM_HEADS, TEXT_MODEL_TYPES, check_fits_embeddings, load_tokenizer, split_off_vision
-from .files import LazyTensor, read_json
+from .files import LazyTensor, cast, main_dtype, read_json, save, write_json, write_shards
 from .names import AUTHORS_VISION_TOWER, EMBEDDINGS, rename, to_authors
 from .plan import check
 from .tokenization import read_pieces
-from .writing import cast, main_dtype, save, write_json, write_shards
 
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")

@@ -11,8 +11,21 @@ from transformers.dynamic_module_utils import custom_object_save
 from .. import modeling
 from ..modeling.configuration_mqt_llava import MQTLlavaConfig
 from . import back, full, lora, parts, stage1
-from .authors import WEIGHT_PATTERNS, make_generation_config
-from .files import fetch, read_json, read_tensors
+from .authors import make_generation_config
+from .files import (
+    cast,
+    check_free,
+    check_space,
+    fetch,
+    main_dtype,
+    new_folder,
+    parse_size,
+    read_json,
+    read_tensors,
+    save,
+    weight_file_names,
+    write_shards,
+)
 from .plan import Plan
 from .verify import (
     Check,
@@ -23,17 +36,6 @@ from .verify import (
     verify_back,
     verify_plan,
     verify_tensors,
-)
-from .writing import (
-    cast,
-    check_free,
-    check_space,
-    main_dtype,
-    new_folder,
-    parse_size,
-    save,
-    weight_file_names,
-    write_shards,
 )
 
 
@@ -131,9 +133,7 @@ def convert(
         raise ValueError(f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
     check_free(destination, overwrite)
     max_shard_size = parse_size(max_shard_size)
-    source_path = (
-        Path(source) if Path(source).is_file() else fetch(source, *WEIGHT_PATTERNS, "tokenizer.model", "*.jinja")
-    )
+    source_path = Path(source) if Path(source).is_file() else fetch(source)
     for path in filter(None, (source_path, vision_tower, base_model)):
         if Path(path).exists() and Path(path).resolve().is_relative_to(destination.resolve()):
             raise ValueError(f"{destination} is or holds the source {path}; choose another folder")
@@ -275,7 +275,7 @@ def _convert_back(source, destination, dtype, max_shard_size, verify, overwrite,
 def _keep_adapter(
     source, destination, base_model, verify, overwrite, dry_run, progress, prepare, finish, start
 ) -> Report:
-    base = None if base_model is None else fetch(base_model, *WEIGHT_PATTERNS, "tokenizer.model", "*.jinja")
+    base = None if base_model is None else fetch(base_model)
     if base is None or read_json(base / "config.json").get("model_type") != "mqt_llava":
         raise ValueError(
             "--keep-adapter needs --base-model: the MQT-LLaVA checkpoint, converted already, it will go on"

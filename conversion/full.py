@@ -12,7 +12,7 @@ from .authors import (
     vision_tower,
 )
 from .files import LazyTensor, read_json, read_tensors
-from .names import from_authors
+from .names import BUFFERS, from_authors
 from .plan import Plan
 
 
@@ -46,6 +46,7 @@ def plan_of_tensors(
     """
     check_supported(settings)
     vocab_size = text_config(settings).vocab_size
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(BUFFERS)}
     tensors, inside = split_off_vision(tensors)
     tower, vision_tensors, vision_source = vision_tower(settings, folder, inside, choice)
     tokenizer_folder = tokenizer_folder or folder

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import torch
 
-from .authors import WEIGHT_PATTERNS
-from .files import LazyTensor, WeightFile, fetch, read_json, read_tensors
+from .files import LazyTensor, fetch, read_file, read_json, read_tensors, write_safetensors
 from .full import plan_of_tensors
 from .names import AUTHORS_QUERY_TRANSFORMER, from_authors, rename
 from .plan import Plan
 from .stage1 import combine, language_model, query_transformer
-from .writing import write_safetensors
 
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -31,7 +29,7 @@ def plan(source: Path, vision_tower: str | None = None, base_model: str | None =
     base_model = base_model or adapter.get("base_model_name_or_path")
     if not base_model:
         raise ValueError("adapter_config.json names no base model; name it with --base-model")
-    base = fetch(base_model, *WEIGHT_PATTERNS, "tokenizer.model", near=source)
+    base = fetch(base_model, near=source)
     base_settings = read_json(base / "config.json")
     tensors = read_tensors(base)
     near = base  # where the config lies that names the vision tower
@@ -71,7 +69,7 @@ def adapter_tensors(source: Path):
     if file is None:
         raise ValueError(f"{source} has none of the files {', '.join(ADAPTER_FILES)}")
     halves, others = {}, {}
-    for name, tensor in WeightFile(file).tensors().items():
+    for name, tensor in read_file(file).items():
         name = name.removeprefix("base_model.model.")
         match = LORA_NAME.fullmatch(name)
         if match:
@@ -84,7 +82,7 @@ def adapter_tensors(source: Path):
     if alone:
         raise ValueError(f"{file} has only one of lora_A and lora_B for {alone[0]}")
     if (source / NON_LORA_FILE).exists():
-        for name, tensor in WeightFile(source / NON_LORA_FILE).tensors().items():
+        for name, tensor in read_file(source / NON_LORA_FILE).items():
             others[name.removeprefix("base_model.model.")] = tensor
     trained = {name: tensor for name, tensor in others.items() if "query_abstractor." in name}
     others = {name: tensor for name, tensor in others.items() if name not in trained}
@@ -96,15 +94,16 @@ def merge(name: str, weight: LazyTensor, a: LazyTensor, b: LazyTensor, scaling: 
     if (b.shape[0], a.shape[1]) != weight.shape or a.shape[0] != b.shape[1]:
         raise ValueError(f"lora_A {a.shape} and lora_B {b.shape} do not fit {name} {weight.shape}")
 
-    def add(values):
+    def add():
         # in place and in float32: the weight is copied once
+        values = weight.load()
         return (
             values.to(torch.float32, copy=True)
             .addmm_(b.load().float(), a.load().float(), alpha=scaling)
             .to(values.dtype)
         )
 
-    return weight.map(add)
+    return LazyTensor(weight.shape, weight.dtype, add)
 
 
 def write_adapter(source: Path, destination: Path, base_model: str):

@@ -4,7 +4,6 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModel
 
 from .authors import (
-    WEIGHT_PATTERNS,
     VisionTower,
     load_tokenizer,
     make_config,
@@ -32,7 +31,7 @@ def plan(
         num_attention_heads (`int`, *optional*): Of the query transformer. Defaults to one for every 64 channels.
         seed (`int`, *optional*, defaults to 0): Of the query transformer's fresh weights.
     """
-    folder = fetch(language_model, *WEIGHT_PATTERNS, "tokenizer.model", "*.jinja", "*.txt")
+    folder = fetch(language_model)
     text = read_config(folder)
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(

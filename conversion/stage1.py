@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from .authors import TEXT_MODEL_TYPES, WEIGHT_PATTERNS
-from .files import LazyTensor, WeightFile, fetch, read_json, read_tensors
+from .authors import TEXT_MODEL_TYPES
+from .files import LazyTensor, fetch, read_file, read_json, read_tensors
 from .full import plan_of_tensors
 from .names import AUTHORS_QUERY_TRANSFORMER
 from .plan import Plan
@@ -30,14 +30,14 @@ def plan(source: Path, vision_tower: str | None = None, base_model: str | None =
         raise ValueError(f"{source} has none of the files {', '.join(FILES)}")
     if base_model is None:
         raise ValueError("stage-1 weights are the query transformer alone; name the language model with --base-model")
-    base = fetch(base_model, *WEIGHT_PATTERNS, "tokenizer.model")
+    base = fetch(base_model)
     config_file = file.parent / "config.json"
     settings = read_json(config_file) if config_file.exists() else {}
     return plan_of_tensors(
         "stage-1 weights",
         file.parent,
         combine(read_json(base / "config.json"), settings, base_model),
-        {**language_model(read_tensors(base)), **query_transformer(WeightFile(file).tensors(), file)},
+        {**language_model(read_tensors(base)), **query_transformer(read_file(file), file)},
         vision_tower,
         tokenizer_folder=base,
     )

@@ -16,12 +16,11 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
 from . import lora
 from .authors import NUM_HEADS, reads_pieces
-from .files import LazyTensor, read_tensors
+from .files import LazyTensor, cast, read_tensors
 from .names import AUTHORS_QUERY_TRANSFORMER, AUTHORS_VISION_TOWER, to_authors
 from .plan import Plan
 from .streaming import count_layers, load_language_model, load_model
 from .tokenization import read_pieces
-from .writing import cast
 
 
 VISUAL_TOLERANCE, LOGIT_TOLERANCE = 1e-4, 1e-3  # relative to the largest value, where that is above 1

@@ -6,13 +6,12 @@ import re
 import signal
 import subprocess
 import sys
-from importlib import import_module
 
 import pytest
 from typer.testing import CliRunner
 
 from mqt_llava import MQTLlavaProcessor, cli
-from mqt_llava.conversion import names, tokenization
+from mqt_llava.conversion import files, names, tokenization
 from tests.conversion.checkpoints import read_weights
 
 
@@ -110,9 +109,7 @@ def test_disk_that_fails(authors, tmp_path, monkeypatch):
     def write_all(*args):
         raise OSError(28, "No space left on device")
 
-    writing = import_module("mqt_llava.conversion.writing")
-    monkeypatch.setattr(writing, "write_all", write_all)
-    monkeypatch.setattr(os, "copy_file_range", write_all, raising=False)
+    monkeypatch.setattr(files, "write_all", write_all)
     assert_refused(run(authors, tmp_path / "out"), "No space left on device")
     assert list(tmp_path.iterdir()) == []
 

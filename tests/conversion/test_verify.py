@@ -68,9 +68,11 @@ def test_one_changed_value_in_any_tensor(authors, converted, tmp_path, choice):
     if not changed.exists():
         shutil.copy(converted / changed.name, changed)
     tensors = read_tensors(tmp_path)
-    tensor = tensors[choice.draw(sampled_from(sorted(tensors)), label="name")]
-    position = tensor.stored[1] + choice.draw(integers(0, tensor.nbytes - 1), label="byte")
+    name = choice.draw(sampled_from(sorted(tensors)), label="name")
     with open(changed, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        begin, end = json.loads(file.read(length))[name]["data_offsets"]
+        position = 8 + length + choice.draw(integers(begin, end - 1), label="byte")
         file.seek(position)
         (byte,) = file.read(1)
         file.seek(position)
