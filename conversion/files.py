@@ -7,9 +7,10 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -23,18 +24,8 @@ from safetensors import safe_open
 HUB_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt", "tokenizer.model")  # what is downloaded
 WEIGHT_FILES = ("model*.safetensors", "adapter_model.*", "pytorch_model*.bin")
 CHECKPOINT_FILES = (  # what `convert` and `save_pretrained` write
-    "config.json",
-    "*_config.json",
-    "*.index.json",
-    "tokenizer.*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "accuracy.json",
-    "chat_template.*",
-    "*_mqt_llava.py",
-    "README.md",
+    *"config.json *_config.json *.index.json tokenizer.* special_tokens_map.json added_tokens.json vocab.json".split(),
+    *"merges.txt accuracy.json chat_template.* *_mqt_llava.py README.md".split(),
     *WEIGHT_FILES,
 )
 MARK = "mqt-llava-convert.lock"  # in the folders that a run makes for itself
@@ -88,6 +79,19 @@ def cast(tensors: dict[str, LazyTensor], dtype: torch.dtype | None) -> dict[str,
     }
 
 
+def counted(tensors: dict[str, LazyTensor], told) -> dict[str, LazyTensor]:
+    """The same tensors. `told` is called with the bytes of each that was loaded, by one thread at a time."""
+    lock = threading.Lock()
+
+    def load(tensor):
+        values = tensor.load()
+        with lock:
+            told(tensor.nbytes)
+        return values
+
+    return {name: replace(tensor, load=partial(load, tensor)) for name, tensor in tensors.items()}
+
+
 class BinFile:
     """A `.bin` file, mapped into memory. Such files are pickles: they are read with `weights_only=True` alone."""
 
@@ -108,7 +112,7 @@ class BinFile:
                     "a program, so it is not loaded"
                 ) from error
             if wrong:
-                raise ValueError(f"{self.path} holds more than tensors: {', '.join(map(str, wrong[:5]))}")
+                raise ValueError(f"{self.path} holds more than tensors: {first(wrong)}")
             self.mapped, self.bytes_read = mapped, 0
         return mapped  # another thread may have dropped the attribute
 
@@ -138,19 +142,17 @@ def read_file(path: Path) -> dict[str, LazyTensor]:
             name: LazyTensor(tuple(tensor.shape), tensor.dtype, partial(file.load, name))
             for name, tensor in file.map().items()
         }
+    tensors = {}
     try:
         with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-            headers = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+            for name in file.keys():  # noqa: SIM118  it is no dict
+                header = file.get_slice(name)
+                if (dtype := SAFETENSORS_DTYPES.get(header.get_dtype())) is None:
+                    raise ValueError(f"{name} has the unsupported dtype {header.get_dtype()}")
+                tensors[name] = LazyTensor(tuple(header.get_shape()), dtype, partial(load_safetensor, path, name))
     except Exception as error:  # a damaged file can lead its reader to any exception
         raise ValueError(f"cannot read {path}: {one_line(error)}") from error
-    for name, (_, dtype) in headers.items():
-        if dtype not in SAFETENSORS_DTYPES:
-            raise ValueError(f"{path}: {name} has the unsupported dtype {dtype}")
-    return {
-        name: LazyTensor(shape, SAFETENSORS_DTYPES[dtype], partial(load_safetensor, path, name))
-        for name, (shape, dtype) in headers.items()
-    }
+    return tensors
 
 
 def read_tensors(folder: Path) -> dict[str, LazyTensor]:
@@ -175,7 +177,7 @@ def read_tensors(folder: Path) -> dict[str, LazyTensor]:
                     raise ValueError(f"{folder}: the tensor {name} is in two files, one of them {file}")
                 tensors[name] = tensor
         if missing := sorted(listed.keys() - tensors.keys()):
-            raise ValueError(f"{index} names tensors that its files lack: {', '.join(missing[:5])}")
+            raise ValueError(f"{index} names tensors that its files lack: {first(missing)}")
         return tensors
     raise ValueError(
         f"{folder} has no weights: none of model.safetensors, pytorch_model.bin and their index files is there"
@@ -211,6 +213,11 @@ def check_inside(folder: Path, name: str) -> Path:
 def one_line(error: Exception) -> str:
     """What went wrong, without the traceback or the advice that a library puts around it."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def first(names: list, count: int = 3) -> str:
+    more = len(names) - count
+    return ", ".join(map(str, names[:count])) + (f" and {more} more" if more > 0 else "")
 
 
 def fetch(name: str, near: Path | None = None) -> Path:
@@ -300,10 +307,8 @@ def check_free(destination: Path, overwrite: bool):
     if not overwrite:
         raise ValueError(f"{destination} is not empty; choose another folder or pass --overwrite")
     if others := foreign_files(destination):
-        more = ", ..." * (len(others) > 3)
         raise ValueError(
-            f"--overwrite replaces nothing but a checkpoint, and {destination} holds {', '.join(others[:3])}{more}; choose "
-            "another folder"
+            f"--overwrite replaces nothing but a checkpoint, and {destination} holds {first(others)}; choose another folder"
         )
 
 
@@ -360,21 +365,17 @@ def weight_file_names(tensors: dict[str, LazyTensor], max_shard_size: int | str)
     return [*split.filename_to_tensors, *(["model.safetensors.index.json"] if split.is_sharded else [])]
 
 
-def write_shards(folder: Path, tensors: dict[str, LazyTensor], max_shard_size: int | str, tick=None):
-    """Write `tensors` as safetensors. No more than `WRITERS` of them are in memory at a time.
-
-    Args:
-        tick (`Callable[[int], None]`, *optional*): is told the bytes of each tensor that was written.
-    """
+def write_shards(folder: Path, tensors: dict[str, LazyTensor], max_shard_size: int | str):
+    """Write `tensors` as safetensors. No more than `WRITERS` of them are in memory at a time."""
     split = plan_shards(tensors, max_shard_size)
     for filename, names in split.filename_to_tensors.items():
-        write_safetensors(folder / filename, {name: tensors[name] for name in names}, tick)
+        write_safetensors(folder / filename, {name: tensors[name] for name in names})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def write_safetensors(path: Path, tensors: dict[str, LazyTensor], tick=None):
+def write_safetensors(path: Path, tensors: dict[str, LazyTensor]):
     """Write one safetensors file, a few tensors at a time: `safetensors.torch.save_file` wants all of them in memory."""
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     # wide types first, as that library orders them: each tensor begins at a multiple of its item's size
@@ -393,15 +394,12 @@ def write_safetensors(path: Path, tensors: dict[str, LazyTensor], tick=None):
         with open(path, "r+b", buffering=0) as file:
             file.seek(8 + len(head) + header[name]["data_offsets"][0])
             write_all(file, values.contiguous().flatten().view(torch.uint8).numpy())
-        return tensor.nbytes
 
     path.write_bytes(len(head).to_bytes(8, "little") + head)
     with ThreadPoolExecutor(WRITERS) as pool:
         try:
             for written in as_completed([pool.submit(write, name) for name in tensors]):
-                nbytes = written.result()
-                if tick is not None:
-                    tick(nbytes)
+                written.result()
         except BaseException:  # the first error, or Ctrl-C, ends it
             pool.shutdown(cancel_futures=True)
             raise
@@ -429,8 +427,5 @@ def save(tokenizer, folder: Path):
 
 
 def main_dtype(tensors: dict[str, LazyTensor]) -> torch.dtype:
-    """What most of the weights are; `from_pretrained(dtype="auto")` goes by it."""
-    sizes = {}
-    for tensor in tensors.values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
-    return max(sizes, key=sizes.get)
+    """That of the largest tensor; `from_pretrained(dtype="auto")` goes by it."""
+    return max(tensors.values(), key=lambda tensor: tensor.nbytes).dtype
