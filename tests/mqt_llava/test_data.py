@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from mqt_llava import MQTLlavaImageProcessor, MQTLlavaProcessor
-from mqt_llava.conversion.tokenization import load_llama_tokenizer
+from mqt_llava.conversion.authors import load_llama_tokenizer
 from mqt_llava.training.collator import MQTLlavaDataCollator
 from mqt_llava.training.data import (
     SampleError,
