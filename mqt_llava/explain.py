@@ -345,10 +345,7 @@ class AskedQuestion:
         with LOCK, torch.enable_grad(), checkpointing(self.model.base_model.language_model):
             for start in range(0, len(rows), batch_size):
                 words, at = zip(*rows[start : start + batch_size])
-                words, at = (
-                    torch.tensor(words, device=way.device),
-                    torch.tensor(at, device=way.device, dtype=way.dtype),
-                )
+                words, at = torch.tensor(words, device=way.device), torch.tensor(at, device=way.device, dtype=way.dtype)
                 leaf = (self.grey_tokens + at[:, None, None] * way).detach().requires_grad_()
                 total = self.log_probs(leaf).gather(1, words[:, None]).sum()
                 gradients.index_add_(0, words, torch.autograd.grad(total, leaf)[0].float())

@@ -128,7 +128,7 @@ def test_mistakes_are_messages(client, arguments, said):
 
 def test_nobody_reads_files_of_the_machine(client, address):
     secret = {"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}
-    with pytest.raises(Exception):  # noqa: B017  which one is Gradio's affair
+    with pytest.raises(Exception):  # which one is Gradio's affair
         client.predict(secret, QUESTION, api_name="/ask")
     assert httpx.get(f"{address}gradio_api/file=/etc/hostname").status_code == 403
     assert httpx.get(f"{address}gradio_api/file={ROOT / 'setup.cfg'}").status_code == 403
