@@ -189,7 +189,7 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
             "heat_of_words": [explanation.heat(word)[0].tolist() for word in range(len(explanation.words))],
         }
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def describe(m):
         return markup.describe(m, answers.costs_of(m), answers.accuracy), markup.accuracy_chart(answers.accuracy, m)
 
@@ -246,10 +246,10 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
                         )
                         with gr.Row():
                             ask_button = gr.Button(
-                                "Ask", variant="primary", scale=2, min_width=100, elem_id="ask-button"
+                                "Ask", variant="primary", scale=1, min_width=70, elem_id="ask-button"
                             )
-                            stop_button = gr.Button("Stop", scale=1, min_width=80, elem_id="stop-button")
-                            clear_button = gr.Button("Start over", scale=1, min_width=110, elem_id="clear-button")
+                            stop_button = gr.Button("Stop", scale=1, min_width=70, elem_id="stop-button")
+                            clear_button = gr.Button("Start over", scale=1, min_width=125, elem_id="clear-button")
                     with gr.Tab("Compare", id="compare"):
                         gr.Markdown(
                             f"The same question with {listed(answers.compared)} visual tokens, without the turns before it."

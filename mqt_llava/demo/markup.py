@@ -52,7 +52,7 @@ CSS = """
 .maps { display: grid; gap: 3px; max-width: 480px; }
 .maps img { width: 100%; image-rendering: pixelated; border-radius: 2px; display: block; margin: 0; }
 .maps .unused { opacity: 0.2; }
-@media (max-width: 640px) { .look { grid-template-columns: 1fr; } .cards { grid-template-columns: 1fr 1fr; } }
+@media (max-width: 640px) { .chart text { font-size: 20px; } .look { grid-template-columns: 1fr; } .cards { grid-template-columns: 1fr 1fr; } }
 """
 
 # Which of the pictures to try was chosen
