@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from .models import (
     load_config,
     load_costs,
     load_model,
+    name_base,
     name_checkpoint,
     place,
     resolve_device,
@@ -70,7 +72,7 @@ def demo(
         except ValueError as error:
             raise UsageError(str(error)) from None
         return
-    checkpoint = name_checkpoint(model)
+    checkpoint = name_base(adapter) if adapter and model is None else name_checkpoint(model)
     if port is not None:
         check_free(host, port)
     silence_libraries()
@@ -99,6 +101,8 @@ def demo(
     print(f"Open {address} in a browser. Ctrl-C ends it.", flush=True)
     if public:
         print(f"For a week, anybody can open {public}", flush=True)
+    elif share:
+        print("Gradio's server gave no public address", file=sys.stderr)
     page.block_thread()
 
 

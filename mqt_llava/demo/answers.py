@@ -10,6 +10,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import torch
+from huggingface_hub import hf_hub_download
 from PIL import Image
 
 from ..cli.conversation import Conversation
@@ -56,7 +57,7 @@ class Answers:
         self.num_query_tokens = model.config.num_query_tokens
         has_schedule = getattr(model.generation_config, "visual_token_schedule", None) is not None
         self.schedule = load_schedule(model) if has_schedule else None
-        self.accuracy = read_accuracy(Path(checkpoint))
+        self.accuracy = read_accuracy(checkpoint)
         self.pictures = OrderedDict()
         self.lock = threading.Lock()
         self.maps = None
@@ -77,7 +78,7 @@ class Answers:
 
     @property
     def name(self) -> str:
-        return Path(self.checkpoint).name if Path(self.checkpoint).exists() else self.checkpoint
+        return Path(self.checkpoint).resolve().name if Path(self.checkpoint).exists() else self.checkpoint
 
     @property
     def compared(self) -> list[int]:
@@ -269,10 +270,14 @@ def as_messages(history, image_token: str) -> list[dict]:
     return messages
 
 
-def read_accuracy(folder: Path) -> dict[int, float]:
-    """What a checkpoint's accuracy.json says: % right for each m, of all questions."""
+def read_accuracy(checkpoint: str) -> dict[int, float]:
+    """What a checkpoint's accuracy.json says: % right for each m, of all questions. Nothing where there is none, or one of another
+    make."""
+    path = Path(checkpoint, "accuracy.json")
     try:
-        rows = json.loads((folder / "accuracy.json").read_text(encoding="utf-8"))
+        if not Path(checkpoint).is_dir():
+            path = Path(hf_hub_download(checkpoint, path.name))
+        rows = json.loads(path.read_text(encoding="utf-8"))
         return {int(m): float(rows[m]["all"]) for m in sorted(filter(str.isdigit, rows), key=int)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or of another make
+    except Exception:  # no file, no network, no such numbers: whatever the Hub's HTTP library raises
         return {}

@@ -104,7 +104,8 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
     page_only = {"api_visibility": "private"}
 
     def computes(function):
-        return shown(gpu(function) if gpu else function)
+        function = shown(function)
+        return gpu(function) if gpu else function  # around the messages: from ZeroGPU's process no others come back
 
     @computes
     def show_answer(picture, question, m, chat, auto):
@@ -336,9 +337,9 @@ def picture_input() -> gr.Image:
 
 
 def place_of(model) -> str:
-    number = sum(parameter.numel() for parameter in model.parameters())
     device = "the CPU" if model.device.type == "cpu" else str(model.device)
-    return f"{device} ({markup.amount(number, '').strip()} parameters, {str(model.dtype).removeprefix('torch.')})"
+    number = markup.amount(model.num_parameters(), "").strip()
+    return f"{device} ({number} parameters, {str(model.dtype).removeprefix('torch.')})"
 
 
 def listed(numbers: list[int]) -> str:

@@ -100,8 +100,10 @@ def test_huge_pictures_are_refused_or_made_smaller(client, answers, tmp_path):
     Image.new("1", (40000, 40000)).save(tmp_path / "bomb.png")
     with pytest.raises(AppError, match="Too many pixels"):
         client.predict(handle_file(str(tmp_path / "bomb.png")), QUESTION, api_name="/ask")
-    Image.new("RGB", (9000, 300), "red").save(tmp_path / "long.png")
-    result = client.predict(handle_file(str(tmp_path / "long.png")), "What colour is the background?", api_name="/ask")
+    Image.new("RGB", (5000, 4500), (200, 45, 45)).save(tmp_path / "large.png")
+    result = client.predict(
+        handle_file(str(tmp_path / "large.png")), "What colour is the background?", api_name="/ask"
+    )
     assert result["answer"] == "Red."
     assert max(next(reversed(answers.pictures.values())).image.size) <= 4096
 
