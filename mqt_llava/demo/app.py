@@ -109,6 +109,7 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
 
     @computes
     def show_answer(picture, question, m, chat, auto):
+        chat = answered(chat)
         news_of_answer = answers.ask(picture, question, m, turns_of(chat), auto)  # refuses before anything is shown
         chat = [*chat, {"role": "user", "content": question}]
         yield chat
@@ -298,11 +299,9 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
         # What needs no answer of the server is done in the browser, at once: a question must not be overtaken by what was before it
         asked.success(None, None, question, js="() => ''", **page_only)
         stop_button.click(None, cancels=[asked], **page_only)
-        new_picture = [
-            to_try.select,
-            picture.input,
-        ]  # what a user does. `change` comes when the picture is there, maybe after a question
-        gr.on([clear_button.click, *new_picture], None, None, chat, js="() => []", cancels=[asked], **page_only)
+        # (`picture.change` would come when the picture is there, maybe after a question about it)
+        anew = [clear_button.click, to_try.select, picture.input]
+        gr.on(anew, None, None, chat, js="() => []", cancels=[asked], **page_only)
         compare_button.click(show_comparison, inputs, cards, show_progress="minimal", **model, **page_only)
         look_button.click(show_heat, inputs, [heat, maps], show_progress="minimal", **model, **page_only)
         m.change(describe, m, [meaning, chart], queue=False, show_progress="hidden", **page_only)
@@ -353,6 +352,11 @@ def text_of(message: dict) -> str:
     content = content if isinstance(content, list) else [content]
     first = content[0] if content else ""
     return first if isinstance(first, str) else first.get("text", "")
+
+
+def answered(chat: list[dict]) -> list[dict]:
+    """A conversation without a last question that got no answer, since it was refused or stopped."""
+    return chat[:-1] if chat and chat[-1]["role"] == "user" else chat
 
 
 def turns_of(chat: list[dict]) -> list[dict]:

@@ -16,6 +16,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 from mqt_llava import TINY_CHECKPOINT
+from mqt_llava.cli.conversation import AnswerStreamer
 from mqt_llava.demo.space import write_space
 from tests.demo.conftest import ROOT, SCENE
 
@@ -158,17 +159,15 @@ def test_two_users_at_once(address, answers):
 
 def test_who_leaves_ends_the_answer_and_the_next_is_served(address, answers, client, monkeypatch):
     """A client whose connection breaks in the middle of an answer."""
-    made, streamer = [], answers_streamer()
-    put = streamer.put
+    made, put = [], AnswerStreamer.put
 
     def slow(self, ids):
         made.append(1)
         time.sleep(0.3)
         put(self, ids)
 
-    monkeypatch.setattr(streamer, "put", slow)
+    monkeypatch.setattr(AnswerStreamer, "put", slow)
     leaver = Client(address, verbose=False)
-    file = leaver.predict  # noqa: F841  keeps the session's connection
     job = leaver.submit(handle_file(str(SCENE)), QUESTION, 64, api_name="/ask")
     while not job.outputs():
         time.sleep(0.05)
@@ -179,12 +178,6 @@ def test_who_leaves_ends_the_answer_and_the_next_is_served(address, answers, cli
     assert len(made) == number < 14  # no token after it was cancelled
     monkeypatch.undo()
     assert client.predict(handle_file(str(SCENE)), QUESTION, 64, api_name="/ask")["answer"]
-
-
-def answers_streamer():
-    from mqt_llava.cli.conversation import AnswerStreamer
-
-    return AnswerStreamer
 
 
 def test_page_is_private(address):

@@ -1,12 +1,14 @@
 """The page as a person uses it, in a headless chromium."""
 
 import re
+import time
 from urllib.parse import urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
+from mqt_llava.cli.conversation import AnswerStreamer
 from tests.demo.conftest import ROOT, SCENE
 
 
@@ -164,6 +166,7 @@ def test_mistakes_are_messages_and_nothing_is_lost(page, tmp_path):
     ask(page, "What is this?")
     expect(toast(page)).to_contain_text("Choose a picture first")
     expect(question(page)).to_have_value("What is this?")
+    expect(page.locator("#chat .user .message-content")).to_have_count(1)  # and it has no answer
     toast(page).get_by_role("button").click()
     wrong = tmp_path / "wrong.png"
     wrong.write_text("no picture at all")
@@ -178,6 +181,9 @@ def test_mistakes_are_messages_and_nothing_is_lost(page, tmp_path):
     expect(toast(page)).to_contain_text("The question is empty")
     ask(page, "What is at the top left?")
     expect(said(page).nth(0)).to_have_text("A dog.")
+    ask(page, "List everything.")
+    expect(said(page).nth(2)).to_contain_text("dog")
+    expect(page.locator("#chat .user .message-content")).to_have_count(2)
 
 
 def test_markup_in_a_question_stays_text(page):
@@ -191,15 +197,11 @@ def test_markup_in_a_question_stays_text(page):
 
 
 def test_stop_ends_an_answer(page, answers, monkeypatch):
-    from mqt_llava.cli.conversation import AnswerStreamer
-
     put = AnswerStreamer.put
 
     def slow(self, ids):
-        page_sleep(0.4)
+        time.sleep(0.4)
         put(self, ids)
-
-    from time import sleep as page_sleep
 
     monkeypatch.setattr(AnswerStreamer, "put", slow)
     upload(page)
