@@ -218,6 +218,28 @@ def test_stop_ends_an_answer(page, answers, monkeypatch):
     expect(said(page).nth(0)).to_have_text("A dog.")
 
 
+def test_closing_the_tab_ends_the_answer(page, browser, address, monkeypatch):
+    made, put = [], AnswerStreamer.put
+
+    def slow(self, ids):
+        made.append(ids)
+        time.sleep(0.5)
+        put(self, ids)
+
+    other = browser.new_page()
+    other.goto(address)
+    upload(other)
+    monkeypatch.setattr(AnswerStreamer, "put", slow)
+    ask(other, "List everything.")
+    expect(said(other).nth(0)).to_contain_text("A")
+    other.close()
+    monkeypatch.undo()
+    upload(page)  # the next one is served when that answer has ended
+    ask(page, "What is at the top left?")
+    expect(said(page).nth(0)).to_have_text("A dog.")
+    assert len(made) < 14
+
+
 def test_with_the_keyboard_alone(page):
     """Choose a picture, move the slider, ask: with Tab, Enter and arrows."""
 
