@@ -11,8 +11,9 @@ occlusion alone changes the picture itself.
 
 import contextlib
 import math
+import textwrap
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -24,9 +25,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .modeling.budget_mqt_llava import resolve_visual_token_counts
 from .modeling.image_processing_mqt_llava import to_rgb
+from .speed import resolve_dtype
 
 
-METHODS = ("integrated", "gradient", "attention", "rollout", "occlusion")
+METHODS = ("integrated_gradients", "gradient", "attention", "rollout", "occlusion")
 NUM_STEPS = 8  # of integrated gradients
 WINDOW = 3  # patches in a row that occlusion covers at once
 MAX_SIDE = 1024  # pixels of pictures that are drawn over
@@ -42,6 +44,7 @@ class Explanation:
         question (`str`): as it was asked.
         answer (`str`): as it was given.
         words (`list[str]`): of the answer, between spaces.
+        visual_token_counts (`list[int]`): m, of each image.
         log_probs (`torch.Tensor` of shape `(num_words,)`): natural logarithms of the words' probabilities, each after the words
             before it.
         evidence (`list[torch.Tensor]`): one for each image, of shape `(num_words, side, side)`: what each patch, in raster order,
@@ -57,6 +60,7 @@ class Explanation:
     question: str
     answer: str
     words: list[str]
+    visual_token_counts: list[int]
     log_probs: torch.Tensor
     evidence: list[torch.Tensor]
     tokens: list[torch.Tensor] | None
@@ -67,9 +71,13 @@ class Explanation:
     def heat(self, word: int | None = None) -> list[torch.Tensor]:
         """A heat map for each image, `(side, side)`: each patch's share of all that spoke for a word, or for the whole answer where
         `word` is None. All images' together sum to 1, or to 0 where nothing spoke for it."""
-        maps = [(of_image.sum(0) if word is None else of_image[word]).clamp(min=0) for of_image in self.evidence]
+        maps = self.support(word)
         total = sum(float(one.sum()) for one in maps)
         return [one / total if total > 0 else one for one in maps]
+
+    def support(self, word: int | None = None) -> list[torch.Tensor]:
+        """The evidence for a word, or for the whole answer, that is above 0: for each image, `(side, side)`."""
+        return [(of_image.sum(0) if word is None else of_image[word]).clamp(min=0) for of_image in self.evidence]
 
     def importance(self, word: int | None = None) -> list[torch.Tensor] | None:
         """What each visual token did for a word, or for the whole answer: for each image a tensor of shape `(m,)`; None by
@@ -78,22 +86,24 @@ class Explanation:
 
     def draw(self, word: int | None = None, image: int = 0) -> Image.Image:
         """An image with the heat map of a word, or of the whole answer, over it: the hottest patch of all images is red, what has
-        no part in it shows the picture in grey."""
-        heat = self.heat(word)
-        hottest = max(float(one.max()) for one in heat) or 1.0
+        no part in it shows the picture in grey. By gradients and occlusion, colours are the paler the less than a nat (a factor
+        of e in the probability) all that spoke for it comes to, so that a word which needs no picture does not look as if it did."""
+        support = self.support(word)
+        hottest, total = max(float(one.max()) for one in support), sum(float(one.sum()) for one in support)
+        strength = 1.0 if self.method in ("attention", "rollout") else min(1.0, total)
         picture, box = self.pictures[image], self.boxes[image]
-        levels = (255 * heat[image] / hottest).round().to(torch.uint8).numpy()
+        levels = (255 * support[image] / (hottest or 1.0)).round().to(torch.uint8).numpy()
         mask = Image.fromarray(levels).resize(picture.size, Image.Resampling.BICUBIC)
-        return overlay(picture, mask).crop(box)
+        return overlay(picture, mask, strength).crop(box)
 
 
-def overlay(picture: Image.Image, mask: Image.Image) -> Image.Image:
-    """A picture in grey, coloured where an 8-bit mask of its size is not 0: yellow, then red."""
+def overlay(picture: Image.Image, mask: Image.Image, strength: float = 1.0) -> Image.Image:
+    """A picture in grey, coloured where an 8-bit mask of its size is not 0: yellow, then red; as opaque as `strength`, up to 1."""
     colours = [(255, max(0, 230 - level * 230 // 255), 0) for level in range(256)]
     heat = mask.copy()
     heat.putpalette([channel for colour in colours for channel in colour])
     grey = picture.convert("L").convert("RGB")
-    return Image.composite(heat.convert("RGB"), grey, mask.point(lambda level: level * 3 // 4))
+    return Image.composite(heat.convert("RGB"), grey, mask.point([round(0.75 * strength * i) for i in range(256)]))
 
 
 def base_model(model):
@@ -210,14 +220,46 @@ def contribution(model, pixel_values: torch.Tensor, num_visual_tokens: int | Non
     return PatchParts.of(model, outputs).norms(m)
 
 
+class EncodedImages:
+    """
+    Images in one vision pass, and with them a grey one, which says what there is without a picture. For any number of questions.
+
+    Args:
+        model ([`MQTLlavaForConditionalGeneration`]): or a `PeftModel` of one.
+        processor ([`MQTLlavaProcessor`]): the model's.
+        images (`PIL.Image.Image` or `list`): as the processor takes them.
+        num_visual_tokens (`int` or `list[int]`, *optional*): as many as will be asked for, at most. Defaults to M.
+    """
+
+    def __init__(self, model, processor, images, num_visual_tokens: int | list[int] | None = None):
+        model, image_processor = base_model(model), processor.image_processor
+        self.images = flat_list(image_processor, images)
+        most = resolve_visual_token_counts(num_visual_tokens, len(self.images), model.config.num_query_tokens)
+        self.num_visual_tokens = max(most)
+        pixel_values = image_processor(self.images, return_tensors="pt")["pixel_values"]
+        blank = Image.new("RGB", tuple(pixel_values.shape[:-3:-1]), padding_colour(image_processor))
+        grey = image_processor(blank, return_tensors="pt")["pixel_values"]
+        laid_out = [lay_out(image_processor, *both) for both in zip(self.images, pixel_values)]
+        self.pictures, self.boxes = map(list, zip(*laid_out))
+        self.pixel_values, self.grey = pixel_values.to(model.device), grey.to(model.device)
+        with torch.no_grad():
+            pixel_values = torch.cat([self.pixel_values, self.grey])
+            self.outputs = model.get_image_features(pixel_values, self.num_visual_tokens)
+        self.side = math.isqrt(_patch_features(model, self.outputs).shape[1])
+
+    def __len__(self):
+        return len(self.images)
+
+
 def explain(
     model,
     processor,
     images,
     question: str | list[dict],
     num_visual_tokens: int | list[int] | None = None,
-    method: str = "integrated",
+    method: str = METHODS[0],
     answer: str | None = None,
+    per_word: bool = True,
     max_new_tokens: int = 64,
     batch_size: int = 16,
 ) -> Explanation:
@@ -227,95 +269,120 @@ def explain(
     Args:
         model ([`MQTLlavaForConditionalGeneration`]): or a `PeftModel` of one. Its weights get no gradients.
         processor ([`MQTLlavaProcessor`]): the model's.
-        images (`PIL.Image.Image` or `list`): as the processor takes them.
+        images (`PIL.Image.Image`, `list` or [`EncodedImages`]): as the processor takes them, or encoded already.
         question (`str` or `list[dict]`): a question about all of the images; or the messages of a conversation, as
             `apply_chat_template` takes them, of which the next answer is explained.
         num_visual_tokens (`int` or `list[int]`, *optional*): m, for all images or for each. Defaults to M.
         method (`str`): of [`METHODS`].
         answer (`str`, *optional*): to explain in place of the model's own.
+        per_word (`bool`): whether each word is explained. If not, the whole answer is the one "word", and gradients need fewer rows.
         max_new_tokens (`int`): length of an answer, at most.
-        batch_size (`int`): rows that the language model computes at once: words for gradients, patches for occlusion.
+        batch_size (`int`): rows that the language model computes at once. A word is one of the rows of `gradient`, and `NUM_STEPS`
+            of those of `integrated_gradients`; a patch is one of the rows of `occlusion`.
 
     Raises:
-        `ValueError`: for an unknown method, an empty question or answer, and whatever processor and model refuse.
+        `ValueError`: for an unknown method, an empty question or answer, a prompt that is too long, and whatever processor and model
+            refuse.
     """
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {', '.join(METHODS)}; got {method!r}.")
-    asked = AskedQuestion(model, processor, images, question, num_visual_tokens, answer, max_new_tokens)
+    asked = AskedQuestion(model, processor, images, question, num_visual_tokens, answer, per_word, max_new_tokens)
     return asked.explain(method, batch_size)
 
 
 class AskedQuestion:
-    """A question with its answer, the images encoded: what all methods start from. See [`explain`]."""
+    """A question with its answer, its images encoded: what all methods start from. Arguments as [`explain`] has them."""
 
-    def __init__(self, model, processor, images, question, num_visual_tokens=None, answer=None, max_new_tokens=64):
+    def __init__(
+        self,
+        model,
+        processor,
+        images,
+        question,
+        num_visual_tokens=None,
+        answer=None,
+        per_word=True,
+        max_new_tokens=64,
+    ):
         self.model = model = base_model(model)
-        images = make_flat_list_of_images(processor.image_processor.fetch_images(images))
-        messages = question
+        if not isinstance(images, EncodedImages):
+            images = flat_list(processor.image_processor, images)
+        counts = resolve_visual_token_counts(num_visual_tokens, len(images), model.config.num_query_tokens)
+        if isinstance(images, EncodedImages) and max(counts) > images.num_visual_tokens:
+            raise ValueError(
+                f"`images` are encoded for {images.num_visual_tokens} visual tokens at most; got {num_visual_tokens}."
+            )
+        self.counts, self.question, messages = counts, question, question
         if isinstance(question, str):
-            if not question.strip():
-                raise ValueError("The question is empty.")
+            if processor.image_token in question:
+                raise ValueError(f"The question must not contain {processor.image_token}, which stands for an image.")
             parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]
             messages = [{"role": "user", "content": parts}]
-        self.question = question if isinstance(question, str) else _last_text(messages)
-        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-        options = {"add_special_tokens": False, "return_tensors": "pt"}  # the template writes the BOS
-        inputs = processor(images=images, text=prompt, num_visual_tokens=num_visual_tokens, **options)
-        inputs = inputs.to(model.device)
-        self.prompt_ids = inputs["input_ids"]
-        is_placeholder = self.prompt_ids[0] == model.config.image_token_id
-        counts = [num_visual_tokens] * len(images) if not isinstance(num_visual_tokens, list) else num_visual_tokens
-        self.counts = [model.config.num_query_tokens if m is None else m for m in counts]
-        self.columns = is_placeholder.nonzero()[:, 0]
-
-        # One vision pass, with a grey picture behind the others
-        self.pixel_values = inputs["pixel_values"]
-        self.grey = grey_pixels(processor, self.pixel_values)
-        with torch.no_grad():
-            pixel_values = torch.cat([self.pixel_values, self.grey])
-            outputs = model.get_image_features(pixel_values, [*self.counts, max(self.counts)])
-        *visual_tokens, grey_tokens = outputs.pooler_output
-        self.visual_tokens = torch.cat(visual_tokens)
-        self.grey_tokens = torch.cat([grey_tokens[:m] for m in self.counts])
-        self.image_outputs = outputs
-        self.side = math.isqrt(_patch_features(model, outputs).shape[1])
-
-        if answer is None:
-            features = BaseModelOutputWithPooling(pooler_output=visual_tokens)
-            settings = {"mm_encoder_outputs": {"image": features}, "num_visual_tokens": self.counts}
-            settings |= {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
-            mask = torch.ones_like(self.prompt_ids)
-            ids = model.generate(input_ids=self.prompt_ids, attention_mask=mask, **settings)
-            ids = ids[:, self.prompt_ids.shape[1] :]
         else:
-            told = processor.apply_chat_template([*messages, {"role": "assistant", "content": answer.strip()}])
-            told = processor(images=images, text=told, num_visual_tokens=num_visual_tokens, **options)
-            ids = told["input_ids"].to(model.device)[:, self.prompt_ids.shape[1] :]
-        special = torch.tensor(processor.tokenizer.all_special_ids, device=ids.device)
-        self.answer_ids = ids[:, ~torch.isin(ids[0], special)]
-        self.answer, self.words, word_of = split_words(processor.tokenizer, self.answer_ids[0].tolist())
+            self.question = text_of(messages[-1])
+        if not self.question.strip():
+            raise ValueError("The question is empty.")
+        self.prompt_ids = self.tokenize(processor, messages)
+        length = self.prompt_ids.shape[1]
+        limit = getattr(model.config.text_config, "max_position_embeddings", None) or float("inf")
+        if length >= limit:
+            raise ValueError(f"The prompt has {length} tokens, the model takes {limit}.")
+        told_ids = None
+        if answer is not None:
+            told_ids = self.tokenize(processor, [*messages, {"role": "assistant", "content": answer.strip()}])
+            if not torch.equal(told_ids[:, :length], self.prompt_ids):
+                raise ValueError("With this tokenizer, no answer can be given: it joins it to the prompt.")
+
+        if not isinstance(images, EncodedImages):
+            images = EncodedImages(model, processor, images, counts)
+        self.images = images
+        *visual_tokens, grey = images.outputs.pooler_output
+        visual_tokens = [tokens[:m] for tokens, m in zip(visual_tokens, counts)]
+        self.visual_tokens, self.grey_tokens = torch.cat(visual_tokens), torch.cat([grey[:m] for m in counts])
+
+        if told_ids is None:
+            features = BaseModelOutputWithPooling(pooler_output=visual_tokens)
+            settings = {"mm_encoder_outputs": {"image": features}, "num_visual_tokens": counts, "do_sample": False}
+            settings |= {"max_new_tokens": min(max_new_tokens, limit - length), "num_beams": 1}
+            mask = torch.ones_like(self.prompt_ids)
+            told_ids = model.generate(input_ids=self.prompt_ids, attention_mask=mask, **settings)
+        ids = told_ids[0, length:].tolist()
+        while ids and ids[-1] in processor.tokenizer.all_special_ids:  # the end of the answer is none of its words
+            ids.pop()
+        self.answer, self.words, word_of = split_words(processor.tokenizer, ids)
         if not self.words:
             raise ValueError("The answer is empty, so there is nothing to explain.")
-        # Sums over the tokens of each word
-        self.in_word = torch.zeros(len(self.words), len(word_of), device=ids.device)
-        self.in_word[word_of, range(len(word_of))] = 1
+        if not per_word:
+            self.words, word_of = [self.answer], [0] * len(ids)
+        self.answer_ids = torch.tensor([ids], device=self.prompt_ids.device)
         self.ids = torch.cat([self.prompt_ids, self.answer_ids], 1)
-        self.pictures, self.boxes = zip(*(lay_out(processor.image_processor, image) for image in images))
+        # Sums over the tokens of each word
+        self.in_word = torch.zeros(len(self.words), len(ids), device=self.ids.device)
+        self.in_word[word_of, range(len(ids))] = 1
+
+    def tokenize(self, processor, messages) -> torch.Tensor:
+        """The ids of a conversation, `(1, length)`. They don't depend on what the images show."""
+        blanks = [Image.new("RGB", (1, 1))] * len(self.counts)
+        text = processor.apply_chat_template(messages, add_generation_prompt=messages[-1]["role"] == "user")
+        options = {"num_visual_tokens": self.counts, "add_special_tokens": False, "return_tensors": "pt"}
+        return processor(images=blanks, text=text, **options)["input_ids"].to(self.model.device)
 
     def explain(self, method: str, batch_size: int = 16) -> Explanation:
         """By one method; see [`explain`]."""
         with torch.no_grad():
             log_probs = self.log_probs(self.visual_tokens[None])[0]
         evidence, tokens = getattr(self, f"by_{method}")(batch_size)
+        side = self.images.side
         return Explanation(
             question=self.question,
             answer=self.answer,
             words=self.words,
+            visual_token_counts=self.counts,
             log_probs=log_probs.cpu(),
-            evidence=[of_image.unflatten(-1, (self.side, self.side)).cpu() for of_image in evidence],
+            evidence=[of_image.unflatten(-1, (side, side)).cpu() for of_image in evidence],
             tokens=tokens and [of_image.cpu() for of_image in tokens],
-            pictures=list(self.pictures),
-            boxes=list(self.boxes),
+            pictures=self.images.pictures,
+            boxes=self.images.boxes,
             method=method,
         )
 
@@ -332,7 +399,7 @@ class AskedQuestion:
     def log_probs(self, visual_tokens: torch.Tensor) -> torch.Tensor:
         """The words' log-probabilities, `(rows, num_words)`."""
         length = self.answer_ids.shape[1]
-        logits = self.run(visual_tokens, logits_to_keep=length + 1).logits[:, :-1].float()
+        logits = self.run(visual_tokens, logits_to_keep=length + 1).logits[:, :-1].to(self.ids.device, torch.float32)
         chosen = logits.log_softmax(-1).gather(-1, self.answer_ids[..., None].expand(len(logits), -1, -1))
         return chosen[..., 0] @ self.in_word.T
 
@@ -344,8 +411,8 @@ class AskedQuestion:
         gradients = torch.zeros(len(self.words), *way.shape, device=way.device)
         with LOCK, torch.enable_grad(), checkpointing(self.model.base_model.language_model):
             for start in range(0, len(rows), batch_size):
-                words, at = zip(*rows[start : start + batch_size])
-                words, at = torch.tensor(words, device=way.device), torch.tensor(at, device=way.device, dtype=way.dtype)
+                words, at = map(torch.tensor, zip(*rows[start : start + batch_size]))
+                words, at = words.to(way.device), at.to(way.device, way.dtype)
                 leaf = (self.grey_tokens + at[:, None, None] * way).detach().requires_grad_()
                 total = self.log_probs(leaf).gather(1, words[:, None]).sum()
                 gradients.index_add_(0, words, torch.autograd.grad(total, leaf)[0].float())
@@ -354,16 +421,12 @@ class AskedQuestion:
     def by_gradient(self, batch_size: int, shares=(1.0,)):
         """Gradient times what the picture adds to a grey one's visual tokens, patch by patch."""
         gradients = self.gradients(shares, batch_size).split(self.counts, 1)
-        parts = PatchParts.of(self.model, self.image_outputs)
-        evidence, tokens = [], []
-        for image, of_image in enumerate(gradients):
-            added = PatchParts(parts.maps, parts.values[image : image + 1] - parts.values[-1:], parts.constant)
-            products = added.along(of_image)
-            evidence.append(products.sum(1))
-            tokens.append(products.sum(2))
-        return evidence, tokens
+        parts = PatchParts.of(self.model, self.images.outputs)
+        added = PatchParts(parts.maps, parts.values[:-1] - parts.values[-1:], parts.constant)
+        products = [added[[image]].along(of_image) for image, of_image in enumerate(gradients)]
+        return [one.sum(1) for one in products], [one.sum(2) for one in products]
 
-    def by_integrated(self, batch_size: int):
+    def by_integrated_gradients(self, batch_size: int):
         """The same with gradients from all along the way from the grey picture's tokens (integrated gradients,
         https://arxiv.org/abs/1703.01365): all patches' evidence sums to what the picture did for the word."""
         return self.by_gradient(batch_size, [(step + 0.5) / NUM_STEPS for step in range(NUM_STEPS)])
@@ -374,15 +437,16 @@ class AskedQuestion:
             layers = self.run(self.visual_tokens[None], output_attentions=True, logits_to_keep=1).attentions
         if not layers or any(layer is None or layer.ndim != 4 for layer in layers):
             raise ValueError("This language model does not tell its attention: take another `method`.")
-        layers = [layer[0].float().mean(0) for layer in layers]
+        layers = [layer[0].to(self.ids.device, torch.float32).mean(0) for layer in layers]
         reach = sum(layers) / len(layers)
         if rolled_out:  # https://arxiv.org/abs/2005.00928
             reach = torch.eye(len(reach), device=reach.device)
             for layer in layers:
-                reach = (reach + layer.to(reach.device) @ reach) / 2
+                reach = (reach + layer @ reach) / 2
+        columns = (self.prompt_ids[0] == self.model.config.image_token_id).nonzero()[:, 0]
         predicting = slice(self.prompt_ids.shape[1] - 1, self.ids.shape[1] - 1)
-        tokens = (self.in_word @ reach.to(self.ids.device)[predicting, self.columns]).split(self.counts, 1)
-        parts, evidence = PatchParts.of(self.model, self.image_outputs), []
+        tokens = (self.in_word @ reach[predicting, columns]).split(self.counts, 1)
+        parts, evidence = PatchParts.of(self.model, self.images.outputs), []
         for image, of_image in enumerate(tokens):
             norms = parts[[image]].norms(of_image.shape[1])[0]
             evidence.append(of_image @ (norms / norms.sum(-1, keepdim=True)))
@@ -395,7 +459,7 @@ class AskedQuestion:
     def by_occlusion(self, batch_size: int, window: int = WINDOW):
         """By how much each word's log-probability falls where a window around each patch is grey: a mean over the windows that a
         patch is in. Every window is a vision pass and one of the language model."""
-        reach, grid = window // 2, torch.arange(self.side, device=self.ids.device)
+        reach, grid = window // 2, torch.arange(self.images.side, device=self.ids.device)
         near = (grid[:, None] - grid).abs() <= reach
         covered = (near[:, None, :, None] & near[None, :, None, :]).flatten(2).flatten(0, 1)  # (windows, patches)
         share = covered.float() / covered.sum(0)
@@ -408,56 +472,66 @@ class AskedQuestion:
     @torch.no_grad()
     def log_probs_without(self, image: int, covered: torch.Tensor, batch_size: int) -> torch.Tensor:
         """The words' log-probabilities, `(rows, num_words)`, with patches of an image in grey: `covered` is bool, `(rows, num_patches)`."""
-        pixels, m, results = self.pixel_values[image], self.counts[image], []
-        size = pixels.shape[-1] // self.side  # a rest at the right and the bottom is in no patch
+        pixels, m, results = self.images.pixel_values[image], self.counts[image], []
+        size = pixels.shape[-1] // self.images.side  # a rest at the right and the bottom is in no patch
         first = sum(self.counts[:image])
-        for rows in covered.unflatten(-1, (self.side, self.side)).split(batch_size):
+        for rows in covered.unflatten(-1, (self.images.side, self.images.side)).split(batch_size):
             mask = rows.repeat_interleave(size, 1).repeat_interleave(size, 2)
             mask = torch.nn.functional.pad(mask, (0, pixels.shape[-1] - mask.shape[-1]) * 2)
-            altered = torch.where(mask[:, None], self.grey, pixels)
+            altered = torch.where(mask[:, None], self.images.grey, pixels)
             tokens = self.visual_tokens.repeat(len(rows), 1, 1)
             tokens[:, first : first + m] = torch.stack(self.model.get_image_features(altered, m).pooler_output)
             results.append(self.log_probs(tokens))
         return torch.cat(results)
 
 
-def _last_text(messages: list[dict]) -> str:
-    content = messages[-1]["content"]
+def text_of(message: dict) -> str:
+    """Of a turn, whose content may come in parts."""
+    content = message["content"]
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def flat_list(image_processor, images) -> list:
+    images = make_flat_list_of_images(image_processor.fetch_images(images))
+    if not images:
+        raise ValueError("There is no image, so there is nothing to look at.")
+    return images
 
 
 def split_words(tokenizer, ids: list[int]) -> tuple[str, list[str], list[int]]:
     """The text of an answer, its words, and to which of them each token belongs: to the last that it has a part in."""
-    text = tokenizer.decode(ids)
-    word_of, shift = [], len(text) - len(text.lstrip())
-    for end in range(1, len(ids) + 1):
-        so_far = tokenizer.decode(ids[:end]).rstrip("\ufffd")[shift:]  # a character may come in several tokens
-        word_of.append(max(0, len(so_far.split()) - 1))
-    return text.strip(), text.split(), word_of
+    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    words = text.split()
+    word_of = [max(0, len(words) - 1)] * len(ids)
+    for end in range(len(ids) - 1, 0, -1):
+        so_far = tokenizer.decode(ids[:end], skip_special_tokens=True)
+        # A token that begins a character belongs to the one that ends it
+        is_whole = not so_far.endswith("\ufffd")
+        word_of[end - 1] = max(0, len(so_far.split()) - 1) if is_whole else word_of[end]
+    return text, words, word_of
 
 
-def grey_pixels(processor, pixel_values: torch.Tensor) -> torch.Tensor:
-    """A picture of the padding's colour as the processor prepares it, `(1, num_channels, height, width)`."""
-    colour = tuple(int(255 * mean) for mean in processor.image_processor.image_mean)
-    blank = Image.new("RGB", (pixel_values.shape[-1], pixel_values.shape[-2]), colour)
-    pixels = processor.image_processor(blank, return_tensors="pt")["pixel_values"]
-    return pixels.to(pixel_values.device, pixel_values.dtype)
+def padding_colour(image_processor) -> tuple[int, ...]:
+    """Of what stands for no picture: the grey with which pictures are padded."""
+    return tuple(int(255 * mean) for mean in image_processor.image_mean)
 
 
-def lay_out(image_processor, image) -> tuple[Image.Image, tuple[int, int, int, int]]:
-    """A picture as the patches lie on it, a square where it is padded, and where in it the image is."""
-    picture = to_rgb(image)
-    picture.thumbnail((MAX_SIDE, MAX_SIDE))
-    if image_processor.do_center_crop:
-        shortest, side = min(picture.size), image_processor.side
-        scale = shortest / (image_processor.size.get("shortest_edge") or side)
-        left, top = ((length - side * scale) / 2 for length in picture.size)
-        picture = picture.crop([round(at) for at in (left, top, left + side * scale, top + side * scale)])
-    if not image_processor.do_pad:
+def lay_out(image_processor, image, pixel_values: torch.Tensor) -> tuple[Image.Image, tuple[int, int, int, int]]:
+    """A picture as the patches lie on it, and where in it the image is: padded to a square, or, where the processor does not pad, as
+    the vision tower sees it."""
+    if not image_processor.do_pad or image_processor.do_center_crop:
+        levels = pixel_values.float()
+        if image_processor.do_normalize:
+            mean, std = (torch.tensor(getattr(image_processor, name)) for name in ("image_mean", "image_std"))
+            levels = levels * std[:, None, None] + mean[:, None, None]
+        levels = (255 * levels).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+        picture = Image.fromarray(levels.numpy())
         return picture, (0, 0, *picture.size)
+    picture = to_rgb(image).copy()
+    picture.thumbnail((MAX_SIDE, MAX_SIDE))
     longest = max(picture.size)
     left, top = ((longest - length) // 2 for length in picture.size)
-    square = Image.new("RGB", (longest, longest), tuple(int(255 * mean) for mean in image_processor.image_mean))
+    square = Image.new("RGB", (longest, longest), padding_colour(image_processor))
     square.paste(picture, (left, top))
     return square, (left, top, left + picture.width, top + picture.height)
 
@@ -489,3 +563,101 @@ def eager_attention(model):
         yield
     finally:
         text_model.set_attn_implementation(before)
+
+
+def extra_bytes(
+    costs,
+    num_visual_tokens: int,
+    num_words: int = 1,
+    method: str = METHODS[0],
+    batch_size: int = 16,
+    num_text_tokens: int = 60,
+    num_new_tokens: int = 64,
+    num_images: int = 1,
+    dtype: torch.dtype | str = torch.bfloat16,
+) -> int:
+    """
+    What [`explain`] needs at its fullest beside the weights, in bytes: an estimate.
+
+    Args:
+        costs ([`CostModel`]): of the model.
+        num_visual_tokens (`int`): m.
+        num_words (`int`): that are explained; 1 for the whole answer.
+        method, batch_size: as [`explain`] takes them.
+        num_text_tokens, num_new_tokens, num_images, dtype: as [`CostModel`] takes them.
+    """
+    text = costs.config.text_config
+    itemsize, length = resolve_dtype(dtype).itemsize, num_text_tokens + num_images * num_visual_tokens + num_new_tokens
+    rows = {"integrated_gradients": num_words * NUM_STEPS, "gradient": num_words, "occlusion": costs.num_patches}.get(
+        method, 1
+    )
+    rows = min(rows, batch_size)
+    layer = 2 * length * costs.text_width * itemsize
+    logits = 3 * num_new_tokens * text.vocab_size * 4
+    if method == "occlusion":
+        return rows * max(costs.num_patches * costs.vision_width * itemsize, layer + logits)
+    heads = costs.config.query_transformer_num_attention_heads
+    parts = (num_images + 1) * costs.num_patches * heads * text.hidden_size * (4 + 2 * itemsize)
+    if method in ("attention", "rollout"):
+        weights = text.num_hidden_layers * text.num_attention_heads * length**2 * itemsize
+        return max(weights + layer, parts)
+    kept = text.num_hidden_layers * length * text.hidden_size * itemsize
+    along = (num_words * num_visual_tokens * heads * costs.num_patches) * 4
+    return max(rows * (kept + layer + logits), parts + along)
+
+
+def sheet(explanations: list[Explanation], max_words: int = 7):
+    """
+    A figure of one question: each image with heat maps over it, and below them what each visual token did. Of one explanation those
+    of the answer and of its first words, of several those of the answers, side by side.
+
+    Args:
+        explanations (`list[Explanation]`): of the same images, as with several numbers of visual tokens.
+        max_words (`int`): words that are shown, at most.
+
+    Returns:
+        `matplotlib.figure.Figure`.
+    """
+    from matplotlib.figure import Figure
+
+    first, single = explanations[0], len(explanations) == 1
+    words = range(min(len(first.words), max_words)) if single and len(first.words) > 1 else []
+    panels = [(one, None) for one in explanations] + [(first, word) for word in words]
+    width, columns, titles = 2.4, 1 + len(panels), [title(*panel) for panel in panels]
+    heights = [width * (box[3] - box[1]) / (box[2] - box[0]) for box in first.boxes]
+    height_of_titles = 0.2 * max(text.count("\n") + 1 for text in titles)
+    has_bars = first.tokens is not None
+    figure = Figure(
+        figsize=(width * columns, sum(heights) + height_of_titles + 0.6 + 1.3 * has_bars), layout="constrained"
+    )
+    figure.suptitle(first.question, parse_math=False)
+    grid = figure.add_gridspec(len(heights) + has_bars, columns, height_ratios=[*heights, *[1.2] * has_bars])
+    for image, (picture, box) in enumerate(zip(first.pictures, first.boxes)):
+        shown = [picture.crop(box), *(one.draw(word, image) for one, word in panels)]
+        for column, picture in enumerate(shown):
+            axes = figure.add_subplot(grid[image, column])
+            axes.imshow(picture)
+            axes.set_axis_off()
+            if image == 0 and column > 0:
+                axes.set_title(titles[column - 1], fontsize=9, parse_math=False)
+    for column, (one, word) in enumerate(panels if has_bars else [], 1):
+        axes, tokens = figure.add_subplot(grid[-1, column]), one.importance(word)
+        for of_image in tokens:  # images over each other
+            axes.bar(range(1, len(of_image) + 1), of_image.tolist(), width=1.0, alpha=1 / len(tokens) ** 0.5)
+        most = max(one.visual_token_counts)
+        axes.set(xlim=(0.25, most + 0.75), xticks=sorted({1, most}))
+        axes.axhline(0, color="grey", linewidth=0.5)
+        axes.tick_params(labelsize=7)
+        axes.set_xlabel("visual token", fontsize=8)
+        if column == 1:
+            axes.set_ylabel("attention" if first.method in ("attention", "rollout") else "evidence, nats", fontsize=8)
+    return figure
+
+
+def title(explanation: Explanation, word: int | None) -> str:
+    """Of a panel: a word with its probability, or m and the answer, in lines of a panel's width."""
+    if word is not None:
+        return f"{explanation.words[word]} ({100 * math.exp(explanation.log_probs[word]):.0f} %)"
+    counts = sorted(set(explanation.visual_token_counts))
+    text = f"m = {', '.join(map(str, counts))}: {explanation.answer}"
+    return "\n".join(textwrap.wrap(text, 30, max_lines=4, placeholder=" ..."))

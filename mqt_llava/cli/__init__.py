@@ -17,6 +17,7 @@ from .cost import cost
 from .demo import demo
 from .errors import UsageError, print_error
 from .evaluate import evaluate
+from .explain import explain
 from .finetune import finetune
 from .serve import serve
 from .train import train
@@ -65,6 +66,7 @@ app.command()(finetune)
 app.command()(convert)
 app.command()(cost)
 app.command()(evaluate)
+app.command()(explain)
 app.command()(calibrate)
 app.command()(card)
 app.command()(update)

@@ -839,12 +839,12 @@ def test_server_without_its_packages(monkeypatch):
 
 def test_bare_command_and_short_help():
     help = CliRunner().invoke(cli.app, ["--help"])
-    for command in ("ask", "finetune", "convert", "cost", "update", "serve", "train"):
+    for command in ("ask", "finetune", "convert", "cost", "explain", "update", "serve", "train"):
         assert f" {command} " in help.stdout
     for arguments in ([], ["-h"]):
         result = CliRunner().invoke(cli.app, arguments)
         assert (result.exit_code, result.stdout) == (0, help.stdout)
-    for command in ("ask", "finetune", "convert", "cost", "update", "train"):
+    for command in ("ask", "finetune", "convert", "cost", "explain", "update", "train"):
         short, long = (CliRunner().invoke(cli.app, [command, option]) for option in ("-h", "--help"))
         assert short.exit_code == 0 and short.stdout == long.stdout and "mqt-llava" in short.stdout
 

@@ -1,0 +1,170 @@
+"""`mqt-llava explain IMAGE [IMAGE ...] "QUESTION"`: a picture of what the answer rests on."""
+
+import json
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..explain import METHODS
+from .ask import check_quoted, split_question
+from .errors import UsageError
+from .images import load_image
+from .models import (
+    Dtype,
+    ModelOption,
+    check_num_visual_tokens,
+    load_config,
+    load_costs,
+    load_model,
+    name_base,
+    name_checkpoint,
+    parse_num_visual_tokens,
+    place,
+    resolve_device,
+    silence_libraries,
+)
+
+
+NUM_TEXT_TOKENS = 256  # of the prompt, to reckon with
+FORMATS = (".png", ".jpg", ".pdf", ".svg", ".webp")
+
+
+Method = Enum("Method", {name: name for name in METHODS}, type=str)
+
+
+def explain(
+    images_and_question: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGE... QUESTION",
+            show_default=False,
+            help="Files, http(s) URLs or - for stdin, then the question.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option(metavar="FILE", help=f"Where the picture goes: {', '.join(FORMATS)}.")],
+    model: ModelOption = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="DIR_OR_REPO", help="LoRA adapter to merge. --model is then its base where not given."),
+    ] = None,
+    num_visual_tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="M[,M,...]",
+            help="Visual tokens per image: one number, for the answer and its words, or several, for answers side by side. "
+            "Default: as many as the checkpoint has.",
+        ),
+    ] = None,
+    method: Annotated[Method, typer.Option(help="How it is found. docs/explain.md compares them.")] = Method(
+        METHODS[0]
+    ),
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of an answer, at most.")] = 64,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Rows of the language model at once: fewer need less memory.")
+    ] = 16,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights. auto: as `ask` chooses it.")] = Dtype.auto,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON object for each m, with heat maps and visual tokens in numbers."),
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
+):
+    """Show what an answer rests on: heat maps over the image, and what each visual token did.
+
+    \b
+    mqt-llava explain photo.jpg "What is this?" --num-visual-tokens 16 --output words.png
+    mqt-llava explain photo.jpg "What is this?" --num-visual-tokens 8,16,64,256 --output sheet.png
+    """
+    sources, question = split_question(images_and_question)
+    if question is None:
+        raise UsageError("explain needs a question as its last argument")
+    if sources.count("-") > 1:
+        raise UsageError("only one image can come from stdin (-)")
+    if output.suffix.lower() not in FORMATS:
+        raise UsageError(f"--output must end in {', '.join(FORMATS)}; got {output}")
+    if output.exists() and not overwrite:
+        raise UsageError(f"{output} exists: name another file, or say --overwrite")
+    if not output.parent.is_dir():
+        raise UsageError(f"there is no folder {output.parent}")
+    sizes = [None]
+    if num_visual_tokens is not None:
+        sizes = [parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")]
+    check_quoted(images_and_question, sources)
+    images = [load_image(source) for source in sources]
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UsageError("matplotlib is missing: pip install 'mqt-llava[plot]'") from None
+
+    silence_libraries()
+    from .. import explain as explaining
+    from ..placement import free_memory, gigabytes
+
+    checkpoint = name_base(adapter) if adapter and model is None else name_checkpoint(model)
+    config = load_config(checkpoint)
+    sizes = [check_num_visual_tokens(m, config.num_query_tokens) for m in sizes]
+    device = resolve_device(device)
+    request = {"num_images": len(images), "num_text_tokens": NUM_TEXT_TOKENS, "num_new_tokens": max_new_tokens}
+    costs = load_costs(checkpoint, config)
+    placement = place(checkpoint, config, costs, device, dtype, **request)
+    per_word = len(sizes) == 1
+    if costs is not None:
+        request |= {"num_words": max_new_tokens if per_word else 1, "method": method.value, "batch_size": batch_size}
+        extra = explaining.extra_bytes(costs, max(sizes), dtype=placement.dtype, **request)
+        weights = sum(costs(dtype=placement.dtype).weight_bytes.values())
+        print(
+            f"needs up to {gigabytes(extra)} beside the weights' {gigabytes(weights)}, less with a smaller --batch-size; {device} "
+            f"has {gigabytes(free_memory(device))} free",
+            file=sys.stderr,
+        )
+    processor, network = load_model(checkpoint, device, placement, adapter)
+    explanations = []
+    try:
+        encoded = explaining.EncodedImages(network, processor, images, max(sizes))
+        for m in sizes:
+            settings = {"per_word": per_word, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+            one = explaining.explain(network, processor, encoded, question, m, method.value, **settings)
+            print(json.dumps(as_numbers(one)) if as_json else f"m = {m}: {one.answer}", flush=True)
+            explanations.append(one)
+    except ValueError as error:
+        raise UsageError(str(error).rstrip(".")) from None
+    save(explaining.sheet(explanations), output)
+    print(f"drawn to {output}", file=sys.stderr)
+
+
+def as_numbers(explanation) -> dict:
+    """Of an [`Explanation`], for JSON."""
+    heat = [[rounded(of_image) for of_image in explanation.heat(word)] for word in range(len(explanation.words))]
+    tokens = explanation.tokens and [rounded(of_image) for of_image in explanation.tokens]
+    return {
+        "question": explanation.question,
+        "answer": explanation.answer,
+        "num_visual_tokens": explanation.visual_token_counts[0],
+        "method": explanation.method,
+        "words": explanation.words,
+        "log_probs": rounded(explanation.log_probs),
+        "answer_heat": [rounded(of_image) for of_image in explanation.heat()],
+        "heat": heat,
+        "tokens": tokens,
+    }
+
+
+def rounded(tensor) -> list:
+    return (tensor.double() * 1e6).round().div(1e6).tolist()
+
+
+def save(figure, output: Path):
+    """Written aside and moved into place."""
+    partial = output.with_name(f"{output.name}.{os.getpid()}.partial")
+    try:
+        figure.savefig(partial, format=output.suffix[1:].lower(), dpi=150)
+        partial.replace(output)
+    except OSError as error:
+        raise UsageError(f"cannot draw to {output}: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
