@@ -17,7 +17,7 @@ from ..cli.conversation import Conversation
 from ..cli.errors import UsageError
 from ..cli.images import load_image
 from ..cli.models import AUTO, check_num_visual_tokens, load_schedule
-from ..explain import Explanation, explain, token_maps
+from ..explain import EncodedImages, Explanation, explain, token_maps
 
 
 MAX_PICTURES = 8  # whose visual tokens are kept
@@ -33,6 +33,7 @@ class Picture:
     image: Image.Image
     conversation: Conversation
     seconds: float  # of encoding it
+    encoded: EncodedImages | None = None  # once more, beside a grey picture, where an answer is explained
 
 
 class Left(Exception):
@@ -139,12 +140,14 @@ class Answers:
             yield row
 
     def explain(self, path: str | None, question: str, num_visual_tokens: int | None = None) -> Explanation:
-        """What the answer to a question rests on; see [`explain`]."""
+        """What the answer to a question rests on; see [`mqt_llava.explain.explain`]."""
         question, m = check_question(question), self.check(num_visual_tokens)
         with self.lock:
-            image = self.picture(path).image
+            picture = self.picture(path)
             try:
-                return explain(self.model, self.processor, image, question, m, max_new_tokens=MAX_EXPLAINED)
+                if picture.encoded is None:
+                    picture.encoded = EncodedImages(self.model, self.processor, picture.image)
+                return explain(self.model, self.processor, picture.encoded, question, m, max_new_tokens=MAX_EXPLAINED)
             except ValueError as error:
                 raise UsageError(str(error)) from None
 

@@ -264,8 +264,8 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
                         chart = gr.HTML(describe(most)[1], elem_id="chart")
                     with gr.Tab("What it looks at", id="look"):
                         gr.Markdown(
-                            "Which parts of the picture the answer rests on, for all of it and word by word. It is evidence, not proof: the map "
-                            "shows what moved the answer most, patch by patch, and can miss what matters."
+                            "Which parts of the picture the answer rests on, for all of it and word by word. It is evidence, not proof. With few "
+                            "visual tokens it is as coarse as they are, and a word that needs no picture stays grey."
                         )
                         look_button = gr.Button("Show what it looks at", variant="primary", elem_id="look-button")
                         heat = gr.HTML(elem_id="heat", js_on_load=markup.SHOW_WORDS, min_height=40)
