@@ -26,9 +26,13 @@ pytestmark = pytest.mark.demo
 QUESTION = "List everything."
 
 
+def connect(address):
+    return Client(address, verbose=False, httpx_kwargs={"timeout": 120})  # machines of tests are busy
+
+
 @pytest.fixture
 def client(address):
-    return Client(address, verbose=False)
+    return connect(address)
 
 
 @pytest.fixture
@@ -140,12 +144,11 @@ def test_nobody_reads_files_of_the_machine(client, address):
 def test_two_users_at_once(address, answers):
     """Each gets the answer to the own question about the own picture, with the own number of visual tokens."""
     pictures = sorted((ROOT / "mqt_llava" / "demo" / "pictures").glob("*.png"))[:2]
-    requests = [(str(picture), m) for picture in pictures for m in (1, 64)] * 2
+    requests = [(str(picture), m) for picture in pictures for m in (1, 64)]
     results = {}
 
     def ask(index, picture, m):
-        client = Client(address, verbose=False)
-        results[index] = client.predict(handle_file(picture), QUESTION, m, api_name="/ask")["answer"]
+        results[index] = connect(address).predict(handle_file(picture), QUESTION, m, api_name="/ask")["answer"]
 
     threads = [threading.Thread(target=ask, args=(index, *request)) for index, request in enumerate(requests)]
     for thread in threads:
@@ -167,7 +170,7 @@ def test_who_leaves_ends_the_answer_and_the_next_is_served(address, answers, cli
         put(self, ids)
 
     monkeypatch.setattr(AnswerStreamer, "put", slow)
-    leaver = Client(address, verbose=False)
+    leaver = connect(address)
     job = leaver.submit(handle_file(str(SCENE)), QUESTION, 64, api_name="/ask")
     while not job.outputs():
         time.sleep(0.05)
@@ -201,7 +204,7 @@ def test_space_runs(tmp_path):
 import json, app, mqt_llava
 from gradio_client import Client, handle_file
 _, address, _ = app.demo.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", **app.settings())
-client = Client(address, verbose=False)
+client = Client(address, verbose=False, httpx_kwargs={{"timeout": 120}})
 answer = client.predict(handle_file({str(SCENE)!r}), "What is at the top left?", api_name="/ask")["answer"]
 print(json.dumps([mqt_llava.__file__, app.spaces is None, answer]))
 """
