@@ -6,7 +6,7 @@ import os
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
 import functools
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 
 import gradio as gr
@@ -111,16 +111,16 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
     def show_answer(picture, question, m, chat, auto):
         chat = answered(chat)
         news_of_answer = answers.ask(picture, question, m, turns_of(chat), auto)  # refuses before anything is shown
-        chat = [*chat, {"role": "user", "content": question}]
+        chat = [*chat, message("user", question)]
         yield chat
         for news in news_of_answer:
             if isinstance(news, str):
-                yield [*chat, {"role": "assistant", "content": news}]
+                yield [*chat, message("assistant", news)]
             else:
                 lines = [news["answer"], markup.summary(news)]
                 if "stage" in news:
                     lines.append(markup.reason(news, answers.schedule))
-                yield [*chat, {"role": "assistant", "content": lines}]
+                yield [*chat, message("assistant", *lines)]
 
     @computes
     def show_comparison(picture, question, m, chat):
@@ -241,7 +241,7 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
                             label="Conversation",
                             height=440,
                             buttons=[],
-                            render_markdown=False,  # a model's markdown could load pictures from anywhere
+                            render_markdown=False,  # what a model writes could load pictures from anywhere; see `message`
                             latex_delimiters=[],
                             placeholder="Choose a picture, type a question, and press Enter.",
                             elem_id="chat",
@@ -301,7 +301,7 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
         stop_button.click(None, cancels=[asked], **page_only)
         # (`picture.change` would come when the picture is there, maybe after a question about it)
         anew = [clear_button.click, to_try.select, picture.input]
-        gr.on(anew, None, None, chat, js="() => []", cancels=[asked], **page_only)
+        gr.on(anew, None, None, chat, js="() => [[]]", cancels=[asked], **page_only)
         compare_button.click(show_comparison, inputs, cards, show_progress="minimal", **model, **page_only)
         look_button.click(show_heat, inputs, [heat, maps], show_progress="minimal", **model, **page_only)
         m.change(describe, m, [meaning, chart], queue=False, show_progress="hidden", **page_only)
@@ -346,12 +346,15 @@ def listed(numbers: list[int]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def text_of(message: dict) -> str:
-    """What was said, without the line about its cost that the page puts below."""
-    content = message["content"]
-    content = content if isinstance(content, list) else [content]
-    first = content[0] if content else ""
-    return first if isinstance(first, str) else first.get("text", "")
+def message(role: str, *lines: str) -> dict:
+    """A turn of the conversation on the page, whose component takes text for HTML: what is said, and lines about it."""
+    return {"role": role, "content": [escape(line) for line in lines]}
+
+
+def text_of(turn: dict) -> str:
+    """What was said in a turn, without the lines about it."""
+    said = turn["content"][0]
+    return unescape(said if isinstance(said, str) else said["text"])
 
 
 def answered(chat: list[dict]) -> list[dict]:
@@ -360,8 +363,8 @@ def answered(chat: list[dict]) -> list[dict]:
 
 
 def turns_of(chat: list[dict]) -> list[dict]:
-    return [{"role": message["role"], "content": text_of(message)} for message in chat]
+    return [{"role": turn["role"], "content": text_of(turn)} for turn in chat]
 
 
 def last_question(chat: list[dict]) -> str:
-    return next((text_of(message) for message in reversed(chat) if message["role"] == "user"), "")
+    return next((text_of(turn) for turn in reversed(chat) if turn["role"] == "user"), "")

@@ -167,14 +167,14 @@ def test_mistakes_are_messages_and_nothing_is_lost(page, tmp_path):
     expect(toast(page)).to_contain_text("Choose a picture first")
     expect(question(page)).to_have_value("What is this?")
     expect(page.locator("#chat .user .message-content")).to_have_count(1)  # and it has no answer
-    toast(page).get_by_role("button").click()
+    page.get_by_test_id("toast-close").click()
     wrong = tmp_path / "wrong.png"
     wrong.write_text("no picture at all")
     page.locator("#picture input[type=file]").set_input_files(str(wrong))
     page.wait_for_timeout(1000)
     ask(page, "What is this?")
     expect(toast(page)).to_contain_text("Not an image")
-    toast(page).get_by_role("button").click()
+    page.get_by_test_id("toast-close").click()
     page.locator("#picture").get_by_role("button", name="Remove Image").click()
     upload(page)
     ask(page, " ")
@@ -188,12 +188,18 @@ def test_mistakes_are_messages_and_nothing_is_lost(page, tmp_path):
 
 def test_markup_in_a_question_stays_text(page):
     upload(page)
-    ask(page, "<img src=x onerror=alert(1)> <b>What</b> is at the top left?")
-    expect(page.locator("#chat .user .message-content")).to_contain_text("<b>What</b>")
+    text = "<img src=x onerror=alert(1)> <b>What</b> is &lt; at the top left?"
+    ask(page, text)
+    expect(page.locator("#chat .user .message-content")).to_have_text(text)
+    expect(said(page).nth(1)).to_contain_text("64 visual tokens")
+    ask(page, "List everything.")  # with what was said before
+    expect(said(page).nth(3)).to_contain_text("64 visual tokens")
+    expect(page.locator("#chat .user .message-content").first).to_have_text(text)
+    question(page).fill(text)
     page.get_by_role("tab", name="What it looks at").click()
     page.get_by_role("button", name="Show what it looks at").click()
     expect(page.locator("#heat p").first).to_contain_text("<img src=x")
-    assert page.locator("#heat img[src='x']").count() == 0
+    assert page.locator("img[src='x']").count() == 0
 
 
 def test_stop_ends_an_answer(page, answers, monkeypatch):
