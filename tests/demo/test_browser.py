@@ -98,13 +98,14 @@ def test_the_slider_says_what_m_means(page, answers):
     expect(page.locator("#chart svg")).to_have_attribute("aria-label", re.compile("Chosen: 1[.]"))
 
 
-def test_pictures_and_questions_to_try(page):
+def test_pictures_and_questions_to_try(page, answers):
     page.get_by_role("button", name="tiger").click()
     expect(page.locator("#picture img[alt*='questions']")).to_be_visible()
     page.get_by_role("button", name="Which number is printed?").click()
     expect(question(page)).to_have_value("Which number is printed?")
     page.get_by_role("button", name="Ask", exact=True).click()
-    expect(said(page).nth(0)).to_have_text("54.")
+    *_, row = answers.ask(str(ROOT / "mqt_llava" / "demo" / "pictures" / "10000018.png"), "Which number is printed?")
+    expect(said(page).nth(0)).to_have_text(row["answer"])
     upload(page)  # another picture is another conversation
     expect(said(page)).to_have_count(0)
 
