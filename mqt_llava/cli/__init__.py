@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from .. import __version__
 from .ask import ask
 from .calibrate import calibrate
 from .card import card
@@ -83,6 +82,8 @@ def main():
 
 def print_version(wanted: bool):
     if wanted:
+        from .. import __version__
+
         print(f"mqt-llava {__version__}")
         raise typer.Exit
 

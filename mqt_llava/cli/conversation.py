@@ -4,7 +4,6 @@ import contextlib
 import copy
 import time
 
-from ..modeling.budget_mqt_llava import CACHE_NAME
 from .errors import UsageError
 
 
@@ -79,6 +78,8 @@ class Conversation:
     def ask(self, question: str, write=None) -> dict:
         """Answer a question and remember both; `write` is called with each piece of the answer as it is made. An exception that it
         raises ends the answer, as if the question had not been asked."""
+        from ..modeling.budget_mqt_llava import CACHE_NAME
+
         messages, inputs = self.prepare(question)
         streamer = AnswerStreamer(self.processor.tokenizer, write)
         start = time.perf_counter()
@@ -136,6 +137,8 @@ class Conversation:
         """Compute what is known before the first question: the images, and the prompt up to the question."""
         import torch
         from transformers import DynamicCache
+
+        from ..modeling.budget_mqt_llava import CACHE_NAME
 
         (_, inputs), (_, other) = self.prepare("1"), self.prepare("a")
         self.encode(inputs["pixel_values"])

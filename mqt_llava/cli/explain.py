@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from ..explain import METHODS
 from .ask import check_quoted, split_question
 from .errors import UsageError
 from .images import load_image
@@ -33,7 +32,12 @@ NUM_TEXT_TOKENS = 256  # of the prompt, to reckon with
 FORMATS = (".png", ".jpg", ".pdf", ".svg", ".webp")
 
 
-Method = Enum("Method", {name: name for name in METHODS}, type=str)
+class Method(str, Enum):  # as `mqt_llava.explain.METHODS`
+    integrated_gradients = "integrated_gradients"
+    gradient = "gradient"
+    attention = "attention"
+    rollout = "rollout"
+    occlusion = "occlusion"
 
 
 def explain(
@@ -59,9 +63,9 @@ def explain(
             "Default: as many as the checkpoint has.",
         ),
     ] = None,
-    method: Annotated[Method, typer.Option(help="How it is found. docs/explain.md compares them.")] = Method(
-        METHODS[0]
-    ),
+    method: Annotated[
+        Method, typer.Option(help="How it is found. docs/explain.md compares them.")
+    ] = Method.integrated_gradients,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of an answer, at most.")] = 64,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Rows of the language model at once: fewer need less memory.")

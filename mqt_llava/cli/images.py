@@ -7,7 +7,6 @@ from io import BytesIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .. import __version__
 from .errors import UsageError
 
 
@@ -55,6 +54,8 @@ def load_image(source: str) -> Image.Image:
 
 def download(url: str) -> bytes:
     from huggingface_hub.utils import httpx  # the one that transformers uses, under whatever name it is installed
+
+    from .. import __version__
 
     content = bytearray()
     headers = {"User-Agent": f"mqt-llava/{__version__}"}

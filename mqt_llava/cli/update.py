@@ -4,7 +4,6 @@ from typing import Annotated
 
 import typer
 
-from .. import __version__
 from .errors import UsageError
 
 
@@ -23,6 +22,7 @@ def update(
     mqt-llava update my-mqt-llava --dry-run
     mqt-llava update someone/my-mqt-llava
     """
+    from .. import __version__
     from ..update import apply_update, plan_update
 
     try:

@@ -22,6 +22,7 @@ import torch
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from PIL import Image
 from transformers.utils import logging
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from mqt_llava import __version__, cli
@@ -847,6 +848,37 @@ def test_bare_command_and_short_help():
     for command in ("ask", "finetune", "convert", "cost", "explain", "update", "train"):
         short, long = (CliRunner().invoke(cli.app, [command, option]) for option in ("-h", "--help"))
         assert short.exit_code == 0 and short.stdout == long.stdout and "mqt-llava" in short.stdout
+
+
+HELP = """
+import sys
+from mqt_llava_cli import main
+try:
+    main()
+finally:
+    print(*{"torch", "transformers"} & set(sys.modules), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("command", ["", *get_command(cli.app).commands])
+def test_help_waits_for_no_library(command):
+    result = subprocess.run([sys.executable, "-c", HELP, *command.split(), "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and "mqt-llava" in result.stdout and result.stderr == "\n"
+
+
+LAZY = """
+import mqt_llava_cli
+import mqt_llava
+from transformers import AutoConfig
+assert not hasattr(mqt_llava, "nonsense")
+names = {name: getattr(mqt_llava, name) for name in mqt_llava.__all__}
+assert type(AutoConfig.for_model("mqt_llava")) is names["MQTLlavaConfig"]
+"""
+
+
+def test_names_of_the_package_in_the_program():
+    """As `evaluate --metric module:function` may import them."""
+    subprocess.run([sys.executable, "-c", LAZY], check=True)
 
 
 def test_version_and_help():
