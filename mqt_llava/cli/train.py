@@ -49,6 +49,7 @@ def finetune(context: typer.Context):
     mqt-llava finetune data.json --image-folder images --output-dir adapter
     mqt-llava finetune data.jsonl --output-dir adapter --targets language_model,query_transformer -r 32 --bf16
     mqt-llava finetune data.json --output-dir adapter --num-visual-tokens 1,4,16,64 --load-in-4bit
+    mqt-llava finetune data.json --output-dir adapter --push-to-hub ORG/REPO
     """
     run(context, LoraArguments)
 

@@ -27,76 +27,43 @@ SHORT_NAMES = {
     "lr": "learning_rate",
     "num_workers": "dataloader_num_workers",
 }
-MOST_USED = {  # of `TrainingArguments`: metavar and help
-    "output_dir": ("DIR", "Where checkpoints and the result are saved."),
-    "num_train_epochs": ("N", "Number of passes over the data."),
-    "max_steps": ("N", "Number of optimizer steps, instead of epochs."),
-    "per_device_train_batch_size": ("N", "Samples per device and batch."),
-    "learning_rate": ("LR", "Peak learning rate."),
-    "dataloader_num_workers": ("N", "Number of processes that prepare batches."),
-    "bf16": (None, "Compute in bfloat16."),
-    "use_cpu": (None, "Do not use GPUs."),
-    "gradient_checkpointing": (None, "Save memory at the cost of compute."),
-    "seed": ("N", "Seed of the weights, of the order of samples and of m."),
-    "save_steps": ("N", "Save a checkpoint every N steps."),
-    "logging_steps": ("N", "Log every N steps."),
-    "report_to": ("NAME", "none, tensorboard, wandb ..."),
-}
-POSITIVE = (
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-)
-POSITIVE += ("save_steps", "logging_steps", "max_length", "rank", "alpha")
-BOOLEANS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
+POSITIVE = "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate".split()
+POSITIVE += "save_steps logging_steps max_length rank alpha".split()
+BOOLEANS = "yes true t y 1 no false f n 0".split()
 
 
-def option(help: str, default=None, **metadata):
+def option(help: str, default=None, metavar=None, **metadata):
     default = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(**default, metadata={"help": help, **metadata})
+    return field(**default, metadata={"help": help, "metavar": metavar, **metadata})
 
 
 @dataclass(kw_only=True)
 class DataArguments:
     """Data, visual tokens and loading, for all kinds of training. Optimization is set by `TrainingArguments`."""
 
-    model: str = option("Checkpoint to start from: a folder or a Hub repository.", MISSING, metavar="DIR_OR_REPO")
-    data_path: list[str] = option(
-        "LLaVA conversations or chat messages, as JSON or JSON Lines.", MISSING, metavar="FILE"
-    )
-    image_folder: str | None = option("Folder of the images. Default: that of each data file.", metavar="DIR")
+    model: str = option("Checkpoint to start from: a folder or a Hub repository.", MISSING, "DIR_OR_REPO")
+    data_path: list[str] = option("LLaVA conversations or chat messages, as JSON or JSON Lines.", MISSING, "FILE")
+    image_folder: str | None = option("Folder of the images. Default: that of each data file.", None, "DIR")
     num_visual_tokens: list[str] | None = option(
         "How m is drawn for each step: even (2, 4, ..., M), uniform, log-uniform, fixed (M), a number, or numbers M,M,... "
         "Default: even, and fixed in stage 1.",
         metavar="DISTRIBUTION",
     )
-    max_length: int | None = option(
-        "Maximum length of a sample in tokens. Default: that of the language model.", metavar="N"
-    )
+    max_length: int | None = option("Maximum length of a sample in tokens. Default: the language model's.", None, "N")
     truncate: bool = option("Shorten longer samples by their last turns.", False)
     skip_broken: bool = option("Skip broken samples with a warning. Default: stop.", False)
-    eval_data_path: list[str] | None = option(
-        "Data to evaluate on, after each epoch unless --eval-strategy is given.", metavar="FILE"
-    )
+    eval_data_path: list[str] | None = option("Data to evaluate on, by default after each epoch.", None, "FILE")
     eval_num_visual_tokens: list[str] | None = option(
-        "Numbers of visual tokens to evaluate at. Default: 1, a quarter of M, and M.", metavar="M,M,..."
+        "Numbers of visual tokens to evaluate at. Default: 1, a quarter of M, and M.", None, "M,M,..."
     )
-    global_batch_size: int | None = option(
-        "Samples per step on all devices together. Sets --gradient-accumulation-steps.", metavar="N"
-    )
-    distill_weight: float = option(
-        "If above 0, every step has a second, smaller m, which learns from the larger one.", 0.0, metavar="WEIGHT"
-    )
-    distill_temperature: float = option("Temperature of that distillation.", 1.0, metavar="T")
+    global_batch_size: int | None = option("Samples per step on all devices, by accumulation of gradients.", None, "N")
+    distill_weight: float = option("Above 0, a second, smaller m in every step learns from the larger one.", 0.0, "W")
+    distill_temperature: float = option("Temperature of that distillation.", 1.0, "T")
     dtype: str | None = option(
         "Data type of the weights in memory. Default: float32, and bfloat16 for LoRA with --bf16 or --load-in-4bit.",
         choices=["float32", "bfloat16"],
     )
-    attn_implementation: str | None = option(
-        "sdpa (the default), eager, flash_attention_2, flex_attention.", metavar="NAME"
-    )
+    attn_implementation: str | None = option("sdpa (the default), eager, flash_attention_2 ...", None, "NAME")
     resume: bool = option("Resume from the last checkpoint in --output-dir.", False)
     overwrite: bool = option("Replace the run in --output-dir.", False)
 
@@ -113,22 +80,39 @@ class LoraArguments(DataArguments):
     """Arguments of `mqt-llava finetune`: [`DataArguments`] and LoRA."""
 
     model: str = option(
-        "Checkpoint to tune: a folder or a Hub repository. Default: the shipped one.",
-        TINY_CHECKPOINT,
-        metavar="DIR_OR_REPO",
+        "Checkpoint: a folder or a Hub repository. Default: the shipped one.", TINY_CHECKPOINT, "DIR_OR_REPO"
     )
     targets: list[str] = option(
         "Parts to tune: language_model, query_transformer (LoRA) or query_transformer_full (all of its weights), "
         "vision_tower. Default: language_model.",
         ["language_model"],
-        metavar="NAME,...",
+        "NAME,...",
     )
-    rank: int = option("Rank of LoRA.", 16, metavar="R")
-    alpha: float = option("Scale of LoRA.", 32.0, metavar="ALPHA")
-    dropout: float = option("Dropout of LoRA.", 0.05, metavar="P")
+    rank: int = option("Rank of LoRA.", 16, "R")
+    alpha: float = option("Scale of LoRA.", 32.0, "ALPHA")
+    dropout: float = option("Dropout of LoRA.", 0.05, "P")
     rslora: bool = option("Scale by alpha / sqrt(rank) (rsLoRA).", False)
     dora: bool = option("Tune magnitudes and directions separately (DoRA).", False)
     load_in_4bit: bool = option("QLoRA: load the language model in 4 bits (needs bitsandbytes).", False)
+
+
+@dataclass
+class MostUsed:
+    """What `--help` shows of `TrainingArguments`."""
+
+    output_dir: str = option("Folder for checkpoints and the result.", None, "DIR")
+    num_train_epochs: float = option("Passes over the data.", None, "N")
+    max_steps: int = option("Optimizer steps, instead of epochs.", None, "N")
+    per_device_train_batch_size: int = option("Samples per device and batch.", None, "N")
+    learning_rate: float = option("Peak learning rate.", None, "LR")
+    dataloader_num_workers: int = option("Processes that prepare batches.", None, "N")
+    bf16: bool = option("Compute in bfloat16.", False)
+    use_cpu: bool = option("Do not use GPUs.", False)
+    gradient_checkpointing: bool = option("Save memory at the cost of compute.", False)
+    seed: int = option("Seed of the weights, of the order of samples and of m.", None, "N")
+    save_steps: int = option("Save a checkpoint every N steps.", None, "N")
+    logging_steps: int = option("Log every N steps.", None, "N")
+    report_to: str = option("none, tensorboard, wandb ...", None, "NAME")
 
 
 def short_names(kind) -> dict[str, str]:
@@ -138,40 +122,30 @@ def short_names(kind) -> dict[str, str]:
 
 def options_help(kind, everything: bool = False) -> str:
     """Help for the options of a command; with `everything` all of `TrainingArguments` as well."""
-    own = [argument for argument in fields(kind) if argument.name in kind.__annotations__]
-    own += [argument for argument in fields(kind) if argument not in own]
-    groups = {"Options": [(argument.name, argument.default, argument.metadata) for argument in own]}
-    groups["Options"] += [
-        ("config", None, {"metavar": "FILE.yaml", "help": "Arguments; the command line takes precedence."}),
-        ("help", False, {"help": "Show this message and exit."}),
-        ("help_all", False, {"help": "Show all options and exit."}),
-    ]
+    own_first = sorted(fields(kind), key=lambda argument: argument.name not in kind.__annotations__)
+    groups = {"Options": own_first}
     if everything:
         from transformers import TrainingArguments
 
-        more = [argument for argument in fields(TrainingArguments) if argument.init]
-        more = [(argument.name, argument.default, {"help": argument.metadata["help"]}) for argument in more]
-        groups["Options of transformers' TrainingArguments"] = more
+        groups["Options of transformers' TrainingArguments"] = fields(TrainingArguments)
     else:
         title = "The most used options of transformers' TrainingArguments (all are accepted: --help-all shows them)"
-        most_used = MOST_USED | (
-            {"hub_model_id": ("REPO", "Upload the adapter when done.")} if kind is LoraArguments else {}
-        )
-        groups[title] = [(name, None, {"metavar": value, "help": help}) for name, (value, help) in most_used.items()]
+        groups[title] = fields(MostUsed)
     defaults = _read_yaml(CONFIGS / "lora.yaml") if kind is LoraArguments else {}
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     for title, arguments in groups.items():
         group = parser.add_argument_group(title)
-        for name, default, metadata in arguments:
-            spellings = [name, *(short for short, long in short_names(kind).items() if long == name)]
-            spellings = [f"{'-' if len(word) == 1 else '--'}{word.replace('_', '-')}" for word in spellings]
-            help, default = metadata["help"], defaults.get(name, default)
+        for argument in arguments:
+            names = [argument.name, *(short for short, name in short_names(kind).items() if name == argument.name)]
+            spellings = [f"{'-' if len(name) == 1 else '--'}{name.replace('_', '-')}" for name in names]
+            help, default = argument.metadata["help"], defaults.get(argument.name, argument.default)
             if default not in (None, False, MISSING, "") and "Default:" not in help:
                 help += f" (default: {default})"
-            if default is False or metadata.get("metavar", "") is None:
+            if default is False:
                 group.add_argument(*spellings, action="store_true", help=help)
             else:
-                group.add_argument(*spellings, **metadata | {"help": help})
+                settings = {name: argument.metadata.get(name) for name in ("metavar", "choices")}
+                group.add_argument(*spellings, **settings, help=help)
     return parser.format_help()
 
 

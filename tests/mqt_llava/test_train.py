@@ -87,12 +87,14 @@ def test_the_command_line_goes_before_the_file_and_that_before_the_paper(tmp_pat
 
 def test_finetune_takes_short_names_and_data_anywhere(tmp_path):
     """Each option takes one word, and flags take none."""
-    words = "--output-dir out --bf16 a.json --targets language_model,query_transformer b.json -r 4 --use_cpu false --lr 1e-3"
-    words += " --num-visual-tokens 1,4 c.json --eval-data e.json --push-to-hub me/adapter --batch-size=3 --truncate"
+    words = "--output-dir out --bf16 a.json --targets language_model,query_transformer b.json -r 4 --use_cpu true --lr 1e-3"
+    words += " --num-visual-tokens 1,4 c.json --eval-data e.json --push-to-hub me/adapter --batch-size=3 --truncate --disable-tqdm false d.json"
     arguments, training = parse_arguments(words.split(), LoraArguments)
-    assert arguments.data_path == ["a.json", "b.json", "c.json"] and arguments.eval_data_path == ["e.json"]
+    assert arguments.data_path == ["a.json", "b.json", "c.json", "d.json"] and arguments.eval_data_path == ["e.json"]
     assert arguments.targets == ["language_model", "query_transformer"] and arguments.num_visual_tokens == ["1,4"]
-    assert arguments.rank == 4 and arguments.truncate and training.bf16 and not training.use_cpu
+    assert (
+        arguments.rank == 4 and arguments.truncate and not training.disable_tqdm and training.bf16 and training.use_cpu
+    )
     assert training.per_device_train_batch_size == 3 == training.per_device_eval_batch_size
     assert training.learning_rate == 1e-3 and training.output_dir == "out" and training.eval_strategy == "epoch"
     assert training.hub_model_id == "me/adapter" and not training.push_to_hub
