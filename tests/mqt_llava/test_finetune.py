@@ -334,11 +334,11 @@ def test_command_tunes_resumes_and_overwrites(checkpoint, data, tmp_path, monkey
     options = ["--model", checkpoint, "--output-dir", adapter, "--batch-size", 2, "--use-cpu", "--save-steps", 1]
     run = {"monkeypatch": monkeypatch, "data": data}
     evaluation = ["--eval-data", data, "--eval-num-visual-tokens", "1,16", "--num-visual-tokens", "1,16"]
-    evaluation += ["--logging-steps", 1]
+    evaluation += ["--logging-steps", 1, "--distill-weight", 0.5]
     assert not finetune(*options, *evaluation, "--epochs", 1, **run)
     output = capfd.readouterr().out
     assert "trainable params: " in output and "eval_m1_loss" in output and "eval_m16_loss" in output
-    assert "num_visual_tokens" in output and "adapter is in" in output
+    assert "num_visual_tokens" in output and "divergence" in output and "adapter is in" in output
     assert answers(load_adapter(load_base(checkpoint), adapter))
     assert finetune(*options, **run) == 2
     assert "continue that run (--resume), replace it (--overwrite), or" in capfd.readouterr().err
