@@ -233,8 +233,8 @@ def _read_words(words, kind, flags: set[str]) -> dict[str, list[str]]:
             name = _known(name, kind, "the command line")
             options[name] = [value] if has_value else []
             continue
-        is_full = name is None or (name in flags and word.lower() not in BOOLEANS) or bool(options[name])
-        if name is None or (kind is LoraArguments and is_full and name != "data_path"):
+        takes_one = kind is LoraArguments and name != "data_path"
+        if name is None or (takes_one and (options[name] or (name in flags and word.lower() not in BOOLEANS))):
             others.append(word)
         else:
             options[name].append(word)
