@@ -13,7 +13,7 @@ import typer
 
 from ..training.arguments import LoraArguments, StageArguments, options_help, parse_arguments
 from .errors import UsageError
-from .models import load_config, load_costs, load_processor
+from .models import EXTRAS, load_config, load_costs, load_processor
 
 
 ARGUMENT_NAMES = {  # of the Python names that are not those of the options
@@ -59,13 +59,9 @@ def run(context: typer.Context, kind):
         if option in context.args:
             print(context.get_help(), options_help(kind, everything=option == "--help-all"), sep="\n\n", end="")
             return
-    try:
-        import torch  # noqa: F401
-
-        from ..training.train import train
-    except ImportError as error:
-        raise UsageError(f"{error.name} is missing: pip install 'mqt-llava[train]'") from None
     with reporting():
+        from ..training.train import train
+
         arguments, training = parse_arguments(context.args, kind)
     config = load_config(arguments.model)
     load_processor(arguments.model)
@@ -98,7 +94,12 @@ def reporting(output_dir=None):
             message = "Interrupted before the first checkpoint."
         print(f"\n{message}", file=sys.stderr)
         raise
-    except (ValueError, FloatingPointError, ImportError, OSError) as error:
+    except ImportError as error:
+        if error.name is None:  # in the words of a library
+            raise UsageError(str(error)) from None
+        extra = EXTRAS.get(error.name.partition(".")[0], "train")
+        raise UsageError(f"{error.name} is missing: pip install 'mqt-llava[{extra}]'") from None
+    except (ValueError, FloatingPointError, OSError) as error:
         raise UsageError(as_options(str(error))) from None
     except Exception as error:
         if output_dir is None or not is_full(output_dir):

@@ -418,6 +418,14 @@ def test_mistakes_are_one_line(arguments, message, checkpoint, data, tmp_path, m
     assert message in line
 
 
+def test_missing_libraries_are_named(checkpoint, data, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    options = ["--model", checkpoint, "--output-dir", tmp_path / "adapter", "--use-cpu"]
+    monkeypatch.delitem(sys.modules, "mqt_llava.training.lora")
+    assert finetune(*options, monkeypatch=monkeypatch, data=data) == 2
+    assert "peft is missing: pip install 'mqt-llava[train]'" in capfd.readouterr().err
+
+
 def test_no_warnings_of_libraries_about_each_other(checkpoint, data, tmp_path, monkeypatch, capfd):
     options = ["--model", checkpoint, "--output-dir", tmp_path / "adapter", "--use-cpu", "--max-steps", 1]
     with warnings.catch_warnings():
