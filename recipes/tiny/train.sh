@@ -9,7 +9,7 @@ runs=${1:?"usage: train.sh FOLDER"}
 python=${PYTHON:-python}
 # One process a core, each with half of the batch. glibc's allocator takes a third of a step, once it is fragmented; Debian's
 # libtcmalloc-minimal4, where it is installed, does not
-tcmalloc=$(ldconfig -p | sed -n 's/.*libtcmalloc_minimal.* => //p' | head -n 1)
+tcmalloc=$(ldconfig -p | sed -n 's/.*libtcmalloc_minimal\.so\.4 .*=> //p' | head -n 1)
 launch=(env OMP_NUM_THREADS=1 ${tcmalloc:+LD_PRELOAD="$tcmalloc"} "$python" -m torch.distributed.run --nproc_per_node 2 -m)
 on_cpu=(--use_cpu --bf16 --max_grad_norm 1 --lr_scheduler_type cosine --learning_rate 1e-3 --save_total_limit 2 --report_to none)
 
