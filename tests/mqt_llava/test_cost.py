@@ -12,7 +12,7 @@ from benchmarks.measure import peak_memory
 from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration, VisualTokenSchedule, cli
 from mqt_llava.cost import CostModel, DeviceSpeed, measure_device, num_visual_tokens_for, schedule_within
 from mqt_llava.modeling.budget_mqt_llava import CACHE_NAME
-from tests.mqt_llava.test_cli import restore_global_settings  # noqa: F401  the command silences transformers
+from tests.mqt_llava.test_ask import restore_global_settings  # noqa: F401  the command silences transformers
 from tests.small_model import NUM_QUERY_TOKENS, make_config, make_images, make_model, make_processor
 
 

@@ -13,7 +13,7 @@ from mqt_llava.cli.errors import UsageError
 from mqt_llava.cli.serve import place_server
 from mqt_llava.cost import CostModel
 from mqt_llava.placement import check_training, free_memory, place_model
-from tests.mqt_llava.test_cli import QUESTION, assert_refused, files, restore_global_settings  # noqa: F401
+from tests.mqt_llava.test_ask import QUESTION, assert_refused, files, restore_global_settings  # noqa: F401
 from tests.small_model import make_config
 
 
