@@ -1,8 +1,9 @@
+"""`mqt-llava ask`: answers, chats, comparisons, `--num-visual-tokens auto`, and what is refused."""
+
 import contextlib
 import fcntl
 import functools
 import http.server
-import importlib
 import io
 import json
 import os
@@ -14,47 +15,22 @@ import subprocess
 import sys
 import termios
 import threading
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from PIL import Image
-from transformers.utils import logging
 from typer.testing import CliRunner
 
-from mqt_llava import __version__, cli
+from mqt_llava import cli
 from mqt_llava.cli import conversation, images, models
 from mqt_llava.cli.ask import print_table
-from mqt_llava.cli.cost import parse_amount
+from tests.commands import QUESTION, assert_refused
 from tests.small_model import NUM_QUERY_TOKENS, make_config, make_images, make_model, make_processor
 
 
-ask_module = importlib.import_module("mqt_llava.cli.ask")  # its name is that of the command, too
-QUESTION = "What is this?"
+pytestmark = pytest.mark.usefixtures("restore_global_settings")
 LENGTH = 12  # new tokens
-
-
-@pytest.fixture(autouse=True)
-def restore_global_settings(monkeypatch):
-    """The command silences transformers and Python's warnings for the whole process."""
-    verbosity, active = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with warnings.catch_warnings():
-        yield
-    logging.set_verbosity(verbosity)
-    if active:
-        logging.enable_progress_bar()
-
-
-@pytest.fixture
-def files(tmp_path):
-    """Paths of two pictures."""
-    paths = [tmp_path / "first.png", tmp_path / "second.png"]
-    for path, picture in zip(paths, make_images(2)):
-        picture.save(path)
-    return [str(path) for path in paths]
 
 
 @pytest.fixture
@@ -93,16 +69,6 @@ def expected_answer(images, turns, m, length=LENGTH):
     inputs = processor(images=images, text=prompt, num_visual_tokens=m, return_tensors="pt", add_special_tokens=False)
     output = model.generate(**inputs, max_new_tokens=length, do_sample=False)
     return processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-
-
-def assert_refused(result, *words):
-    """Exit code 2, one line on stderr with `words` in it, nothing on stdout."""
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert re.fullmatch(r"Error: [^\n]+\n", result.stderr), result.stderr
-    assert "Traceback" not in result.stderr
-    for word in words:
-        assert word in result.stderr
 
 
 # --- answers ---
@@ -304,7 +270,7 @@ def test_chat_encodes_the_images_once(ask, files):
 
 
 def test_chat_computes_what_is_new_alone(ask, files):
-    """The second question prefills itself and the last token of the answer before it, not the conversation again."""
+    """A question prefills itself and the last token of the answer before it, not the whole conversation."""
     prefills = []
 
     def record(module, args, kwargs, output):
@@ -324,7 +290,7 @@ def test_chat_computes_what_is_new_alone(ask, files):
 
 
 def test_chat_goes_back_where_the_answer_reads_otherwise(ask, files, monkeypatch):
-    """What is remembered of an answer may be tokenized in another way than it was generated."""
+    """The text of an answer may be tokenized differently from how it was generated."""
     put = conversation.AnswerStreamer.put
 
     def shorten(self, ids):
@@ -419,12 +385,28 @@ def test_a_bad_line_does_not_end_the_run(ask, files):
     assert second.startswith("Error: line 4: the question is not text")
 
 
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_what_is_known_before_the_question_is_computed_before_it(num_images):
+    """`prefill` computes it, and the answer stays the same."""
+    model, processor, lengths = make_model(), make_processor(), []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    chat = conversation.Conversation(processor, model, make_images(2)[:num_images], 4, LENGTH)
+    chat.prefill()
+    known = lengths.pop()
+    result = chat.ask(QUESTION)
+    assert lengths[0] == result["prompt_tokens"] - known
+    assert known > 4 * num_images and lengths[0] < 40
+    assert result["answer"] == expected_answer(make_images(2)[:num_images], [QUESTION], 4)
+
+
 # --- comparison ---
 
 
 def flops_of_products(m, length, num_cached=0):
     """Floating point operations of the small model's prefill, by hand: 2 for each multiply-add."""
-    width, inner, patches, layers = 32, 64, 36, 2  # of three layers: features come from before the last
+    width, inner, patches, layers = 32, 64, 36, 2  # of three layers: the last one is not used
     tower = 2 * patches * 3 * 25 * width  # patch embedding: 5 x 5 pixels of 3 colours
     tokens = patches + 1
     tower += layers * 2 * tokens * (4 * width**2 + 2 * width * inner + 2 * tokens * width)
@@ -451,7 +433,7 @@ def test_compare_has_one_answer_for_each_m(ask, files):
 
 
 def test_compare_computes_what_is_shared_once(ask, files):
-    """The images, and the prompt up to the first of them."""
+    """The images, and the prompt up to the first image, are computed once for all m."""
     batches, prefills = [], []
 
     def count(module, args, kwargs, output):
@@ -490,7 +472,7 @@ def test_table_shows_brackets_of_an_answer(capsys):
 
 
 def make_auto(folder, thresholds=(1.0, 1.0), **settings):
-    """A checkpoint whose schedule is 2 -> 5 -> all; by default nothing is sure enough before the last stage."""
+    """A checkpoint whose schedule is 2 -> 5 -> all. With the default thresholds every answer goes to the last stage."""
     model = make_model()
     schedule = {"num_visual_tokens": [2, 5, NUM_QUERY_TOKENS], "thresholds": list(thresholds), **settings}
     model.generation_config.visual_token_schedule = schedule
@@ -702,7 +684,7 @@ def test_wrong_models(ask, files, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"\xff\xfe"])
 def test_damaged_tokenizer(ask, files, tmp_path, content):
-    """Also where another file would do for transformers, but give other ids."""
+    """Also where transformers would fall back on another file, which gives other ids."""
     make_model().save_pretrained(tmp_path / "model")
     make_processor().save_pretrained(tmp_path / "model")
     path = tmp_path / "model" / "tokenizer.json"
@@ -752,127 +734,6 @@ def test_program_refuses_in_one_line(tmp_path):
     assert result.stderr == f"Error: file not found: {tmp_path / 'nosuch.png'}\n"
 
 
-def run_program(*arguments, **settings):
-    command = [sys.executable, "-c", "from mqt_llava_cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, stderr=subprocess.PIPE, text=True, **settings)
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("command", ["streamed", "json", "help", "help of a command", "version"])
-def test_output_that_nothing_takes(command, checkpoint, files):
-    ask = ["ask", files[0], QUESTION, "--model", checkpoint, "--max-new-tokens", 3]
-    arguments = {"streamed": ask, "json": [*ask, "--json"], "help": ["--help"], "version": ["--version"]}
-    arguments["help of a command"] = ["ask", "--help"]
-    with open("/dev/full", "w") as full:
-        result = run_program(*arguments[command], stdout=full)
-    assert result.returncode == 1
-    assert re.fullmatch(r"Error: [^\n]*No space left on device\n", result.stderr), result.stderr
-
-
-def test_output_that_nobody_reads(checkpoint, files):
-    read, write = os.pipe()
-    os.close(read)
-    for arguments in (["ask", files[0], QUESTION, "--model", checkpoint, "--max-new-tokens", 3], ["--help"]):
-        result = run_program(*arguments, stdout=write)
-        assert (result.returncode, result.stderr) == (1, "")
-    os.close(write)
-
-
-STARTED = """
-import sys
-class Interrupt:
-    def find_spec(self, name, *args):
-        if name == "mqt_llava":
-            raise KeyboardInterrupt
-sys.meta_path.insert(0, Interrupt())
-import mqt_llava_cli
-mqt_llava_cli.main()
-"""
-
-
-def test_ctrl_c_while_libraries_are_loaded():
-    result = subprocess.run([sys.executable, "-c", STARTED], capture_output=True, text=True)
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
-
-
-def test_ctrl_c_while_a_command_runs(monkeypatch):
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ask_module, "load_image", interrupted)
-    result = CliRunner().invoke(cli.app, ["ask", "photo.png", QUESTION])
-    assert (result.exit_code, result.stdout, result.stderr.strip()) == (130, "", "")
-
-
-@pytest.mark.parametrize(
-    ("text", "amount"),
-    [
-        ("16GB", 16e9),
-        ("16GiB", 16 * 2**30),
-        ("16Gi", 16 * 2**30),
-        ("1KiB", 1024),
-        ("1kB", 1e3),
-        ("1KB", 1e3),
-        ("1.5MiB", 1.5 * 2**20),
-        ("2.5T", 2.5e12),
-        ("2e12", 2e12),
-        ("800 GFLOP", 8e11),
-        ("7", 7),
-    ],
-)
-def test_amounts(text, amount):
-    assert parse_amount(text) == amount
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "16 GBi", "16XiB", "-1GB"])
-def test_wrong_amounts(text):
-    assert_refused(CliRunner().invoke(cli.app, ["cost", f"--memory={text}"]), "16GB or 16GiB", f"got {text!r}")
-
-
-def test_server_without_its_packages(monkeypatch):
-    """Those of transformers' own server, not vLLM's."""
-    serve = importlib.import_module("mqt_llava.cli.serve")
-    monkeypatch.setattr(serve, "find_spec", lambda name: None if name in ("fastapi", "openai") else name)
-    result = CliRunner().invoke(cli.app, ["serve"])
-    assert_refused(result, "fastapi and openai is missing", "pip install 'transformers[serving]'")
-
-
-def test_bare_command_and_short_help():
-    help = CliRunner().invoke(cli.app, ["--help"])
-    for command in ("ask", "finetune", "convert", "cost", "explain", "update", "serve", "train"):
-        assert f" {command} " in help.stdout
-    for arguments in ([], ["-h"]):
-        result = CliRunner().invoke(cli.app, arguments)
-        assert (result.exit_code, result.stdout) == (0, help.stdout)
-    for command in ("ask", "finetune", "convert", "cost", "explain", "update", "train"):
-        short, long = (CliRunner().invoke(cli.app, [command, option]) for option in ("-h", "--help"))
-        assert short.exit_code == 0 and short.stdout == long.stdout and "mqt-llava" in short.stdout
-
-
-def test_version_and_help():
-    version = CliRunner().invoke(cli.app, ["--version"])
-    assert (version.exit_code, version.stdout) == (0, f"mqt-llava {__version__}\n")
-    usage = CliRunner().invoke(cli.app, ["ask", "--help"])
-    assert usage.exit_code == 0
-    for option in ("IMAGE", "--model", "--num-visual-tokens", "--max-new-tokens", "--device", "--dtype", "--json"):
-        assert option in usage.stdout
-    assert " ask " in CliRunner().invoke(cli.app, ["--help"]).stdout
-
-
-def test_download_progress_stays_as_it_was():
-    from huggingface_hub.utils import are_progress_bars_disabled
-
-    was_disabled = are_progress_bars_disabled()
-    try:
-        for switch, disabled in ((enable_progress_bars, False), (disable_progress_bars, True)):
-            switch()
-            models.silence_libraries()
-            assert are_progress_bars_disabled() == disabled
-            assert not logging.is_progress_bar_enabled()
-    finally:
-        (disable_progress_bars if was_disabled else enable_progress_bars)()
-
-
 # Weights that take their time to be read
 SLOW = """
 import time
@@ -906,19 +767,3 @@ def test_loading_shows_progress_and_can_be_interrupted(checkpoint, files):
     os.close(terminal)
     assert process.returncode == 130 and output == b""
     assert "Traceback" not in seen and "Loading weights" not in seen  # that was quick
-
-
-@pytest.mark.parametrize("num_images", [1, 2])
-def test_what_is_known_before_the_question_is_computed_before_it(num_images):
-    """And the answer is the same."""
-    model, processor, lengths = make_model(), make_processor(), []
-    model.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
-    )
-    chat = conversation.Conversation(processor, model, make_images(2)[:num_images], 4, LENGTH)
-    chat.prefill()
-    known = lengths.pop()
-    result = chat.ask(QUESTION)
-    assert lengths[0] == result["prompt_tokens"] - known
-    assert known > 4 * num_images and lengths[0] < 40
-    assert result["answer"] == expected_answer(make_images(2)[:num_images], [QUESTION], 4)

@@ -1,0 +1,108 @@
+"""The program `mqt-llava` whatever the command: help, version, output that cannot be written, Ctrl-C."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+from transformers.utils import logging
+from typer.testing import CliRunner
+
+from mqt_llava import __version__, cli
+from mqt_llava.cli import models
+from tests.commands import QUESTION
+
+
+pytestmark = pytest.mark.usefixtures("restore_global_settings")
+ask_module = importlib.import_module("mqt_llava.cli.ask")  # its name is that of the command, too
+
+
+def run_program(*arguments, **settings):
+    command = [sys.executable, "-c", "from mqt_llava_cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, **settings)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("command", ["streamed", "json", "help", "help of a command", "version"])
+def test_output_that_nothing_takes(command, checkpoint, files):
+    ask = ["ask", files[0], QUESTION, "--model", checkpoint, "--max-new-tokens", 3]
+    arguments = {"streamed": ask, "json": [*ask, "--json"], "help": ["--help"], "version": ["--version"]}
+    arguments["help of a command"] = ["ask", "--help"]
+    with open("/dev/full", "w") as full:
+        result = run_program(*arguments[command], stdout=full)
+    assert result.returncode == 1
+    assert re.fullmatch(r"Error: [^\n]*No space left on device\n", result.stderr), result.stderr
+
+
+def test_output_that_nobody_reads(checkpoint, files):
+    read, write = os.pipe()
+    os.close(read)
+    for arguments in (["ask", files[0], QUESTION, "--model", checkpoint, "--max-new-tokens", 3], ["--help"]):
+        result = run_program(*arguments, stdout=write)
+        assert (result.returncode, result.stderr) == (1, "")
+    os.close(write)
+
+
+STARTED = """
+import sys
+class Interrupt:
+    def find_spec(self, name, *args):
+        if name == "mqt_llava":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+import mqt_llava_cli
+mqt_llava_cli.main()
+"""
+
+
+def test_ctrl_c_while_libraries_are_loaded():
+    result = subprocess.run([sys.executable, "-c", STARTED], capture_output=True, text=True)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
+def test_ctrl_c_while_a_command_runs(monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ask_module, "load_image", interrupted)
+    result = CliRunner().invoke(cli.app, ["ask", "photo.png", QUESTION])
+    assert (result.exit_code, result.stdout, result.stderr.strip()) == (130, "", "")
+
+
+def test_bare_command_and_short_help():
+    help = CliRunner().invoke(cli.app, ["--help"])
+    for command in ("ask", "finetune", "convert", "cost", "explain", "update", "serve", "train"):
+        assert f" {command} " in help.stdout
+    for arguments in ([], ["-h"]):
+        result = CliRunner().invoke(cli.app, arguments)
+        assert (result.exit_code, result.stdout) == (0, help.stdout)
+    for command in ("ask", "finetune", "convert", "cost", "explain", "update", "train"):
+        short, long = (CliRunner().invoke(cli.app, [command, option]) for option in ("-h", "--help"))
+        assert short.exit_code == 0 and short.stdout == long.stdout and "mqt-llava" in short.stdout
+
+
+def test_version_and_help():
+    version = CliRunner().invoke(cli.app, ["--version"])
+    assert (version.exit_code, version.stdout) == (0, f"mqt-llava {__version__}\n")
+    usage = CliRunner().invoke(cli.app, ["ask", "--help"])
+    assert usage.exit_code == 0
+    for option in ("IMAGE", "--model", "--num-visual-tokens", "--max-new-tokens", "--device", "--dtype", "--json"):
+        assert option in usage.stdout
+    assert " ask " in CliRunner().invoke(cli.app, ["--help"]).stdout
+
+
+def test_download_progress_stays_as_it_was():
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    was_disabled = are_progress_bars_disabled()
+    try:
+        for switch, disabled in ((enable_progress_bars, False), (disable_progress_bars, True)):
+            switch()
+            models.silence_libraries()
+            assert are_progress_bars_disabled() == disabled
+            assert not logging.is_progress_bar_enabled()
+    finally:
+        (disable_progress_bars if was_disabled else enable_progress_bars)()
