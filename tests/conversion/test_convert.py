@@ -12,19 +12,12 @@ from typer.testing import CliRunner
 
 from mqt_llava import MQTLlavaProcessor, cli
 from mqt_llava.conversion import files, names
+from tests.commands import assert_refused
 from tests.conversion.checkpoints import read_weights
 
 
 def run(*arguments):
     return CliRunner().invoke(cli.app, ["convert", *map(str, arguments)])
-
-
-def assert_refused(result, *words):
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert re.fullmatch(r"Error: [^\n]+\n", result.stderr), result.stderr
-    for word in words:
-        assert word in result.stderr
 
 
 def test_report_and_table(authors, tmp_path):
