@@ -102,7 +102,7 @@ def check_free(destination: Path, overwrite: bool):
             nothing but what makes one.
     """
     if destination.exists() and not destination.is_dir():
-        raise ValueError(f"{destination} is a file; the converted checkpoint is a folder")
+        raise ValueError(f"{destination} is a file; what is written is a folder")
     found = sorted(path.name for path in destination.iterdir()) if destination.is_dir() else []
     if not found:
         return

@@ -14,6 +14,7 @@ from .calibrate import calibrate
 from .card import card
 from .convert import convert
 from .cost import cost
+from .demo import demo
 from .errors import UsageError, print_error
 from .evaluate import evaluate
 from .explain import explain
@@ -60,6 +61,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(ask)
+app.command()(demo)
 app.command()(finetune)
 app.command()(convert)
 app.command()(cost)

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from PIL import Image
 
-from .conversation import Conversation, is_text
+from .conversation import Conversation, is_text, print_now
 from .cost import parse_amount
 from .errors import UsageError, print_error
 from .images import is_url, load_image
@@ -222,7 +222,7 @@ def check_quoted(arguments: list[str], sources: list[str]):
 
 def answer_one(conversation: Conversation, question: str, setting: dict | None):
     """Stream the answer, or print it as JSON with the setting, if one is given."""
-    result = conversation.ask(question, stream=setting is None)
+    result = conversation.ask(question, print_now if setting is None else None)
     if setting is not None:
         print(json.dumps({"question": question, **result, **setting}), flush=True)
 

@@ -76,10 +76,11 @@ class Conversation:
     def context_length(self):
         return getattr(self.model.config.text_config, "max_position_embeddings", None) or float("inf")
 
-    def ask(self, question: str, stream: bool = False) -> dict:
-        """Answer a question, print the answer as it is made if `stream`, and remember both."""
+    def ask(self, question: str, write=None) -> dict:
+        """Answer a question and remember both; `write` is called with each piece of the answer as it is made. An exception that it
+        raises ends the answer, as if the question had not been asked."""
         messages, inputs = self.prepare(question)
-        streamer = AnswerStreamer(self.processor.tokenizer, silent=not stream)
+        streamer = AnswerStreamer(self.processor.tokenizer, write)
         start = time.perf_counter()
         self.encode(inputs["pixel_values"])
         input_ids = inputs["input_ids"]
@@ -181,18 +182,26 @@ def is_text(question: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in question)
 
 
+def print_now(text: str):
+    print(text, end="", flush=True)
+
+
 class AnswerStreamer:
-    """Takes tokens from `generate` and prints the text as soon as it is settled; `text` is the whole answer.
+    """Takes tokens from `generate` and writes the text as soon as it is settled, a line's end behind it; `text` is the whole
+    answer.
 
     transformers' `TextStreamer` keeps no text, and prints the space with which an answer begins.
+
+    Args:
+        write (`Callable`, *optional*): takes each piece.
     """
 
-    def __init__(self, tokenizer, silent: bool = False):
+    def __init__(self, tokenizer, write=print_now):
         self.tokenizer = tokenizer
-        self.silent = silent
+        self.write = write or (lambda text: None)
         self.ids = []
         self.text = ""
-        self.printed = 0
+        self.written = 0
         self.prompt_is_next = True
 
     def put(self, ids):
@@ -202,14 +211,12 @@ class AnswerStreamer:
         self.ids += ids.flatten().tolist()
         self.text = self.tokenizer.decode(self.ids, skip_special_tokens=True).strip()
         if not self.text.endswith("\ufffd"):  # what ends so may be a character that the next token completes
-            self.print_new()
+            self.write_new()
 
     def end(self):
-        self.print_new()
-        if not self.silent:
-            print(flush=True)
+        self.write_new()
+        self.write("\n")
 
-    def print_new(self):
-        if not self.silent:
-            print(self.text[self.printed :], end="", flush=True)
-        self.printed = len(self.text)
+    def write_new(self):
+        self.write(self.text[self.written :])
+        self.written = len(self.text)

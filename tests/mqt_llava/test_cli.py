@@ -377,11 +377,11 @@ INTERRUPTED = """
 import sys
 from mqt_llava.cli import conversation, main
 ask, asked = conversation.Conversation.ask, []
-def interrupted(self, question, stream=False):
+def interrupted(self, question, write=None):
     asked.append(question)
     if len(asked) == 2:
         raise KeyboardInterrupt
-    return ask(self, question, stream)
+    return ask(self, question, write)
 conversation.Conversation.ask = interrupted
 main()
 """
