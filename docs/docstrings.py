@@ -8,9 +8,10 @@ import griffe
 
 
 ROOT = Path(__file__).parents[1]
-# `name (`int` or `list[int]`, *optional*, defaults to 5):`, and "`type`: text" or "[`Type`]: text" below Returns and Raises
-ARGUMENT = re.compile(r"^(\s+\*{0,2}\w+ )\((.+)\):", re.MULTILINE)
-RESULT = re.compile(r"^( +)\[?(`[^`]+`(?:(?:,| or) `[^`]+`)*)\]?: ", re.MULTILINE)
+# "name (`int` or `list[int]`, *optional*, defaults to 5):" below Args, "`type`: text" or "[`Type`]: text" below Returns and Raises
+ARGUMENT = re.compile(r"^    (\*{0,2}\w+) \(((?:`[^`]*`|[^`()])*)\)[:.,]", re.MULTILINE)
+RESULT = re.compile(r"^    \[?(`[^`]+`(?:(?:,| or) `[^`]+`)*)\]?: ", re.MULTILINE)
+RAISES = re.compile(r"(?<=^Raises:\n)(?:    .*\n?)+", re.MULTILINE)
 REFERENCE = re.compile(r"\[`~?([\w.]+)`\](?![(\[])")
 
 
@@ -33,9 +34,10 @@ class Docstrings(griffe.Extension):
 
 
 def google_style(text: str) -> str:
-    """A docstring of transformers' style as mkdocstrings reads it, with types as plain text."""
-    text = ARGUMENT.sub(lambda match: f"{match[1]}({plain(match[2])}):", text)
-    text = RESULT.sub(lambda match: f"{match[1]}{plain(match[2])}: ", text)
+    """A docstring of transformers' style as griffe reads it, with types as plain text."""
+    text = RAISES.sub(lambda match: re.sub(r"^    (?! |\[?`\w+`\]?:)", " " * 8, match[0], flags=re.MULTILINE), text)
+    text = ARGUMENT.sub(lambda match: f"    {match[1]} ({plain(match[2])}):", text)
+    text = RESULT.sub(lambda match: f"    {plain(match[1])}: ", text)
     return REFERENCE.sub(r"`\1`", text)
 
 
