@@ -1,9 +1,17 @@
-"""The figure of the generation benchmark."""
+"""The figure of the generation benchmark. It is drawn again from a table that was measured before by
 
+python -m benchmarks.figure docs/benchmarks/generation_cpu.csv
+"""
+
+import csv
+import sys
 from pathlib import Path
 
 
-def draw(rows: list[dict], parts: tuple[str, ...], setting: str, path: Path):
+PARTS = ("vision", "connector", "merge", "prefill")  # of the time to the first token
+
+
+def draw(rows: list[dict], setting: str, path: Path):
     """Time to first token by number of visual tokens, what it is made of, and where LLaVA's time by FLOPs would be."""
     import matplotlib
 
@@ -16,9 +24,9 @@ def draw(rows: list[dict], parts: tuple[str, ...], setting: str, path: Path):
     figure, panels = plt.subplots(1, len(batch_sizes), figsize=(max(5 * len(batch_sizes), 8.5), 4.6), squeeze=False)
     for axes, batch_size in zip(panels[0], batch_sizes):
         shown = [row for row in rows if row["batch"] == batch_size]
-        labels = [f"{row['m']}" + ("\nLLaVA" if row is shown[0] else "") for row in shown]
+        labels = [f"{row['m']:g}" + ("\nLLaVA" if row is shown[0] else "") for row in shown]
         bottom = [0.0] * len(shown)
-        for i, part in enumerate((*parts, "glue")):
+        for i, part in enumerate((*PARTS, "glue")):
             heights = [max(row["glue"] * row["first token"], 0) if part == "glue" else row[part] for row in shown]
             axes.bar(labels, heights, bottom=bottom, label=part, color=f"C{i}", width=0.7)
             bottom = [low + height for low, height in zip(bottom, heights)]
@@ -27,7 +35,7 @@ def draw(rows: list[dict], parts: tuple[str, ...], setting: str, path: Path):
         tops = [max(row["first token"], *others) for row, *others in zip(shown, bottom, by_flops)]
         for label, row, top in zip(labels, shown, tops):
             axes.annotate(f"{row['speed-up']:.1f}x", (label, top), (0, 4), textcoords="offset points", ha="center")
-        axes.set(title=f"batch of {batch_size}", xlabel="visual tokens per image", ylabel="time to first token, s")
+        axes.set(title=f"batch of {batch_size:g}", xlabel="visual tokens per image", ylabel="time to first token, s")
         axes.set_ylim(top=1.1 * max(tops))
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
@@ -37,3 +45,19 @@ def draw(rows: list[dict], parts: tuple[str, ...], setting: str, path: Path):
     figure.text(0.01, 0.01, setting, fontsize=5.5, color="gray")
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(path, dpi=150)
+
+
+def read_csv(path: Path) -> list[dict]:
+    """The rows that `benchmarks.measure.write_csv` wrote, without what was not measured."""
+    words = ("model", "way")
+    with path.open(newline="") as file:
+        return [
+            {name: value if name in words else float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(file)
+        ]
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:]):
+        setting = path.with_suffix(".md").read_text(encoding="utf-8").partition("\n")[0]
+        draw(read_csv(path), setting, path.with_suffix(".png"))

@@ -19,7 +19,7 @@ from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.utils import is_flash_attn_2_available
 
-from benchmarks.figure import draw
+from benchmarks.figure import PARTS, draw
 from benchmarks.measure import interleave, machine, markdown, peak_memory, seconds, write_csv
 from benchmarks.models import build, configs, llava_flops, measurements, variants
 from mqt_llava import MQTLlavaProcessor
@@ -68,7 +68,6 @@ WAYS = {
     "compiled": {"compiled": True},
 }
 DEFAULTS = {"batch_sizes": [1, 8], "num_visual_tokens": [256, 144, 64, 36, 16, 4, 1]}
-PARTS = ("vision", "connector", "merge", "prefill")
 LEGEND = """\
 Times are medians in ms for the whole batch, memory is in MB. `m` is the number of visual tokens; `text` that of text
 tokens. `connector` is the query transformer or LLaVA's projector. `preprocess` decodes and prepares a JPEG of 3000 x
@@ -222,7 +221,7 @@ def main():
         path.with_suffix(".md").write_text(table)
         write_csv(rows, path.with_suffix(".csv"))
         if any("glue" in row for row in rows):
-            draw(rows, PARTS, setting, path.with_suffix(".png"))
+            draw(rows, setting, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def measurements(model, variant: Variant, new_tokens: int, device: torch.device)
 
 @functools.cache
 def compiled_parts(model) -> dict:
-    """What `Module.compile` makes of the parts, as README advises: rows with and without it take turns."""
+    """What `Module.compile` makes of the parts, as docs/compile.md advises: rows with and without it take turns."""
     torch._dynamo.config.recompile_limit = (
         64  # counts graphs of all modules together, since `_call_impl` is their code
     )

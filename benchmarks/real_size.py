@@ -4,7 +4,7 @@
 
 The checkpoint is random, in the authors' layout and in bfloat16 (14 GB). It is made, converted and verified, asked at three
 numbers of visual tokens, compared, quantized where torchao and bitsandbytes are there, and converted back. Each step is the
-command that README names, in a process of its own. It takes twice the checkpoint on the disk, says so first, and leaves
+command that docs/ names, in a process of its own. It takes twice the checkpoint on the disk, says so first, and leaves
 nothing there.
 """
 

@@ -5,7 +5,7 @@
     python examples/serve_vllm.py examples/scene.png "List everything." --num_visual_tokens auto --schedule 2:0.977 8:0.75 32
 
 A server knows requests by their m, so "auto" is the client's: it asks at the m of each stage until the answer is sure enough. Needs
-`pip install openai`. README.md says how `my-mqt-llava` is made and who may be let in.
+`pip install openai`. docs/serve.md says how `my-mqt-llava` is made, and which clients to trust.
 """
 
 import argparse

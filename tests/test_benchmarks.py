@@ -6,12 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib import pyplot as plt
+
+from benchmarks.figure import draw, read_csv
+
+
+ROOT = Path(__file__).parents[1]
+TABLES = sorted((ROOT / "docs" / "benchmarks").glob("generation_*.csv"))
 
 
 def run_benchmark(name, *options):
     result = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{name}", *options],
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},  # pytest-xdist runs one process for each core
         capture_output=True,
         text=True,
@@ -32,6 +39,16 @@ def test_generation_measures_every_row(tmp_path):
     assert all(float(row[name]) > 0 for row in rows for name in measured)
     assert (tmp_path / "generation_tiny.png").exists()
     assert (tmp_path / "generation_tiny.md").read_text() in result.stdout
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_figure_of_a_table_keeps_its_labels_in_the_frame(path, tmp_path):
+    draw(read_csv(path), "", tmp_path / "figure.png")
+    figure = plt.gcf()
+    for axes in figure.axes:
+        frame, labels = axes.get_window_extent(), [text.get_window_extent() for text in axes.texts]
+        assert len(labels) >= 5 and all(frame.contains(label.x1, label.y1) for label in labels)
+    plt.close(figure)
 
 
 @pytest.mark.slow
@@ -91,7 +108,7 @@ def test_rehearsal_at_real_size(tmp_path):
 
 def test_rehearsal_leaves_what_is_there(tmp_path):
     command = [sys.executable, "-m", "benchmarks.real_size", "--folder", tmp_path]
-    result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and f"{tmp_path} is there already" in result.stderr and tmp_path.exists()
 
 

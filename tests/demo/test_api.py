@@ -19,6 +19,7 @@ from mqt_llava import TINY_CHECKPOINT
 from mqt_llava.cli.conversation import AnswerStreamer
 from mqt_llava.demo.space import write_space
 from tests.demo.conftest import ROOT, SCENE
+from tests.documentation import run_python
 
 
 pytestmark = pytest.mark.demo
@@ -63,6 +64,11 @@ def test_answers_stream_and_agree_with_the_command_line(client, answers):
         assert result[name] == expected[name]
     parts = [part["answer"] for part in job.outputs()]
     assert len(parts) > 3 and all(result["answer"].startswith(part) for part in parts)
+
+
+def test_code_of_the_docs_runs(address, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    run_python("docs/demo.md", {"http://127.0.0.1:7860": address})
 
 
 def test_history_makes_a_conversation(client, answers):

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from mqt_llava.conversion.authors import load_llama_tokenizer
 from mqt_llava.training.collator import MQTLlavaDataCollator
 from mqt_llava.training.data import load_conversations
 from mqt_llava.training.lora import make_lora_config
+from tests.documentation import ROOT, run_python
 from tests.reference import REFERENCE, official_layout
 from tests.small_model import NUM_QUERY_TOKENS, make_config, make_images
 
@@ -244,16 +244,11 @@ def test_texts_that_are_no_answers_keep_their_space(tmp_path):
 
 
 def test_recipes_of_the_docs_run(folder_without_code, tmp_path, monkeypatch):
-    root = Path(__file__).parents[2]
-    shutil.copytree(root / "examples", tmp_path / "examples")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mqt_llava, "TINY_CHECKPOINT", str(folder_without_code))
-    namespace = {}
     short = '"max_steps": 1, "use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no"'
-    blocks = re.findall(r"```python\n(.*?)```", (root / "docs" / "trl.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 4 and '"max_steps": 100' in blocks[0]
-    for block in blocks:
-        exec(compile(block.replace('"max_steps": 100', short), "docs/trl.md", "exec"), namespace)
+    namespace = run_python("docs/trl.md", {'"max_steps": 100': short})
     assert namespace["trainer"].state.global_step == 1
 
 
