@@ -15,6 +15,7 @@ from .card import card
 from .convert import convert
 from .cost import cost
 from .demo import demo
+from .env import env
 from .errors import UsageError, print_error
 from .evaluate import evaluate
 from .explain import explain
@@ -70,6 +71,7 @@ app.command()(explain)
 app.command()(calibrate)
 app.command()(card)
 app.command()(update)
+app.command()(env)
 for handed_on in (serve, train):
     settings = {"allow_extra_args": True, "ignore_unknown_options": True}
     app.command(add_help_option=False, context_settings=settings)(handed_on)
