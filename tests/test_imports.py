@@ -12,11 +12,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OWN = {"benchmarks", "examples", "mqt_llava", "recipes", "tests"}
-# Loaded by these programs alone, in their environments
+# In environments of their own, which bring these
 HOSTS = {
     "mqt_llava/evaluation/lmms.py": {"lmms_eval", "loguru"},
     "examples/vlmevalkit.py": {"vlmeval"},
     "tests/evaluation": {"lmms_eval"},
+    "tests/demo": {"axe_playwright_python", "gradio_client", "httpx", "playwright"},
 }
 # Distributions that may not be installed here
 DISTRIBUTIONS = {"bitsandbytes": "bitsandbytes", "openai": "openai", "torchao": "torchao", "vllm": "vllm"}
@@ -43,13 +44,14 @@ def declared(*extras):
 
 
 def imports(path):
-    """The modules that a file imports: those when it is imported itself, and those within functions."""
+    """The modules that a file imports: those when it is imported itself, and those within functions or for types alone."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     within = {
         id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-        for node in ast.walk(function)
+        for block in ast.walk(tree)
+        if isinstance(block, (ast.FunctionDef, ast.AsyncFunctionDef))
+        or (isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING")
+        for node in ast.walk(block)
     }
     at_once, later = set(), set()
     for node in ast.walk(tree):
@@ -80,7 +82,7 @@ def undeclared(folder, at_once, later):
     return found
 
 
-USERS = ("convert", "evaluate", "plot", "quantize", "serve", "train")
+USERS = ("convert", "demo", "evaluate", "plot", "quantize", "serve", "train")
 
 
 @pytest.mark.parametrize(
@@ -89,12 +91,13 @@ USERS = ("convert", "evaluate", "plot", "quantize", "serve", "train")
         ("modeling", ()),
         ("conversion", ()),
         ("mqt_llava/cli", ()),
+        ("mqt_llava/demo", ("demo", "plot")),
         ("mqt_llava/training", ("train",)),
         ("mqt_llava/evaluation", ("evaluate",)),
         ("examples", ("train", "evaluate", "serve")),
         ("recipes", ("test",)),
         ("benchmarks", ("test", "quantize", "serve")),
-        ("tests", ("test", "serve")),
+        ("tests", ("test", "serve", "demo")),
     ],
 )
 def test_imports_are_declared(folder, extras):
@@ -104,7 +107,7 @@ def test_imports_are_declared(folder, extras):
 
 
 def test_imports_of_the_package_are_declared():
-    folders = ("cli", "training", "evaluation")
+    folders = ("cli", "demo", "evaluation", "training")
     found = undeclared("mqt_llava", declared(), declared(*USERS))
     assert not [line for line in found if line.split("/")[1] not in folders]
 
