@@ -14,6 +14,7 @@ from .card import card
 from .convert import convert
 from .cost import cost
 from .demo import demo
+from .env import env
 from .errors import UsageError, print_error
 from .evaluate import evaluate
 from .explain import explain
@@ -67,6 +68,7 @@ app.command()(explain)
 app.command()(calibrate)
 app.command()(card)
 app.command()(update)
+app.command()(env)
 for command, usage in (
     (finetune, "DATA... [OPTIONS]"),
     (train, "--stage 1|2 [OPTIONS]"),
