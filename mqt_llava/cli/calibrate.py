@@ -160,7 +160,9 @@ def calibrate(
             "the answers at all visual tokens (--agreement), or use another --metric"
         )
     schedule = calibrate(answers, tolerance / 100, confidence, seed)
+    tested = split(answers, seed)[1]  # pictures that the schedule was not chosen on
     if schedule.num_visual_tokens == sizes[-1:]:
+        print_curve(tested, schedule, seconds, measure)
         raise UsageError(
             f"nothing is written: no schedule cheaper than all visual tokens could be shown to lose at most {tolerance:g} points of "
             f"{measure} with a confidence of {confidence:g}, from {len(questions)} questions about {number} pictures"
@@ -175,7 +177,6 @@ def calibrate(
         "max_new_tokens": max_new_tokens,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    tested = split(answers, seed)[1]  # pictures that the schedule was not chosen on
     some = [question for question, i in zip(questions, picture) if i in set(tested.picture)][:TIMED]
     asked = list(answer_questions(model, processor, some, [schedule], max_new_tokens, batch_size))
     seconds["auto"] = sum(answer.seconds for answer in asked) / len(asked)
@@ -183,6 +184,9 @@ def calibrate(
     settings = model.generation_config
     settings.visual_token_schedule = schedule.to_dict()
     write_settings(settings, folder)
+    stages = " -> ".join(map(str, schedule.num_visual_tokens))
+    thresholds = ", ".join(f"{threshold:g}" for threshold in schedule.thresholds)
+    print(f"schedule {stages}" + (f", accepted from a confidence of {thresholds} on" if thresholds else ""))
     print(f"written to {folder / 'generation_config.json'}")
 
 
@@ -238,12 +242,11 @@ def print_curve(answers, schedule, seconds: dict, measure: str):
     for i, m in enumerate(answers.num_visual_tokens):
         stop = np.full(len(answers.picture), i)
         add(str(m), stop, answers.language_model_tokens(VisualTokenSchedule([m], []), stop), seconds[m])
-    stop = answers.stops(schedule)
-    stages = " -> ".join(map(str, schedule.num_visual_tokens))
-    add(f"auto: {stages}", stop, answers.language_model_tokens(schedule, stop), seconds["auto"])
-    add("the same at random", np.random.default_rng(0).permutation(stop))
+    if "auto" in seconds:
+        stages = " -> ".join(map(str, schedule.num_visual_tokens))
+        stop = answers.stops(schedule)
+        add(f"auto: {stages}", stop, answers.language_model_tokens(schedule, stop), seconds["auto"])
+        add("the same at random", np.random.default_rng(0).permutation(stop))
     add("oracle", (answers.right >= answers.right[-1]).argmax(0))
     Console().print(table)
     print("On the pictures that test, without the cost of encoding images.")
-    thresholds = ", ".join(f"{threshold:g}" for threshold in schedule.thresholds)
-    print(f"schedule {stages}" + (f", accepted from a confidence of {thresholds} on" if thresholds else ""))
