@@ -115,7 +115,9 @@ def test_imports_of_the_package_are_declared():
 def test_finds_what_is_not_declared(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "module.py").write_text("import os, yaml\n\ndef f():\n    from hypothesis.strategies import text\n")
+    (tmp_path / "new" / "module.py").write_text(
+        "import os, yaml\n\ndef f():\n    from hypothesis.strategies import text\n"
+    )
     assert undeclared("new", {"numpy"}, {"hypothesis"}) == ["new/module.py: yaml"]
     assert undeclared("new", {"pyyaml"}, set()) == ["new/module.py: hypothesis"]
 

@@ -73,7 +73,9 @@ def test_has_what_the_repository_has(wheel):
         metadata = archive.read(f"mqt_llava-{__version__}.dist-info/METADATA").decode()
     packages = {"modeling": "mqt_llava/modeling", "conversion": "mqt_llava/conversion", "mqt_llava": "mqt_llava"}
     for folder, package in packages.items():
-        files = (path for path in ROOT.joinpath(folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+        files = (
+            path for path in ROOT.joinpath(folder).rglob("*") if path.is_file() and "__pycache__" not in path.parts
+        )
         missing = {f"{package}/{path.relative_to(ROOT / folder).as_posix()}" for path in files} - set(names)
         assert not missing
     assert {name.split("/")[0] for name in names} == {

@@ -52,7 +52,9 @@ def devices() -> dict[str, str]:
     """What torch computes on."""
     import torch
 
-    found = {"CPU": f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"}
+    found = {
+        "CPU": f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    }
     backend = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
