@@ -1,6 +1,6 @@
 """Write pictures never trained on, and questions about them in LLaVA's format, which every command of `mqt-llava` reads.
 
-    python -m recipes.tiny.make_questions --output_dir runs/calibration --first_seed 30000000 --pictures 1500 --per_picture 1
+    python -m recipes.tiny.make_questions --output_dir runs/calibration --first_seed 30000000 --pictures 4500 --per_picture 1
 
 With `--colors 64` a picture takes a few kB: so was `examples/lmms_eval` made, a task for lmms-eval that needs no download
 (`--output_dir examples/lmms_eval --pictures 20 --per_picture 3 --colors 64`).

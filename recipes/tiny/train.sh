@@ -50,7 +50,7 @@ tune stage2 --stage 2 --model "$runs/start" --data_path "$runs/data/conversation
 [ -e "$runs/mqt-llava-tiny" ] || $python -m recipes.tiny.export --model "$runs/stage2" --output_dir "$runs/mqt-llava-tiny"
 
 # What `num_visual_tokens="auto"` means for it
-$python -m recipes.tiny.make_questions --output_dir "$runs/calibration" --first_seed 30000000 --pictures 1500
+$python -m recipes.tiny.make_questions --output_dir "$runs/calibration" --first_seed 30000000 --pictures 4500
 $python -m mqt_llava.cli calibrate "$runs/calibration/questions.json" --model "$runs/mqt-llava-tiny" --tolerance 0.5
 
 $python -m recipes.tiny.evaluate --model "$runs/mqt-llava-tiny" --output_dir "$runs/accuracy"
