@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from mqt_llava.conversion.files import LazyTensor
-from mqt_llava.conversion.writing import write_shards
+from mqt_llava.conversion.files import LazyTensor, write_shards
 from tests.reference import official_layout
 
 
@@ -41,13 +40,9 @@ def random_tensors(layers: int) -> dict[str, LazyTensor]:
     return tensors
 
 
-def write_source(folder: Path, layers: int, as_bin: bool = False, progress=None):
+def write_source(folder: Path, layers: int, as_bin: bool = False):
     """Write it: configs and tokenizer by the reference's script, weights in safetensors shards of 5 GB, a few tensors in
-    memory at a time, or as one `.bin` file, all of them in memory.
-
-    Args:
-        progress (`Callable[[int], None]`, *optional*): is told the bytes of each tensor that was written.
-    """
+    memory at a time, or as one `.bin` file, all of them in memory."""
     small = folder.with_name(folder.name + "-small")
     tokenizer = Path(official_layout.__file__).parent / "tokenizer.model"
     official_layout.write_checkpoint(
@@ -75,4 +70,4 @@ def write_source(folder: Path, layers: int, as_bin: bool = False, progress=None)
     if as_bin:
         torch.save({name: tensor.load() for name, tensor in tensors.items()}, folder / "pytorch_model.bin")
     else:
-        write_shards(folder, tensors, "5GB", progress)
+        write_shards(folder, tensors, "5GB")

@@ -1,34 +1,44 @@
 """What the authors' config, tokenizer and vision tower say, as config and processor of our model."""
 
 import copy
-import math
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from tokenizers import Tokenizer, normalizers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    LlamaTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
-from ..modeling.adaptive_mqt_llava import VisualTokenSchedule
 from ..modeling.configuration_mqt_llava import MQTLlavaConfig
 from ..modeling.image_processing_mqt_llava import MQTLlavaImageProcessor
 from ..modeling.processing_mqt_llava import MQTLlavaProcessor
-from .files import LazyTensor, check_inside, fetch, one_line, read_json, read_tensors
+from .files import LazyTensor, check_inside, fetch, first, one_line, read_json, read_tensors
 from .names import AUTHORS_QUERY_TRANSFORMER, AUTHORS_VISION_TOWER
-from .tokenization import load_llama_tokenizer, read_pieces
 
 
 TEXT_MODEL_TYPES = {"llava_llama": "llama", "llava_mistral": "mistral"}
 NUM_HEADS = 16  # of the query transformer; fixed in the authors' code, whatever the widths
 KEPT = ("mm_", "image_", "query_", "tokenizer_", "use_mm_", "num_visual_")  # settings that converting back will need
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # besides SentencePiece's
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.json")
 OPENAI_CLIP = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
 
 
+# --- configs ---
+
+
 def check_supported(config: dict):
-    """Refuse what the authors' options can make and our model is not: the answers would be wrong without a word."""
+    """Refuse options of the authors' code that our model does not have: its answers would be silently wrong."""
     allowed = {
         "query_abstractor_type": ("matry_query",),
         "mm_vision_select_feature": ("patch",),
@@ -67,78 +77,113 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"cannot read {folder / 'config.json'}: {one_line(error.__cause__ or error)}") from error
 
 
+def make_config(text: PreTrainedConfig, tower: "VisionTower", tokenizer, **settings) -> MQTLlavaConfig:
+    """Our config, with a place for `<image>` in the vocabulary."""
+    text = copy.deepcopy(text)
+    text.name_or_path = tower.config.name_or_path = ""  # a folder on this machine
+    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    text.vocab_size = max(text.vocab_size, image_token_id + 1)
+    return MQTLlavaConfig(
+        vision_config=tower.config,
+        text_config=text,
+        image_token_id=image_token_id,
+        tie_word_embeddings=getattr(text, "tie_word_embeddings", False),
+        **settings,
+    )
+
+
+def from_authors_config(config: dict, tower: "VisionTower", tokenizer, tensors: dict[str, LazyTensor]):
+    """Our config of the authors', whose M is in the shape of a tensor."""
+    query = tensors.get(AUTHORS_QUERY_TRANSFORMER + "query")
+    if query is None or len(query.shape) != 2:
+        raise ValueError(f"there is no matrix {AUTHORS_QUERY_TRANSFORMER}query: is this an MQT-LLaVA checkpoint?")
+    depth, layer = tower.config.num_hidden_layers, config.get("mm_vision_select_layer", -2)
+    if layer not in range(-depth - 1, depth + 1):
+        raise ValueError(
+            f"config.json: mm_vision_select_layer is {layer!r}; the vision tower has {depth} layers, from {-depth - 1} to {depth}"
+        )
+    return make_config(
+        text_config(config),
+        tower,
+        tokenizer,
+        num_query_tokens=query.shape[0],
+        query_transformer_num_attention_heads=NUM_HEADS,
+        vision_feature_layer=layer,
+        authors_config={key: value for key, value in config.items() if key.startswith(KEPT) or key == "vocab_size"},
+    )
+
+
+def make_processor(config: MQTLlavaConfig, tower: "VisionTower", tokenizer, pad_to_square: bool = True):
+    """Our processor; images are padded to a square as LLaVA 1.5 has it, or cropped as CLIP's own processor does."""
+    tokenizer.padding_side = "left"  # as `generate` wants a batch
+    side = config.vision_config.image_size
+    settings = {key: tower.preprocessing[key] for key in ("image_mean", "image_std") if key in tower.preprocessing}
+    square = {"height": side, "width": side}
+    size = square if pad_to_square else {"shortest_edge": side}
+    image_processor = MQTLlavaImageProcessor(
+        do_pad=pad_to_square, size=size, do_center_crop=not pad_to_square, crop_size=square, resample=3, **settings
+    )
+    return MQTLlavaProcessor(image_processor, tokenizer, num_query_tokens=config.num_query_tokens)
+
+
+# --- vision towers ---
+
+
+@dataclass
 class VisionTower:
-    """A vision tower's config, preprocessing and tensors, these by the names of `AutoModel`'s class.
+    """A CLIP or SigLIP vision tower.
 
     Args:
-        name (`str`): A folder or a Hub repository of a CLIP or SigLIP model, or of its vision part alone.
-        near (`Path`, *optional*): Where a relative folder may start from.
+        preprocessing (`dict`): its preprocessor_config.json.
+        folder (`Path`, *optional*): where its weights are; `None` for those inside a checkpoint.
     """
 
-    def __init__(self, name: str, near: Path | None = None):
-        self.name = name
-        self.folder = fetch(name, *WEIGHT_PATTERNS, near=near)
-        config = read_config(self.folder)
-        self.config = getattr(config, "vision_config", config)
-        if not hasattr(self.config, "image_size"):
-            raise ValueError(f"{name} is no vision tower: its model type is {config.model_type!r}")
-        path = self.folder / "preprocessor_config.json"
-        if path.exists():
-            self.preprocessing = read_json(path)
-        elif "clip" in self.config.model_type:
-            self.preprocessing = dict(OPENAI_CLIP)
-        else:
-            raise ValueError(f"{name} has no preprocessor_config.json, to say how images are scaled")
+    name: str
+    config: PreTrainedConfig
+    preprocessing: dict
+    folder: Path | None = None
 
     def tensors(self) -> dict[str, LazyTensor]:
+        """By the names of `AutoModel`'s class."""
         with torch.device("meta"):
             expected = AutoModel.from_config(self.config).state_dict()
         return without_prefix(read_tensors(self.folder), list(expected), self.name)
 
 
-class VisionTowerInside:
-    """The same for a tower whose tensors are in the checkpoint, and whose folder is out of reach: a CLIP by OpenAI."""
-
-    def __init__(self, name: str, tensors: dict[str, LazyTensor]):
-        if not name.startswith("openai/clip-vit"):
-            raise ValueError(f"the vision tower {name!r} cannot be found; name it with --vision-tower")
-        prefix = AUTHORS_VISION_TOWER + "vision_model."
-        shapes = {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items()}
-        sized = {"embeddings.patch_embedding.weight": 4, "embeddings.position_embedding.weight": 2}
-        sized["encoder.layers.0.mlp.fc1.weight"] = 2
-        for part, rank in sized.items():
-            if len(shapes.get(part, ())) != rank:
-                raise ValueError(f"the checkpoint lacks {prefix}{part}, or it has not {rank} dimensions")
-        width, _, patch_size, _ = shapes["embeddings.patch_embedding.weight"]
-        side = math.isqrt(shapes["embeddings.position_embedding.weight"][0] - 1)
-        self.name = name
-        self.config = CONFIG_MAPPING["clip_vision_model"](
-            hidden_size=width,
-            intermediate_size=shapes["encoder.layers.0.mlp.fc1.weight"][0],
-            num_hidden_layers=1
-            + max(int(name.split(".")[2]) for name in shapes if name.startswith("encoder.layers.")),
-            num_attention_heads=width // 64,
-            image_size=side * patch_size,
-            patch_size=patch_size,
-            hidden_act="quick_gelu",
-        )
-        self.preprocessing = dict(OPENAI_CLIP)
+def read_vision_tower(name: str, near: Path | None = None) -> VisionTower:
+    """
+    Args:
+        name (`str`): A folder or a Hub repository of a CLIP or SigLIP model, or of its vision part alone.
+        near (`Path`, *optional*): Where a relative folder may start from.
+    """
+    folder = fetch(name, near)
+    whole = read_config(folder)
+    config = getattr(whole, "vision_config", whole)
+    if not hasattr(config, "image_size"):
+        raise ValueError(f"{name} is no vision tower: its model type is {whole.model_type!r}")
+    path = folder / "preprocessor_config.json"
+    if not path.exists() and "clip" not in config.model_type:
+        raise ValueError(f"{name} has no preprocessor_config.json, to say how images are scaled")
+    return VisionTower(name, config, read_json(path) if path.exists() else OPENAI_CLIP, folder)
 
 
-def without_prefix(tensors: dict[str, LazyTensor], expected: list[str], name: str) -> dict[str, LazyTensor]:
-    """The tensors that a model is made of, picked from a file that may hold a larger model under longer names."""
-    prefixes = {
-        stored.removesuffix(expected[0])
-        for stored in tensors
-        if stored == expected[0] or stored.endswith("." + expected[0])
-    }
-    lacking = {prefix: [key for key in expected if prefix + key not in tensors] for prefix in prefixes}
-    if not lacking:
-        raise ValueError(f"{name} lacks the tensor {expected[0]}")
-    prefix = min(lacking, key=lambda prefix: (len(lacking[prefix]), prefix != "vision_model.", prefix))
-    if lacking[prefix]:
-        raise ValueError(f"{name} lacks the tensors {', '.join(prefix + key for key in lacking[prefix][:5])}")
-    return {key: tensors[prefix + key] for key in expected}
+def openai_clip(name: str, inside: dict[str, LazyTensor]) -> VisionTower:
+    """OpenAI's CLIP, whose folder is out of reach but whose tensors are in the checkpoint. The authors' code fixes its sizes."""
+    widths = [tensor.shape[0] for name, tensor in inside.items() if name.endswith("mlp.fc1.weight") and tensor.shape]
+    config = CONFIG_MAPPING["clip_vision_model"](
+        hidden_size=1024,
+        intermediate_size=widths[0] if widths else 4096,
+        num_hidden_layers=num_vision_layers(inside),
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        hidden_act="quick_gelu",
+    )
+    return VisionTower(name, config, OPENAI_CLIP)
+
+
+def num_vision_layers(tensors: dict[str, LazyTensor]) -> int:
+    return len({name.split(".layers.")[1].split(".")[0] for name in tensors if ".layers." in name})
 
 
 def split_off_vision(tensors: dict[str, LazyTensor]):
@@ -147,29 +192,44 @@ def split_off_vision(tensors: dict[str, LazyTensor]):
     return {name: tensor for name, tensor in tensors.items() if name not in vision}, vision
 
 
-def vision_tower(config: dict, folder: Path, inside: dict[str, LazyTensor], choice: str | None):
+def choose_vision_tower(config: dict, folder: Path, inside: dict[str, LazyTensor], choice: str | None):
     """The tower to use, its tensors by the authors' names, and where they come from in words.
 
     Args:
         inside (`dict[str, LazyTensor]`): vision tensors among the checkpoint's own.
-        choice (`str`, *optional*): what `--vision-tower` says; it goes before those.
+        choice (`str`, *optional*): the value of `--vision-tower`, which goes before those.
     """
-    named = choice or config.get("mm_vision_tower")
-    if not named:
+    name = choice or config.get("mm_vision_tower")
+    if not name:
         raise ValueError("config.json names no vision tower (`mm_vision_tower`); name one with --vision-tower")
     try:
-        tower = VisionTower(named, near=None if choice else folder)
+        tower = read_vision_tower(name, near=None if choice else folder)
     except ValueError as error:
         if choice:
             raise
-        if not inside:
+        if not inside or not name.startswith("openai/clip-vit"):
             raise ValueError(f"{error}; name the vision tower with --vision-tower") from error
-        tower = VisionTowerInside(named, inside)
+        tower = openai_clip(name, inside)
     if inside and not choice:
-        return tower, inside, "the checkpoint itself; the authors' loader would take the separate " + named
+        return tower, inside, "the checkpoint itself; the authors' loader would take the separate " + name
     tensors = {AUTHORS_VISION_TOWER + "vision_model." + key: tensor for key, tensor in tower.tensors().items()}
     ignored = f"; {len(inside)} vision tensors in the checkpoint are ignored" if inside else ""
-    return tower, tensors, named + ignored
+    return tower, tensors, name + ignored
+
+
+def without_prefix(tensors: dict[str, LazyTensor], expected: list[str], name: str) -> dict[str, LazyTensor]:
+    """The tensors that a model is made of, picked from a file that may hold a larger model under longer names."""
+    prefixes = [stored.removesuffix(expected[0]) for stored in tensors if f".{stored}".endswith(f".{expected[0]}")]
+    if not prefixes:
+        raise ValueError(f"{name} lacks the tensor {expected[0]}")
+    lacking = {prefix: [prefix + key for key in expected if prefix + key not in tensors] for prefix in prefixes}
+    prefix = min(lacking, key=lambda prefix: (len(lacking[prefix]), prefix != "vision_model.", prefix))
+    if lacking[prefix]:
+        raise ValueError(f"{name} lacks the tensors {first(lacking[prefix])}")
+    return {key: tensors[prefix + key] for key in expected}
+
+
+# --- tokenizers ---
 
 
 def load_tokenizer(folder: Path, vocab_size: int):
@@ -218,60 +278,53 @@ def check_fits_embeddings(path: Path, num_words: int, vocab_size: int):
         )
 
 
-def make_config(text: PreTrainedConfig, tower, tokenizer, **settings) -> MQTLlavaConfig:
-    """Our config, with a place for `<image>` in the vocabulary."""
-    text = copy.deepcopy(text)
-    text.name_or_path = tower.config.name_or_path = ""  # a folder on this machine
-    image_token_id = tokenizer.convert_tokens_to_ids("<image>")
-    text.vocab_size = max(text.vocab_size, image_token_id + 1)
-    return MQTLlavaConfig(
-        vision_config=tower.config,
-        text_config=text,
-        image_token_id=image_token_id,
-        tie_word_embeddings=getattr(text, "tie_word_embeddings", False),
-        **settings,
+def load_llama_tokenizer(folder, legacy: bool, image_token: str = "<image>") -> PreTrainedTokenizerFast:
+    """A Llama tokenizer that gives the ids of SentencePiece, with `image_token` added as a token of its own.
+
+    Two things differ from `LlamaTokenizer` of transformers 5:
+
+    * Runs of spaces. SentencePiece scores pieces made of spaces below all others, so `"  this"` is `▁`, `▁this`;
+      transformers ranks their merges first and gives `▁▁`, `this`.
+    * With `legacy`, a text that begins with a space still gets the prefix `▁`, at the start and after special tokens.
+
+    Args:
+        folder (`str`): Folder of `tokenizer.model` and `tokenizer_config.json`.
+        legacy (`bool`): What `legacy` meant when the checkpoint was trained: a missing key is `True`.
+        image_token (`str`): The placeholder of an image.
+    """
+    slow_names = LlamaTokenizer.from_pretrained(folder, legacy=legacy)
+    specification = json.loads(slow_names.backend_tokenizer.to_str())
+    merges = specification["model"]["merges"]
+    specification["model"]["merges"] = sorted(merges, key=lambda merge: not "".join(merge).strip("▁"))
+    backend = Tokenizer.from_str(json.dumps(specification))
+    if legacy:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = None
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        extra_special_tokens={"image_token": image_token},
+        legacy=legacy,  # for those who ask; what it means is in the backend
+        model_max_length=slow_names.model_max_length,
+        padding_side=slow_names.padding_side,
+        **{name: getattr(slow_names, name) for name in names if getattr(slow_names, name) is not None},
     )
 
 
-def authors_config(config: dict, tower, tokenizer, tensors: dict[str, LazyTensor]) -> MQTLlavaConfig:
-    """Our config of the authors', as far as it is not in the tensors' shapes."""
-    query = tensors.get(AUTHORS_QUERY_TRANSFORMER + "query")
-    if query is None or len(query.shape) != 2:
-        raise ValueError(f"there is no matrix {AUTHORS_QUERY_TRANSFORMER}query: is this an MQT-LLaVA checkpoint?")
-    depth, layer = tower.config.num_hidden_layers, config.get("mm_vision_select_layer", -2)
-    if layer not in range(-depth - 1, depth + 1):
-        raise ValueError(
-            f"config.json: mm_vision_select_layer is {layer!r}; the vision tower has {depth} layers, from {-depth - 1} to {depth}"
-        )
-    return make_config(
-        text_config(config),
-        tower,
-        tokenizer,
-        num_query_tokens=query.shape[0],
-        query_transformer_num_attention_heads=NUM_HEADS,
-        vision_feature_layer=layer,
-        authors_config={key: value for key, value in config.items() if key.startswith(KEPT) or key == "vocab_size"},
-    )
+def read_pieces(path: Path):
+    """The SentencePiece model in a file.
 
-
-def make_processor(config: MQTLlavaConfig, tower, tokenizer, pad_to_square: bool = True) -> MQTLlavaProcessor:
-    """Our processor; images are padded to a square as LLaVA 1.5 has it, or cropped as CLIP's own processor does."""
-    tokenizer.padding_side = "left"  # as `generate` wants a batch
-    side = config.vision_config.image_size
-    settings = {key: tower.preprocessing[key] for key in ("image_mean", "image_std") if key in tower.preprocessing}
-    square = {"height": side, "width": side}
-    size = square if pad_to_square else {"shortest_edge": side}
-    image_processor = MQTLlavaImageProcessor(
-        do_pad=pad_to_square, size=size, do_center_crop=not pad_to_square, crop_size=square, resample=3, **settings
-    )
-    return MQTLlavaProcessor(image_processor, tokenizer, num_query_tokens=config.num_query_tokens)
-
-
-def make_generation_config(config: MQTLlavaConfig, tokenizer) -> GenerationConfig:
-    return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=[config.image_token_id],
-        visual_token_schedule=VisualTokenSchedule.default(config.num_query_tokens).to_dict(),
-    )
+    Raises:
+        `ValueError`: naming the file, where it is empty or damaged. `ImportError`: naming a package that is missing.
+    """
+    try:
+        import google.protobuf  # noqa: F401  without it transformers takes the file for another format
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise ImportError(f"{error.name} is missing, to read {path.name}: pip install 'mqt-llava[convert]'") from error
+    try:
+        pieces = SentencePieceProcessor(model_file=str(path))
+        pieces.encode("a")  # an empty file is read as a model without pieces
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path} is no SentencePiece model, or a damaged one") from error
+    return pieces

@@ -1,52 +1,24 @@
 """Convert a checkpoint: recognise its layout, plan, write aside, verify, move into place."""
 
-import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from transformers.dynamic_module_utils import custom_object_save
 
-from .. import modeling
-from ..modeling.configuration_mqt_llava import MQTLlavaConfig
-from . import back, full, lora, parts, stage1
-from .authors import WEIGHT_PATTERNS, make_generation_config
-from .files import fetch, read_json, read_tensors
-from .plan import Plan
-from .verify import (
-    Check,
-    broken_tensors,
-    check_verifiable,
-    require,
-    verify_adapter,
-    verify_back,
-    verify_plan,
-    verify_tensors,
-)
-from .writing import (
-    cast,
-    check_free,
-    check_space,
-    main_dtype,
-    new_folder,
-    parse_size,
-    save,
-    weight_file_names,
-    write_shards,
-)
+from . import layouts, to_authors
+from .files import cast, check_free, check_space, counted, fetch, new_folder, parse_size, read_json
+from .names import AUTHORS_PACKED
+from .verify import Check, VerificationError, broken_tensors, check_verifiable
 
 
-LAYOUTS = ("full", "stage-1", "lora", "parts", "back")
-FOLDER_FILES = (  # beside the weights
-    *sorted(path.name for path in Path(modeling.__file__).parent.glob("*_mqt_llava.py")),
-    "chat_template.jinja",
-    "config.json",
-    "generation_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-)
+LAYOUTS = {
+    "full": "full checkpoints",
+    "stage-1": "stage-1 weights",
+    "lora": "LoRA folders",
+    "parts": "language models",
+    "back": "checkpoints of ours",
+}
 
 
 @dataclass
@@ -77,14 +49,16 @@ class Report:
 
 def recognise(source: Path) -> str:
     """The layout of what is in `source`, one of `LAYOUTS`."""
-    for name, module in (("stage-1", stage1), ("lora", lora), ("full", full), ("back", back)):
-        if module.recognise(source):
-            return name
-    if (source / "config.json").exists():
-        return "parts"
-    raise ValueError(
-        f"{source} is in no known layout: it has none of config.json, adapter_config.json and {stage1.FILES[0]}"
-    )
+    if layouts.find_stage1(source):
+        return "stage-1"
+    if (source / "adapter_config.json").exists():
+        return "lora"
+    if not (source / "config.json").exists():
+        raise ValueError(
+            f"{source} is in no known layout: it has none of config.json, adapter_config.json and {layouts.STAGE1_FILES[0]}"
+        )
+    model_type = str(read_json(source / "config.json").get("model_type"))
+    return "full" if model_type.startswith("llava_") else "back" if model_type == "mqt_llava" else "parts"
 
 
 def convert(
@@ -107,18 +81,20 @@ def convert(
 
     Args:
         source (`str`): A folder or a Hub repository; for stage-1 weights also the file itself.
-        layout (`str`, *optional*): One of `LAYOUTS`. Recognised from the files where it is not given.
-        vision_tower (`str`, *optional*): A folder or a Hub repository, to take instead of what the source says.
+        layout (`str`, *optional*): One of `LAYOUTS`. Defaults to the one that the files show.
+        vision_tower (`str`, *optional*): A folder or a Hub repository. Defaults to the tower in the source, or the one that
+            it names.
         base_model (`str`, *optional*): The language model of stage-1 weights; the base of a LoRA folder; with
             `keep_adapter` the MQT-LLaVA checkpoint, converted already, that the adapter will go on.
-        dtype (`torch.dtype`, *optional*): Of the weights that are written. As they are stored where it is not given.
+        dtype (`torch.dtype`, *optional*): Of the weights that are written. Defaults to that of the source.
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): As for `save_pretrained`.
         keep_adapter (`bool`, *optional*): Write a PEFT adapter instead of merging a LoRA folder.
         verify (`bool`, *optional*): Compare the result with the source before it is moved to `destination`.
-        progress (`Callable[[str, int, int], None]`, *optional*): Is told "converting" and the bytes that were written, then
-            with `verify` "verifying" and the tensors that were read, each time with how many there will be.
+        progress (`Callable[[str, int, int], None]`, *optional*): Is told "converting", then with `verify` "verifying", and
+            each time how many bytes were read and how many there will be.
         prepare (`Callable[[Report], None]`, *optional*): Is called before anything is written, with `dry_run` too.
-        finish (`Callable[[Path, Report], None]`, *optional*): Is called when the folder is whole, before it is moved.
+        finish (`Callable[[Path, Report], None]`, *optional*): Is called when the folder is complete, before it is moved.
+            Neither is called on the way back to the authors' layout.
 
     Raises:
         `ValueError`: for a source that cannot be converted and a destination that is not free.
@@ -131,50 +107,64 @@ def convert(
         raise ValueError(f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
     check_free(destination, overwrite)
     max_shard_size = parse_size(max_shard_size)
-    source_path = (
-        Path(source) if Path(source).is_file() else fetch(source, *WEIGHT_PATTERNS, "tokenizer.model", "*.jinja")
-    )
-    for path in filter(None, (source_path, vision_tower, base_model)):
-        if Path(path).exists() and Path(path).resolve().is_relative_to(destination.resolve()):
-            raise ValueError(f"{destination} is or holds the source {path}; choose another folder")
-    layout = layout or recognise(source_path)
-    arguments = {"vision_tower": vision_tower, "base_model": base_model}
-    if keep_adapter and layout != "lora":
-        raise ValueError(f"--keep-adapter is for LoRA folders; this is the layout {layout!r}")
-    if vision_tower is not None and (keep_adapter or layout == "back"):
-        raise ValueError("the vision tower is that of the MQT-LLaVA checkpoint; --vision-tower has no use here")
-    if base_model is not None and layout in ("parts", "back"):
-        raise ValueError(f"--base-model is for stage-1 weights and LoRA folders; this is the layout {layout!r}")
+    path = Path(source) if Path(source).is_file() else fetch(source)
+    for used in filter(None, (path, vision_tower, base_model)):
+        if Path(used).exists() and Path(used).resolve().is_relative_to(destination.resolve()):
+            raise ValueError(f"{destination} is or holds the source {used}; choose another folder")
+    layout = layout or recognise(path)
+    for option, given, allowed in (
+        ("--keep-adapter", keep_adapter, ("lora",)),
+        ("--base-model", base_model, ("stage-1", "lora")),
+        ("--vision-tower", vision_tower, ("full", "stage-1", "lora", "parts")),
+    ):
+        if given and layout not in allowed:
+            names = " and ".join(LAYOUTS[name] for name in allowed)
+            raise ValueError(f"{option} is for {names}; this is the layout {layout!r}")
+    if keep_adapter and vision_tower:
+        raise ValueError("--keep-adapter takes the vision tower of the MQT-LLaVA checkpoint, and no --vision-tower")
 
-    if keep_adapter:
-        return _keep_adapter(
-            source_path, destination, base_model, verify, overwrite, dry_run, progress, prepare, finish, start
-        )
-    if layout == "back":
-        return _convert_back(
-            source_path, destination, dtype, max_shard_size, verify, overwrite, dry_run, progress, start
-        )
-    if layout == "parts":
-        plan = parts.plan(source, vision_tower)
+    if layout == "full":
+        plan = layouts.plan_full(path, vision_tower)
+    elif layout == "stage-1":
+        plan = layouts.plan_stage1(path, vision_tower, base_model)
+    elif keep_adapter:
+        plan = layouts.plan_adapter(path, base_model)
+    elif layout == "lora":
+        plan = layouts.plan_lora(path, vision_tower, base_model)
+    elif layout == "parts":
+        plan = layouts.plan_parts(source, vision_tower)
     else:
-        plan = {"full": full, "stage-1": stage1, "lora": lora}[layout].plan(source_path, **arguments)
+        plan = to_authors.plan(path, destination)
+        prepare = finish = None
     plan.tensors = cast(plan.tensors, dtype)
-    plan.check()
-    if verify and plan.parts is None:
-        check_verifiable(plan.config, plan.source_config)
-    report = _report(plan, max_shard_size)
+    if verify and plan.settings is not None:
+        check_verifiable(plan.config, plan.settings)
+
+    theirs = plan.tensors if layout == "back" else plan.sources
+    packed = sum(name.startswith(AUTHORS_PACKED) for name in theirs)
+    report = Report(
+        layout=plan.layout,
+        vision_source=plan.vision_source,
+        tensors_in=len(plan.sources),
+        tensors_out=len(plan.tensors),
+        renamed=len(theirs) - packed - ("lm_head.weight" in theirs),
+        split=packed,
+        dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in plan.tensors.values()}),
+        nbytes=sum(tensor.nbytes for tensor in plan.tensors.values()),
+        files=sorted(plan.file_names(max_shard_size)),
+        base_models=plan.base_models,
+    )
     check_space(destination, report.nbytes)
     if prepare is not None:
         prepare(report)
     if not dry_run:
         with new_folder(destination, overwrite) as folder:
-            _write(plan, folder, max_shard_size, _counter(progress, "converting", report.nbytes))
+            counted_plan(plan, progress, "converting").write(folder, max_shard_size)
             report.broken = broken_tensors(folder)
             if verify:
-                report.checks = verify_plan(
-                    plan, folder, dtype, _counter(progress, "verifying", 3 * len(plan.tensors))
-                )
-                require(report.checks, plan.source_tensors or plan.tensors)
+                report.checks = counted_plan(plan, progress, "verifying").verify(folder, dtype)
+                if not all(check.passed for check in report.checks):
+                    raise VerificationError(report.checks, plan.sources)
             if finish is not None:
                 finish(folder, report)
             report.files = sorted(path.name for path in folder.iterdir())
@@ -182,134 +172,17 @@ def convert(
     return report
 
 
-def _report(plan: Plan, max_shard_size) -> Report:
-    sources = plan.source_tensors or {}
-    kept = len(plan.tensors.keys() & (sources.keys() or {"lm_head.weight"}))
-    packed = sum(name.rsplit("_", 1)[0].endswith("attn.in_proj") for name in sources)
-    return Report(
-        layout=plan.layout,
-        vision_source=plan.vision_source,
-        tensors_in=len(sources) or len(plan.tensors) - plan.num_fresh,
-        tensors_out=len(plan.tensors),
-        renamed=len(plan.tensors) - plan.num_fresh - kept - 3 * packed,
-        split=packed,
-        dtypes=_dtypes(plan.tensors),
-        nbytes=sum(tensor.nbytes for tensor in plan.tensors.values()),
-        files=sorted([*weight_file_names(plan.tensors, max_shard_size), *FOLDER_FILES, *plan.extra_files]),
-        base_models=plan.base_models,
-    )
-
-
-def _dtypes(tensors) -> list[str]:
-    return sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
-
-
-def _counter(progress, phase: str, total: int):
-    """A function that is told what was done, and hands on how much is done."""
+def counted_plan(plan: layouts.Plan, progress, phase: str) -> layouts.Plan:
+    """The same plan, whose tensors tell `progress` of the bytes that were read."""
+    if progress is None:
+        return plan
+    # each is written once; verifying reads the sources, too
+    total = sum(tensor.nbytes for tensor in plan.tensors.values()) * (1 if phase == "converting" else 2)
     done = 0
 
-    def count(more):
+    def told(nbytes):
         nonlocal done
-        done += more
-        if progress is not None:
-            progress(phase, min(done, total), total)
+        done = min(done + nbytes, total)
+        progress(phase, done, total)
 
-    return count
-
-
-def _write(plan: Plan, folder: Path, max_shard_size, progress):
-    """Everything that a checkpoint folder has; the weights first, which are the most likely to fail."""
-    write_shards(folder, plan.tensors, max_shard_size, progress)
-    for name, path in plan.extra_files.items():
-        shutil.copyfile(path, folder / name)
-    model = plan.empty_model()
-    model.config.architectures = [type(model).__name__]
-    model.config.dtype = main_dtype(plan.tensors)
-    custom_object_save(model, folder)
-    model.config.save_pretrained(folder)
-    make_generation_config(plan.config, plan.processor.tokenizer).save_pretrained(folder)
-    save(plan.processor, folder)
-
-
-def _convert_back(source, destination, dtype, max_shard_size, verify, overwrite, dry_run, progress, start) -> Report:
-    ours = read_tensors(source)
-    plan = back.plan(source, ours, dtype)
-    if verify:
-        check_verifiable(plan.config, plan.config.text_config.to_dict())
-    tensors = plan.language | plan.vision
-    nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    check_space(destination, nbytes)
-    packed = sum(name.rsplit("_", 1)[0].endswith("attn.in_proj") for name in tensors)
-    report = Report(
-        layout="MQT-LLaVA, to the authors' layout",
-        # their loader takes a path as it is, from wherever it runs
-        vision_source=f"the checkpoint itself, into {destination.absolute() / 'vision_tower'}; config.json has this path, as "
-        "mm_vision_tower, for the authors' loader: edit it when the folder moves",
-        tensors_in=len(ours),
-        tensors_out=len(tensors),
-        renamed=len(tensors) - len(ours.keys() & tensors.keys()) - packed,
-        split=packed,
-        dtypes=_dtypes(tensors),
-        nbytes=nbytes,
-        files=sorted([*weight_file_names(plan.language, max_shard_size), *back.file_names(source)]),
-    )
-    if not dry_run:
-        with new_folder(destination, overwrite) as folder:
-            back.write(plan, folder, destination, max_shard_size, _counter(progress, "converting", nbytes))
-            if verify:
-                again = full.plan(folder, str(folder / "vision_tower"))
-                again.check()
-                whole = back.whole_tower(ours, plan.config)
-                expected, found = (back.without_image_row(part, plan.config) for part in (whole, again.tensors))
-                tick = _counter(progress, "verifying", 3 * len(expected))
-                report.checks = [
-                    verify_tensors(expected, found, dtype, tick),
-                    *verify_back(again, source, dtype, tick),
-                ]
-                require(report.checks, ours)
-            report.files = sorted(path.name for path in folder.iterdir())
-    report.seconds = time.perf_counter() - start
-    return report
-
-
-def _keep_adapter(
-    source, destination, base_model, verify, overwrite, dry_run, progress, prepare, finish, start
-) -> Report:
-    base = None if base_model is None else fetch(base_model, *WEIGHT_PATTERNS, "tokenizer.model", "*.jinja")
-    if base is None or read_json(base / "config.json").get("model_type") != "mqt_llava":
-        raise ValueError(
-            "--keep-adapter needs --base-model: the MQT-LLaVA checkpoint, converted already, it will go on"
-        )
-    pairs, others = lora.adapter_tensors(source)
-    if verify:
-        config = MQTLlavaConfig.from_pretrained(base)
-        check_verifiable(config, config.text_config.to_dict())
-    halves = {f"{module}.lora_{part}": half for module, pair in pairs.items() for part, half in zip("AB", pair)}
-    tensors = list((halves | others).values())
-    report = Report(
-        layout="LoRA folder, kept as a PEFT adapter",
-        vision_source=base_model,
-        tensors_in=len(tensors),
-        tensors_out=len(tensors),
-        renamed=len(tensors),
-        split=0,
-        dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
-        nbytes=sum(tensor.nbytes for tensor in tensors),
-        files=["adapter_config.json", "adapter_model.safetensors"],
-        base_models=[base_model],
-    )
-    if prepare is not None:
-        prepare(report)
-    if not dry_run:
-        with new_folder(destination, overwrite) as folder:
-            lora.write_adapter(source, folder, base_model)
-            if verify:
-                of_base = read_tensors(base)
-                tick = _counter(progress, "verifying", 2 * len(of_base))
-                report.checks = verify_adapter(base, source, folder, tick)
-                require(report.checks, of_base | halves | others)
-            if finish is not None:
-                finish(folder, report)
-            report.files = sorted(path.name for path in folder.iterdir())
-    report.seconds = time.perf_counter() - start
-    return report
+    return replace(plan, tensors=counted(plan.tensors, told), sources=counted(plan.sources, told))

@@ -1,20 +1,36 @@
-"""Reading the tensors of a checkpoint folder, one at a time and without trusting its files."""
+"""Checkpoint folders: tensors are read one at a time and without trusting the files, and written aside and moved into place."""
 
 import contextlib
+import glob
 import json
-import pickle
+import os
 import re
-import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from accelerate.utils import convert_file_size_to_int
+from huggingface_hub import list_repo_files, snapshot_download, split_state_dict_into_shards_factory
+from safetensors import safe_open
 
 
-# File pages that were read count as resident memory until a file is closed, so it is opened anew every so often
-REOPEN_AFTER_BYTES = 256 * 2**20
+HUB_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt", "tokenizer.model")  # what is downloaded
+WEIGHT_FILES = ("model*.safetensors", "adapter_model.*", "pytorch_model*.bin")
+CHECKPOINT_FILES = (  # what `convert` and `save_pretrained` write
+    *"config.json *_config.json *.index.json tokenizer.* special_tokens_map.json added_tokens.json vocab.json".split(),
+    *"merges.txt accuracy.json chat_template.* *_mqt_llava.py README.md".split(),
+    *WEIGHT_FILES,
+)
+MARK = "mqt-llava-convert.lock"  # in the folders that a run makes for itself
+REMAP_AFTER_BYTES = 256 * 2**20
+WRITERS = min(4, os.cpu_count() or 1)  # tensors that are written, and in memory, at a time
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -27,6 +43,9 @@ SAFETENSORS_DTYPES = {
 }
 
 
+# --- reading ---
+
+
 @dataclass
 class LazyTensor:
     """A tensor that is not read yet.
@@ -34,98 +53,135 @@ class LazyTensor:
     Args:
         shape (`tuple[int, ...]`), dtype (`torch.dtype`): known from the file's header.
         load (`Callable[[], torch.Tensor]`): reads it, and computes what it is made of.
-        stored (`tuple[Path, int]`, *optional*): the file and the offset at which a safetensors file has its bytes. They
-            can be copied without being read.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], torch.Tensor]
-    stored: tuple[Path, int] | None = None
 
     @property
     def nbytes(self) -> int:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
-    def map(self, function, shape=None, dtype=None) -> "LazyTensor":
-        """The tensor that `function` makes of this one when it is loaded."""
-        return LazyTensor(
-            self.shape if shape is None else tuple(shape),
-            self.dtype if dtype is None else dtype,
-            lambda: function(self.load()),
-        )
+    def map(self, function) -> "LazyTensor":
+        """The tensor that `function` makes of this one when it is loaded. Its shape and dtype are computed on the meta device."""
+        made = function(torch.empty(self.shape, dtype=self.dtype, device="meta"))
+        return LazyTensor(tuple(made.shape), made.dtype, lambda: function(self.load()))
 
 
-class WeightFile:
-    """One safetensors or `.bin` file. `.bin` files are pickles: they are read with `weights_only=True` alone."""
+def cast(tensors: dict[str, LazyTensor], dtype: torch.dtype | None) -> dict[str, LazyTensor]:
+    """All floating point tensors in `dtype`; as they are where it is `None`."""
+    return {
+        name: tensor.map(lambda values: values.to(dtype))
+        if dtype is not None and tensor.dtype.is_floating_point and tensor.dtype != dtype
+        else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def counted(tensors: dict[str, LazyTensor], told) -> dict[str, LazyTensor]:
+    """The same tensors. `told` is called with the bytes of each that was loaded, by one thread at a time."""
+    lock = threading.Lock()
+
+    def load(tensor):
+        values = tensor.load()
+        with lock:
+            told(tensor.nbytes)
+        return values
+
+    return {name: replace(tensor, load=partial(load, tensor)) for name, tensor in tensors.items()}
+
+
+class BinFile:
+    """A `.bin` file, mapped into memory. Such files are pickles: they are read with `weights_only=True` alone."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.handle = None
+        self.mapped = None
         self.bytes_read = 0
 
-    def open(self):
-        handle = self.handle
-        if handle is None:
-            self.bytes_read = 0
+    def map(self) -> dict[str, torch.Tensor]:
+        mapped = self.mapped
+        if mapped is None:
             try:
-                if self.path.suffix == ".safetensors":
-                    handle = safe_open(self.path, "pt")
-                else:
-                    # only zip archives, which torch writes since 1.6, can be mapped into memory
-                    handle = torch.load(
-                        self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path)
-                    )
-            except pickle.UnpicklingError as error:  # torch's advice is to load it all the same
+                mapped = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+                wrong = [name for name, value in mapped.items() if not isinstance(value, torch.Tensor)]
+            except Exception as error:  # torch's advice is to load it all the same
                 raise ValueError(
-                    f"cannot read {self.path}: it is damaged, or holds more than tensors. That could run a program, so "
-                    "it is not loaded"
+                    f"cannot read {self.path}: it is damaged, older than torch 1.6, or holds more than tensors. That could run "
+                    "a program, so it is not loaded"
                 ) from error
-            except Exception as error:  # a damaged file can lead its reader to any exception
-                raise ValueError(f"cannot read {self.path}: {one_line(error)}") from error
-            if isinstance(handle, dict):
-                wrong = [name for name, value in handle.items() if not isinstance(value, torch.Tensor)]
-                if wrong:
-                    raise ValueError(f"{self.path} holds more than tensors: {', '.join(map(str, wrong[:5]))}")
-            self.handle = handle
-        return handle  # another thread may have dropped the attribute
-
-    def tensors(self) -> dict[str, LazyTensor]:
-        """Everything in the file, in its order."""
-        handle = self.open()
-        tensors, offsets = {}, {} if isinstance(handle, dict) else self.offsets()
-        for name in handle.keys():  # noqa: SIM118  a safetensors file is no dict
-            if isinstance(handle, dict):
-                shape, dtype = tuple(handle[name].shape), handle[name].dtype
-            else:
-                part = handle.get_slice(name)
-                if part.get_dtype() not in SAFETENSORS_DTYPES:
-                    raise ValueError(f"{self.path}: {name} has the unsupported dtype {part.get_dtype()}")
-                shape, dtype = tuple(part.get_shape()), SAFETENSORS_DTYPES[part.get_dtype()]
-            stored = (self.path, offsets[name]) if name in offsets else None
-            tensors[name] = LazyTensor(shape, dtype, lambda name=name: self.load(name), stored)
-        self.handle = None
-        return tensors
-
-    def offsets(self) -> dict[str, int]:
-        """Where the tensors of a safetensors file begin. Its library has checked the header and keeps them to itself."""
-        with open(self.path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        return {
-            name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"
-        }
+            if wrong:
+                raise ValueError(f"{self.path} holds more than tensors: {first(wrong)}")
+            self.mapped, self.bytes_read = mapped, 0
+        return mapped  # another thread may have dropped the attribute
 
     def load(self, name: str) -> torch.Tensor:
-        handle = self.open()
-        try:
-            tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
-        except (SafetensorError, RuntimeError, OSError) as error:
-            raise ValueError(f"cannot read {name} of {self.path}: {error}") from error
+        tensor = self.map()[name]
+        # what was read counts as resident memory as long as the file is mapped
         self.bytes_read += tensor.nbytes
-        if self.bytes_read >= REOPEN_AFTER_BYTES:
-            self.handle = None
+        if self.bytes_read >= REMAP_AFTER_BYTES:
+            self.mapped = None
         return tensor
+
+
+def load_safetensor(path: Path, name: str) -> torch.Tensor:
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
+
+
+def read_file(path: Path) -> dict[str, LazyTensor]:
+    """All tensors of a safetensors or `.bin` file.
+
+    Raises:
+        `ValueError`: naming the file, where it is damaged or holds more than tensors.
+    """
+    if path.suffix != ".safetensors":
+        file = BinFile(path)
+        return {
+            name: LazyTensor(tuple(tensor.shape), tensor.dtype, partial(file.load, name))
+            for name, tensor in file.map().items()
+        }
+    tensors = {}
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  it is no dict
+                header = file.get_slice(name)
+                if (dtype := SAFETENSORS_DTYPES.get(header.get_dtype())) is None:
+                    raise ValueError(f"{name} has the unsupported dtype {header.get_dtype()}")
+                tensors[name] = LazyTensor(tuple(header.get_shape()), dtype, partial(load_safetensor, path, name))
+    except Exception as error:  # a damaged file can lead its reader to any exception
+        raise ValueError(f"cannot read {path}: {one_line(error)}") from error
+    return tensors
+
+
+def read_tensors(folder: Path) -> dict[str, LazyTensor]:
+    """All tensors of a checkpoint folder: safetensors go before `.bin`, shards are those that the index names.
+
+    Raises:
+        `ValueError`: for files that are missing or cannot be read, and where the index and its files disagree.
+    """
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index, listed, files = folder / f"{single}.index.json", {}, [single]
+        if index.exists():
+            listed = read_json(check_inside(folder, index.name)).get("weight_map")
+            if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+                raise ValueError(f"{index} has no `weight_map` of tensors to files")
+            files = sorted(set(listed.values()))
+        elif not (folder / single).exists():
+            continue
+        tensors = {}
+        for file in files:
+            for name, tensor in read_file(check_inside(folder, file)).items():
+                if name in tensors:
+                    raise ValueError(f"{folder}: the tensor {name} is in two files, one of them {file}")
+                tensors[name] = tensor
+        if missing := sorted(listed.keys() - tensors.keys()):
+            raise ValueError(f"{index} names tensors that its files lack: {first(missing)}")
+        return tensors
+    raise ValueError(
+        f"{folder} has no weights: none of model.safetensors, pytorch_model.bin and their index files is there"
+    )
 
 
 def read_json(path: Path) -> dict:
@@ -145,9 +201,7 @@ def check_inside(folder: Path, name: str) -> Path:
     """
     path = folder / name
     home = folder.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent)
+    allowed = [home, home.parent.parent] if home.parent.name == "snapshots" else [home]
     if Path(name).name != name or not any(path.resolve().is_relative_to(parent) for parent in allowed):
         link = f": it is a symbolic link to {path.resolve()}; copy that file here" if path.is_symlink() else ""
         raise ValueError(f"{name!r} leads out of the folder {folder}{link}")
@@ -156,75 +210,222 @@ def check_inside(folder: Path, name: str) -> Path:
     return path
 
 
-def weight_files(folder: Path) -> list[WeightFile]:
-    """The files that hold a checkpoint's weights, safetensors before `.bin`, shards as the index names them."""
-    for single, index in (
-        ("model.safetensors", "model.safetensors.index.json"),
-        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-    ):
-        if (folder / index).exists():
-            weight_map = read_json(check_inside(folder, index)).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise ValueError(f"{folder / index} has no `weight_map` of tensors to files")
-            return [WeightFile(check_inside(folder, name)) for name in sorted(set(weight_map.values()))]
-        if (folder / single).exists():
-            return [WeightFile(check_inside(folder, single))]
-    raise ValueError(
-        f"{folder} has no weights: none of model.safetensors, pytorch_model.bin and their index files is there"
-    )
-
-
 def one_line(error: Exception) -> str:
     """What went wrong, without the traceback or the advice that a library puts around it."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def read_tensors(folder: Path) -> dict[str, LazyTensor]:
-    """All tensors of a checkpoint folder, in the order of its files.
-
-    Raises:
-        `ValueError`: for files that are missing or cannot be read, and where the index and its files disagree.
-    """
-    tensors = {}
-    for file in weight_files(folder):
-        for name, tensor in file.tensors().items():
-            if name in tensors:
-                raise ValueError(f"{folder}: the tensor {name} is in two files, one of them {file.path.name}")
-            tensors[name] = tensor
-    for index in folder.glob("*.index.json"):
-        listed = read_json(index).get("weight_map") or {}
-        if (missing := sorted(set(listed) - set(tensors))) and _is_of(index, folder):
-            raise ValueError(f"{index} names tensors that its files lack: {', '.join(missing[:5])}")
-    return tensors
+def first(names: list, count: int = 3) -> str:
+    more = len(names) - count
+    return ", ".join(map(str, names[:count])) + (f" and {more} more" if more > 0 else "")
 
 
-def _is_of(index: Path, folder: Path) -> bool:
-    """Whether an index is that of the files which are read: safetensors go before `.bin`."""
-    return index.name.startswith("model.safetensors") or not any(folder.glob("model*.safetensors"))
-
-
-def fetch(name: str, *patterns: str, near: Path | None = None) -> Path:
-    """The folder that `name` means: one on this machine, or the files of a Hub repository that fit `patterns`.
+def fetch(name: str, near: Path | None = None) -> Path:
+    """The folder that `name` means: one on this machine, or the files of a Hub repository.
 
     Args:
         name (`str`): A folder or a Hub repository.
         near (`Path`, *optional*): A relative folder may also start from here or from its parent.
     """
     starts = [] if near is None else [near, near.parent, near.resolve().parent]  # of a link, too
-    candidates = [*(start / name for start in starts), Path(name)]
-    for candidate in candidates:
-        if candidate.is_dir():
-            return candidate
+    for folder in [*(start / name for start in starts), Path(name)]:
+        if folder.is_dir():
+            return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise ValueError(f"{name!r} is neither a folder nor the name of a Hub repository")
-    from huggingface_hub import list_repo_files, snapshot_download
-
-    # Its HTTP library raises whatever it likes
-    if "*.bin" in patterns:
-        with contextlib.suppress(Exception):  # offline, what is in the cache will do
-            if any(file.endswith(".safetensors") for file in list_repo_files(name)):
-                patterns = tuple(pattern for pattern in patterns if pattern != "*.bin")  # the same weights twice
+    unwanted = None
+    with contextlib.suppress(Exception):  # offline, what is in the cache will do
+        if any(file.endswith(".safetensors") for file in list_repo_files(name)):
+            unwanted = "*.bin"  # the same weights twice
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except Exception as error:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns=unwanted))
+    except Exception as error:  # its HTTP library raises whatever it likes
         raise ValueError(f"cannot get {name!r}, neither a folder here nor from the Hub: {one_line(error)}") from error
+
+
+# --- writing ---
+
+
+@contextlib.contextmanager
+def new_folder(destination: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `destination` when the block ends well; else nothing is left of it.
+
+    It is made in a folder of its own beside `destination`. What a killed run left behind is removed by the next one.
+
+    Raises:
+        `ValueError`: see [`check_free`].
+    """
+    destination = Path(os.path.realpath(destination))  # a link stays where it is
+    prefix = f".{destination.name}.convert-"
+    for mark in destination.parent.glob(f"{glob.escape(prefix)}*/{MARK}"):
+        with open(mark) as file:
+            if _lock(file):  # else another run is at work there
+                _remove(mark.parent, destination)
+    check_free(destination, overwrite)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
+    try:
+        with open(aside / MARK, "w") as mark:
+            _lock(mark)
+            (aside / "new").mkdir()
+            yield aside / "new"
+            check_free(destination, overwrite)  # of others, meanwhile
+            if destination.exists():
+                destination.replace(aside / "old")
+            (aside / "new").replace(destination)
+    finally:
+        _remove(aside, destination)
+
+
+def _remove(aside: Path, destination: Path):
+    if (aside / "old").exists() and not destination.exists():  # stopped between the two renames
+        (aside / "old").replace(destination)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _lock(file) -> bool:
+    """Hold a file until this process ends or closes it. Without locks, as on Windows, no folder is taken for an abandoned one."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def check_free(destination: Path, overwrite: bool):
+    """
+    Raises:
+        `ValueError`: where `destination` is a file or holds something. With `overwrite` it may be a checkpoint, and hold
+            nothing but what makes one.
+    """
+    if destination.exists() and not destination.is_dir():
+        raise ValueError(f"{destination} is a file; the converted checkpoint is a folder")
+    if not destination.is_dir() or not any(destination.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"{destination} is not empty; choose another folder or pass --overwrite")
+    if others := foreign_files(destination):
+        raise ValueError(
+            f"--overwrite replaces nothing but a checkpoint, and {destination} holds {first(others)}; choose another folder"
+        )
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """What is in a folder beside a checkpoint; all that is in it where that is none."""
+
+    def fits(name: str, patterns) -> bool:
+        return any(fnmatch(name, pattern) for pattern in patterns)
+
+    found = sorted(path.name for path in folder.iterdir())
+    tower = folder / "vision_tower"  # where `convert` writes that of a checkpoint for the authors' code
+    if tower.is_dir() and (others := foreign_files(tower)):
+        return [f"vision_tower/{name}" for name in others]
+    is_checkpoint = all(
+        any(fits(name, patterns) for name in found)
+        for patterns in (WEIGHT_FILES, ("config.json", "adapter_config.json"))
+    )
+    return [name for name in found if not is_checkpoint or (name != tower.name and not fits(name, CHECKPOINT_FILES))]
+
+
+def parse_size(size: int | str) -> int:
+    """`500MB` or `5GiB` in bytes."""
+    try:
+        nbytes = convert_file_size_to_int(size)
+    except ValueError:
+        nbytes = 0
+    if nbytes < 1:
+        raise ValueError(f"--max-shard-size takes a size such as 500MB or 5GiB; got {size!r}")
+    return nbytes
+
+
+def check_space(folder: Path, nbytes: int):
+    """Refuse before any work what cannot fit."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if nbytes > free:
+        raise ValueError(f"the converted weights take {nbytes / 1e9:.2f} GB; {folder} has {free / 1e9:.2f} GB left")
+
+
+def plan_shards(tensors: dict[str, LazyTensor], max_shard_size: int | str):
+    """Which tensor goes to which file: a `StateDictSplit` of huggingface_hub."""
+    return split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+
+
+def weight_file_names(tensors: dict[str, LazyTensor], max_shard_size: int | str) -> list[str]:
+    """The files that [`write_shards`] makes."""
+    split = plan_shards(tensors, max_shard_size)
+    return [*split.filename_to_tensors, *(["model.safetensors.index.json"] if split.is_sharded else [])]
+
+
+def write_shards(folder: Path, tensors: dict[str, LazyTensor], max_shard_size: int | str):
+    """Write `tensors` as safetensors. No more than `WRITERS` of them are in memory at a time."""
+    split = plan_shards(tensors, max_shard_size)
+    for filename, names in split.filename_to_tensors.items():
+        write_safetensors(folder / filename, {name: tensors[name] for name in names})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_safetensors(path: Path, tensors: dict[str, LazyTensor]):
+    """Write one safetensors file, a few tensors at a time: `safetensors.torch.save_file` wants all of them in memory."""
+    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+    # wide types first, as that library orders them: each tensor begins at a multiple of its item's size
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+
+    def write(name):
+        tensor, values = tensors[name], tensors[name].load()
+        if (tuple(values.shape), values.dtype) != (tensor.shape, tensor.dtype):
+            raise ValueError(f"{name} was announced as {tensor.shape}; its file holds {tuple(values.shape)}")
+        with open(path, "r+b", buffering=0) as file:
+            file.seek(8 + len(head) + header[name]["data_offsets"][0])
+            write_all(file, values.contiguous().flatten().view(torch.uint8).numpy())
+
+    path.write_bytes(len(head).to_bytes(8, "little") + head)
+    with ThreadPoolExecutor(WRITERS) as pool:
+        try:
+            for written in as_completed([pool.submit(write, name) for name in tensors]):
+                written.result()
+        except BaseException:  # the first error, or Ctrl-C, ends it
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def write_all(file, content):
+    """Write all bytes: an unbuffered file may take a part at a time."""
+    view = memoryview(content)
+    while view:
+        view = view[file.write(view) :]
+
+
+def write_json(path: Path, content: dict):
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save(tokenizer, folder: Path):
+    """`save_pretrained` of a tokenizer or processor."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"cannot write the tokenizer: {error}") from error  # the Rust library's, of a full disk
+
+
+def main_dtype(tensors: dict[str, LazyTensor]) -> torch.dtype:
+    """That of the largest tensor; `from_pretrained(dtype="auto")` goes by it."""
+    return max(tensors.values(), key=lambda tensor: tensor.nbytes).dtype

@@ -7,10 +7,10 @@ from .files import LazyTensor
 
 AUTHORS_QUERY_TRANSFORMER = "model.query_abstractor."
 AUTHORS_VISION_TOWER = "model.vision_tower.vision_tower."
-PACKED = ("q_proj", "k_proj", "v_proj")  # rows of the authors' `attn.in_proj_weight` and `attn.in_proj_bias`
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+BUFFERS = (".embeddings.position_ids", ".rotary_emb.inv_freq")  # older transformers saved them; computed since
 
-# Prefixes, longest first where one begins another. CLIP towers are bare in our model, without `vision_model.`.
+# Names, or with a dot at the end what they begin with. CLIP towers are bare in our model, without `vision_model.`.
 PREFIXES = {
     "model.query_abstractor.query": "model.query_transformer.query",
     "model.query_abstractor.pos_embed": "model.query_transformer.position_embedding",
@@ -18,13 +18,17 @@ PREFIXES = {
     "model.query_abstractor.ln_k.": "model.query_transformer.key_norm.",
     "model.query_abstractor.ln_v.": "model.query_transformer.value_norm.",
     "model.query_abstractor.attn.out_proj.": "model.query_transformer.out_proj.",
+    "model.query_abstractor.proj": "model.query_transformer.text_proj.weight",  # transposed
     "model.vision_tower.vision_tower.vision_model.": "model.vision_tower.",
     "model.embed_tokens.": "model.language_model.embed_tokens.",
     "model.layers.": "model.language_model.layers.",
     "model.norm.": "model.language_model.norm.",
     "lm_head.": "lm_head.",
 }
-BUFFERS = (".embeddings.position_ids", ".rotary_emb.inv_freq")  # older transformers saved them; computed since
+# One tensor of the authors, `attn.in_proj_weight` or `attn.in_proj_bias`, has the rows of three of ours
+AUTHORS_PACKED = "model.query_abstractor.attn.in_proj_"
+PACKED = ("q_proj", "k_proj", "v_proj")
+TRANSPOSED = "model.query_abstractor.proj"
 
 
 def from_authors(tensors: dict[str, LazyTensor], new_rows: int = 0) -> dict[str, LazyTensor]:
@@ -33,55 +37,49 @@ def from_authors(tensors: dict[str, LazyTensor], new_rows: int = 0) -> dict[str,
     Raises:
         `ValueError`: for a tensor that the authors' model does not have, or that cannot be split as theirs.
     """
-    ours = {}
-    for name, tensor in tensors.items():
-        if name.endswith(BUFFERS):
-            continue
-        if not tensor.shape:
-            raise ValueError(f"{name} is a single number")
-        if name.startswith(AUTHORS_QUERY_TRANSFORMER + "attn.in_proj_"):
-            kind = name.rsplit("_", 1)[1]
-            rows, more = divmod(tensor.shape[0], 3)
-            if more:
-                raise ValueError(
-                    f"{name} has {tensor.shape[0]} rows; packed queries, keys and values have three parts"
+    return {new: made for name, tensor in tensors.items() for new, made in _ours(name, tensor, new_rows).items()}
+
+
+def _ours(name: str, tensor: LazyTensor, new_rows: int) -> dict[str, LazyTensor]:
+    try:
+        if name.startswith(AUTHORS_PACKED):
+            kind = name.removeprefix(AUTHORS_PACKED)
+            return {
+                f"model.query_transformer.{part}.{kind}": tensor.map(
+                    lambda packed, i=i: packed.unflatten(0, (3, -1))[i]
                 )
-            for i, part in enumerate(PACKED):
-                ours[f"model.query_transformer.{part}.{kind}"] = tensor.map(
-                    lambda packed, i=i, rows=rows: packed[i * rows : (i + 1) * rows],
-                    shape=(rows, *tensor.shape[1:]),
-                )
-        elif name == AUTHORS_QUERY_TRANSFORMER + "proj":
-            ours["model.query_transformer.text_proj.weight"] = tensor.map(torch.t, shape=tensor.shape[::-1])
+                for i, part in enumerate(PACKED)
+            }
+        if name == TRANSPOSED:
+            tensor = tensor.map(torch.t)
         elif name in EMBEDDINGS:
-            ours[rename(name)] = add_rows(tensor, new_rows)
-        else:
-            ours[rename(name)] = tensor
-    return ours
+            tensor = add_rows(tensor, new_rows)
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(f"{name} has the shape {tensor.shape}, which cannot be converted: {error}") from error
+    return {rename(name): tensor}
 
 
 def to_authors(tensors: dict[str, LazyTensor], vocab_size: int) -> dict[str, LazyTensor]:
     """The authors' tensors, made of ours: [`from_authors`] the other way round."""
     theirs = {}
-    back = {new: old for old, new in PREFIXES.items()}
+    reverse = {new: old for old, new in PREFIXES.items()}
     for name, tensor in tensors.items():
         part, _, kind = name.removeprefix("model.query_transformer.").partition(".")
-        if name.startswith("model.query_transformer.") and part in PACKED:
+        if part in PACKED:
             if part == PACKED[0]:
                 parts = [tensors[f"model.query_transformer.{part}.{kind}"] for part in PACKED]
-                packed = LazyTensor(
+                theirs[AUTHORS_PACKED + kind] = LazyTensor(
                     (3 * tensor.shape[0], *tensor.shape[1:]),
                     tensor.dtype,
                     lambda parts=parts: torch.cat([part.load() for part in parts]),
                 )
-                theirs[f"{AUTHORS_QUERY_TRANSFORMER}attn.in_proj_{kind}"] = packed
-        elif name == "model.query_transformer.text_proj.weight":
-            theirs[AUTHORS_QUERY_TRANSFORMER + "proj"] = tensor.map(torch.t, shape=tensor.shape[::-1])
-        else:
-            official = rename(name, back)
-            if official in EMBEDDINGS:
-                tensor = tensor.map(lambda rows: rows[:vocab_size], shape=(vocab_size, tensor.shape[1]))
-            theirs[official] = tensor
+            continue
+        official = rename(name, reverse)
+        if official == TRANSPOSED:
+            tensor = tensor.map(torch.t)
+        elif official in EMBEDDINGS:
+            tensor = tensor.map(lambda rows: rows[:vocab_size])
+        theirs[official] = tensor
     return theirs
 
 
@@ -105,4 +103,4 @@ def add_rows(embedding: LazyTensor, new_rows: int) -> LazyTensor:
         mean = sum(chunk.sum(0, dtype=torch.float32) for chunk in rows.split(4096)) / len(rows)
         return torch.cat([rows, mean.to(rows.dtype).expand(new_rows, -1)])
 
-    return embedding.map(extend, shape=(embedding.shape[0] + new_rows, *embedding.shape[1:]))
+    return embedding.map(extend)

@@ -5,28 +5,34 @@ they are stored in the source. The converted model runs as `from_pretrained` loa
 language model in memory at a time, so that what is needed does not grow with it.
 """
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import cpu_offload, init_empty_weights
 from safetensors import safe_open
 from torch.nn import functional as F
-from transformers import AutoModel, AutoProcessor, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-from . import lora
-from .authors import NUM_HEADS, reads_pieces
-from .files import LazyTensor, read_tensors
-from .names import AUTHORS_QUERY_TRANSFORMER, AUTHORS_VISION_TOWER, to_authors
-from .plan import Plan
-from .streaming import count_layers, load_language_model, load_model
-from .tokenization import read_pieces
-from .writing import cast
+from .authors import NUM_HEADS, read_pieces, reads_pieces
+from .files import LazyTensor, first
+from .names import AUTHORS_QUERY_TRANSFORMER, AUTHORS_VISION_TOWER
 
 
 VISUAL_TOLERANCE, LOGIT_TOLERANCE = 1e-4, 1e-3  # relative to the largest value, where that is above 1
 QUESTIONS = ("<image>\nDescribe the image in detail.", "What is this?\n<image>  Is it one  thing?", "No picture here.")
 QUERY_TRANSFORMER_EPS = 1e-6  # fixed in the authors' code
+DEVICE_MAP = {  # the parts of ours that are small are read once
+    "model.vision_tower": "cpu",
+    "model.query_transformer": "cpu",
+    "model.language_model": "disk",
+    "lm_head": "disk",
+}
+
+
+# --- results ---
 
 
 @dataclass
@@ -49,14 +55,16 @@ class Check:
 
 
 class VerificationError(ValueError):
-    """A conversion that is not what its source is; `checks` has the comparisons, `broken` what explains them: tensors of the
-    source that are not finite."""
+    """A conversion that is not what its source is. `checks` has the comparisons.
 
-    def __init__(self, checks: list[Check], broken: list[str]):
+    Args:
+        sources (`dict[str, LazyTensor]`): what the conversion was made of, to look for the reason in: values that are not finite.
+    """
+
+    def __init__(self, checks: list[Check], sources: dict[str, LazyTensor]):
         self.checks = checks
-        if broken:
-            more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-            super().__init__(f"the source itself is broken: NaN or infinity in {', '.join(broken[:3])}{more}")
+        if broken := [name for name, tensor in sources.items() if not tensor.load().isfinite().all()]:
+            super().__init__(f"the source itself is broken: NaN or infinity in {first(broken)}")
             return
         failed = dict.fromkeys(check.name for check in checks if not check.passed)
         super().__init__(f"the converted model differs from its source in: {', '.join(failed)}")
@@ -65,7 +73,7 @@ class VerificationError(ValueError):
 def broken_tensors(folder: Path) -> list[str]:
     """Tensors of a converted folder that hold NaN or infinity, as far as three of their rows show it.
 
-    Weights that overflowed are full of them. To look at all would take as long as the conversion, which copies bytes unread.
+    Weights that overflowed are full of them. To look at all would take as long as the conversion.
     """
     broken = []
     for path in sorted(folder.glob("*.safetensors")):
@@ -78,19 +86,11 @@ def broken_tensors(folder: Path) -> list[str]:
     return broken
 
 
-def require(checks: list[Check], sources: dict[str, LazyTensor]):
-    """
-    Args:
-        sources (`dict[str, LazyTensor]`): what the conversion was made of, to look for the reason of a failure in.
-    """
-    if not all(check.passed for check in checks):
-        raise VerificationError(
-            checks, [name for name, tensor in sources.items() if not tensor.load().isfinite().all()]
-        )
+# --- the authors' mathematics ---
 
 
 def check_verifiable(config, settings: dict):
-    """Refuse before any work what [`verify_outputs`] has no mathematics for: a check that is not made is none that passed.
+    """Refuse before any work what the mathematics does not cover: a check that is not made is none that passed.
 
     Args:
         config (`MQTLlavaConfig`): ours. settings (`dict`): the language model's config.
@@ -112,24 +112,18 @@ def scaling_factor(settings: dict) -> float | None:
     return {"default": 1.0, "linear": rope.get("factor")}.get(kind)
 
 
-def ignore(count: int):
-    """Progress that nobody follows."""
-
-
 class Source:
-    """The authors' tensors in float32, by what follows a prefix. `tick` is told of each that was read."""
+    """The authors' tensors in float32, by what follows a prefix."""
 
-    def __init__(self, tensors: dict[str, LazyTensor], tick=ignore, prefix: str = ""):
+    def __init__(self, tensors: dict[str, LazyTensor], prefix: str = ""):
         self.tensors = tensors
-        self.tick = tick
         self.prefix = prefix
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        self.tick(1)
         return self.tensors[self.prefix + name].load().float()
 
     def under(self, prefix: str) -> "Source":
-        return Source(self.tensors, self.tick, self.prefix + prefix)
+        return Source(self.tensors, self.prefix + prefix)
 
     def linear(self, x, name: str):
         bias = self[name + ".bias"] if self.prefix + name + ".bias" in self.tensors else None
@@ -233,19 +227,20 @@ def language_logits(source: Source, x, config: dict):
     return source.linear(x, head)
 
 
+# --- comparisons ---
+
+
 def compare(name: str, amount: str, ours, expected, tolerance: float) -> Check:
     scale = max(1.0, expected.abs().max().item())
     return Check(name, amount, (ours - expected).abs().max().item() / scale, tolerance)
 
 
-def verify_tensors(expected: dict[str, LazyTensor], found: dict[str, LazyTensor], dtype=None, tick=ignore) -> Check:
+def verify_tensors(expected: dict[str, LazyTensor], found: dict[str, LazyTensor]) -> Check:
     """Whether two checkpoints hold the same values under the same names."""
     differing = len(expected.keys() ^ found.keys())
-    for name, tensor in cast(expected, dtype).items():
-        if name in found:
-            values = tensor.load()
-            differing += not torch.equal(values, found[name].load().to(values.dtype))
-        tick(1)
+    for name in expected.keys() & found.keys():
+        values = expected[name].load()
+        differing += not torch.equal(values, found[name].load().to(values.dtype))
     return Check("tensors that differ", f"{len(expected)} tensors", float(differing), 0.0)
 
 
@@ -272,90 +267,19 @@ def verify_ids(processor, folder: Path) -> Check:
 
 
 @torch.no_grad()
-def verify_plan(plan: Plan, folder: Path, dtype: torch.dtype | None, tick=ignore) -> list[Check]:
-    """Compare the converted folder, loaded through the Auto classes, with what it was made of.
-
-    Args:
-        dtype (`torch.dtype`, *optional*): to which the weights were cast.
-        tick (`Callable[[int], None]`, *optional*): is told of the tensors that were read, some three times their number in all.
-    """
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    checks = [
-        verify_tensors(plan.tensors, read_tensors(folder), tick=tick),
-        verify_ids(processor, plan.tokenizer_folder),
-    ]
-    if plan.parts is not None:
-        return checks + verify_parts(*plan.parts, processor, folder, dtype, tick)
-    source = Source(cast(plan.source_tensors, dtype), tick)
-    return checks + verify_outputs(load_model(folder), processor, source, plan.source_config)
-
-
-@torch.no_grad()
-def verify_parts(
-    language_folder: Path, vision_folder: Path, processor, folder: Path, dtype, tick=ignore
-) -> list[Check]:
-    """Compare a new model in `folder` with what it was made of, each run by its own class: its visual tokens have no source."""
-    text_ids = processor.tokenizer(QUESTIONS[-1], return_tensors="pt")["input_ids"]
-    language = load_language_model(language_folder, read_tensors(language_folder), dtype)
-    count_layers(language, tick)
-    expected_logits = language(input_ids=text_ids).logits
-    tower = AutoModel.from_pretrained(vision_folder, dtype=dtype or torch.float32, trust_remote_code=False)
-    tower = getattr(tower, "vision_model", tower).float()
-    model = load_model(folder)
-    count_layers(model, tick)
-    config = model.config
-    pixel_values = random_pixels(config.vision_config.image_size)
-    expected = tower(pixel_values, output_hidden_states=True).hidden_states[config.vision_feature_layer]
-    features = model.get_image_features(pixel_values).last_hidden_state
-    logits = model(input_ids=text_ids).logits[..., : expected_logits.shape[-1]]
-    return [
-        compare("vision features", "2 images", features, expected, VISUAL_TOLERANCE),
-        compare("logits", f"{text_ids.shape[1]} positions, no image", logits, expected_logits, LOGIT_TOLERANCE),
-    ]
-
-
-def random_pixels(side: int) -> torch.Tensor:
-    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def verify_adapter(base: Path, source: Path, folder: Path, tick=ignore) -> list[Check]:
-    """Compare a PEFT adapter in `folder`, on its base in our layout, with the authors' LoRA folder it was made of."""
-    processor = AutoProcessor.from_pretrained(base, trust_remote_code=False)
-    model = load_model(base, adapter=folder)
-    theirs = to_authors(read_tensors(base), model.config.text_config.vocab_size)
-    theirs = cast(theirs, torch.float32)
-    source = Source(lora.merged(theirs, source, base), tick)
-    return verify_outputs(model, processor, source, model.config.text_config.to_dict())
-
-
-@torch.no_grad()
-def verify_back(plan: Plan, source: Path, dtype: torch.dtype | None, tick=ignore) -> list[Check]:
-    """Compare the authors' layout with our folder that it was made of.
-
-    Args:
-        plan (`Plan`): for what was written, as a source.
-        dtype (`torch.dtype`, *optional*): to which the weights were cast.
-    """
-    processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-    written = Source(plan.source_tensors, tick)
-    outputs = verify_outputs(load_model(source, dtype), processor, written, plan.source_config)
-    return [verify_ids(processor, plan.tokenizer_folder), *outputs]
-
-
-def verify_outputs(model, processor, source: Source, settings: dict) -> list[Check]:
+def verify_outputs(model, processor, tensors: dict[str, LazyTensor], settings: dict) -> list[Check]:
     """Visual tokens and logits of a model in float32 against those of the authors' tensors.
 
     Args:
         settings (`dict`): the language model's config.
     """
-    count_layers(model, source.tick)
-    checks, config, vision = [], model.config, model.config.vision_config
-    pixel_values = random_pixels(vision.image_size)
+    source, config = Source(tensors), model.config
+    pixel_values = random_pixels(config.vision_config.image_size)
     tower = source.under(AUTHORS_VISION_TOWER + "vision_model.")
-    features = clip_features(tower, pixel_values, vision, config.vision_feature_layer)
+    features = clip_features(tower, pixel_values, config.vision_config, config.vision_feature_layer)
     num_query_tokens = config.num_query_tokens
     expected = query_features(source.under(AUTHORS_QUERY_TRANSFORMER), features, num_query_tokens)
+    checks = []
     for m in (1, 16, num_query_tokens):
         ours = torch.stack(model.get_image_features(pixel_values, m).pooler_output)
         checks.append(compare("visual tokens", f"2 images, m = {m}", ours, expected[:, :m], VISUAL_TOLERANCE))
@@ -371,7 +295,77 @@ def verify_outputs(model, processor, source: Source, settings: dict) -> list[Che
     expected_logits = language_logits(source, x, settings)
     placeholders = torch.full((1, m), config.image_token_id)
     input_ids = torch.cat([before, placeholders, after], dim=1)
-    ours = model(input_ids=input_ids, pixel_values=pixel_values[:1], logits_to_keep=8).logits
-    ours = ours[..., : expected_logits.shape[-1]]
-    checks.append(compare("logits", f"8 positions, m = {m}", ours, expected_logits, LOGIT_TOLERANCE))
-    return checks
+    logits = model(input_ids=input_ids, pixel_values=pixel_values[:1], logits_to_keep=8).logits
+    logits = logits[..., : expected_logits.shape[-1]]
+    return [*checks, compare("logits", f"8 positions, m = {m}", logits, expected_logits, LOGIT_TOLERANCE)]
+
+
+@torch.no_grad()
+def verify_parts(model, processor, text_config, text_tensors: dict[str, LazyTensor], tower_folder: Path, dtype):
+    """Compare a new model with what it was made of, each run by its own class: its visual tokens have no source.
+
+    Args:
+        text_tensors (`dict[str, LazyTensor]`): the language model's, by the names of its own class.
+        dtype (`torch.dtype`, *optional*): to which the weights were cast.
+    """
+    input_ids = processor.tokenizer(QUESTIONS[-1], return_tensors="pt")["input_ids"]
+    expected_logits = stream_model(AutoModelForCausalLM, text_config, text_tensors)(input_ids=input_ids).logits
+    logits = model(input_ids=input_ids).logits[..., : expected_logits.shape[-1]]
+    tower = AutoModel.from_pretrained(tower_folder, dtype=dtype or torch.float32, trust_remote_code=False)
+    tower = getattr(tower, "vision_model", tower).float()
+    pixel_values = random_pixels(model.config.vision_config.image_size)
+    hidden_states = tower(pixel_values, output_hidden_states=True).hidden_states
+    features = model.get_image_features(pixel_values).last_hidden_state
+    expected = hidden_states[model.config.vision_feature_layer]
+    return [
+        compare("vision features", "2 images", features, expected, VISUAL_TOLERANCE),
+        compare("logits", f"{input_ids.shape[1]} positions, no image", logits, expected_logits, LOGIT_TOLERANCE),
+    ]
+
+
+def random_pixels(side: int) -> torch.Tensor:
+    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+# --- models whose layers are read as they run, and dropped again: accelerate's offloading ---
+
+
+class Weights(dict):
+    """Tensors in float32, read each time they are asked for."""
+
+    def __getitem__(self, name):
+        return super().__getitem__(name).load().float()
+
+
+def stream_model(auto_class, config, tensors: dict[str, LazyTensor]):
+    """A model in float32 with the weights `tensors`, by the names of its class."""
+    with init_empty_weights():
+        model = auto_class.from_config(config, dtype=torch.float32).eval()
+    return cpu_offload(model, "cpu", state_dict=Weights(tensors))
+
+
+def load_model(folder: Path, adapter: Path | None = None):
+    """Our model from its folder, through the Auto class and in float32.
+
+    Args:
+        adapter (`Path`, *optional*): a PEFT adapter to put on it.
+    """
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, device_map=DEVICE_MAP, trust_remote_code=False
+    )
+    if adapter is None:
+        return model.eval()
+    from peft import PeftModel, load_peft_weights
+
+    del model.hf_device_map  # else PEFT would move the layers into memory
+    model = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True, torch_device="cpu")
+    # PEFT puts LoRA where the layer's weights are, which is nowhere now
+    weights = load_peft_weights(str(adapter), device="cpu").items()
+    pattern = re.compile(r"\.(lora_[AB])\.")
+    weights = {pattern.sub(r".\1.default.", name): tensor for name, tensor in weights if pattern.search(name)}
+    if unknown := model.load_state_dict(weights, strict=False, assign=True).unexpected_keys:
+        raise ValueError(f"{adapter} has weights for what the model has not: {first(unknown)}")
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            parameter.data = parameter.data.float()  # they were taken as they are stored
+    return model.get_base_model().eval()

@@ -51,7 +51,7 @@ class VisualTokenSchedule:
         stages, thresholds = self.num_visual_tokens, self.thresholds
 
         def is_integer(value):
-            return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+            return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
         if not isinstance(stages, (list, tuple)) or not stages or not all(map(is_integer, stages)):
             raise ValueError(f"A schedule's `num_visual_tokens` must be a list of positive integers; got {stages!r}.")
@@ -96,8 +96,8 @@ def resolve_schedule(num_visual_tokens, generation_configs, num_query_tokens: in
             raise ValueError(
                 f'`num_visual_tokens` must be an integer, a list of them, one per image, or "auto"; got {num_visual_tokens!r}.'
             )
-        settings = (getattr(config, "visual_token_schedule", None) for config in generation_configs)
-        settings = next((setting for setting in settings if setting is not None), None)
+        said = (getattr(config, "visual_token_schedule", None) for config in generation_configs)
+        settings = next((setting for setting in said if setting is not None), None)
         if settings is None:
             raise ValueError(
                 '`num_visual_tokens="auto"` needs `visual_token_schedule` in the generation config, and this checkpoint has none. '
@@ -124,7 +124,7 @@ def refuse_all_but_greedy(model, inputs: dict, args: tuple, generation_configs):
         values = (inputs.get(name), *(getattr(config, name, None) for config in generation_configs))
         return next((value for value in values if value is not None), None)
 
-    flags = (
+    flags: tuple[str, ...] = (
         "do_sample",
         "output_scores",
         "output_logits",
@@ -143,8 +143,14 @@ def refuse_all_but_greedy(model, inputs: dict, args: tuple, generation_configs):
     numbers = ("num_beams", "num_return_sequences", "guidance_scale")
     refused += [f"{name}={setting(name)}" for name in numbers if (setting(name) or 1) != 1]
     refused += [f"use_cache={setting('use_cache')}"] if setting("use_cache") is False else []
-    objects = ("assistant_model", "custom_generate", "inputs_embeds", "position_ids", "token_type_ids", "max_length")
-    objects += ("min_length", "negative_prompt_ids", CACHE_NAME, "past_key_values")
+    objects: tuple[str, ...] = (
+        "assistant_model",
+        "custom_generate",
+        "inputs_embeds",
+        "position_ids",
+        "token_type_ids",
+    )
+    objects += ("max_length", "min_length", "negative_prompt_ids", CACHE_NAME, "past_key_values")
     refused += [f"`{name}`" for name in dict.fromkeys(objects) if inputs.get(name) is not None]
     refused += ["`synced_gpus`"] if inputs.get("synced_gpus") else []
     refused += [f"{len(args)} positional arguments behind `prefix_allowed_tokens_fn`"] if args else []
@@ -176,10 +182,10 @@ class AdaptiveGenerateOutput(ModelOutput):
         confidences (`torch.FloatTensor` of shape `(batch_size,)`): in the answer, by the tokens of that stage.
     """
 
-    sequences: torch.LongTensor | None = None
-    visual_token_counts: torch.LongTensor | None = None
-    stages: torch.LongTensor | None = None
-    confidences: torch.FloatTensor | None = None
+    sequences: torch.Tensor | None = None
+    visual_token_counts: torch.Tensor | None = None
+    stages: torch.Tensor | None = None
+    confidences: torch.Tensor | None = None
 
 
 class AdaptiveDecoding:
@@ -266,7 +272,7 @@ class AdaptiveDecoding:
         if ending:
             kept[0] = self.before_first_image + m - 1 - (mask.shape[1] - ids.shape[1])
         logits = self.forward(ids, mask, cache, kept, tokens)
-        said = []
+        said: list[tuple[torch.Tensor, torch.Tensor]] = []
         for position in range(longest + 1):
             if (had_ended & (draft_length <= position)).all():  # nothing follows
                 said.append((torch.zeros_like(draft_length), torch.zeros_like(said[0][1])))
@@ -305,17 +311,16 @@ class AdaptiveDecoding:
         """The columns of `rows` with m visual tokens per image: ids and mask, `(len(rows), columns)`; `(visual tokens, whether they
         are of a row's first image)` of each image; and whether a row's prompt ends in its first image."""
         ids, mask = self.prompt[rows], self.mask[rows]
-        is_of_rows = torch.zeros_like(self.images_of_row, dtype=torch.bool).index_fill_(0, rows, True)
+        is_of_rows = torch.zeros_like(self.images_of_row, dtype=torch.bool).index_fill_(0, rows, True).tolist()
         images_of_row = self.images_of_row.tolist()
         image_rows = [row for row, number in enumerate(images_of_row) for _ in range(number)]
-        is_of_rows = is_of_rows.tolist()
         tokens = [
             (tokens, i == 0 or image_rows[i - 1] != row)
             for i, (tokens, row) in enumerate(zip(self.visual_tokens, image_rows))
             if is_of_rows[row]
         ]
         if tokens:
-            encoded = {"image": BaseModelOutputWithPooling(pooler_output=[t for t, _ in tokens])}
+            encoded = {"image": BaseModelOutputWithPooling(pooler_output=[t for t, _ in tokens])}  # type: ignore[arg-type]  # a list, as LLaVA's
             first_m = self.schedule.num_visual_tokens[0]
             inputs = {"input_ids": ids, "attention_mask": mask, "mm_encoder_outputs": encoded}
             inputs["visual_token_counts"] = [first_m] * len(tokens)

@@ -49,7 +49,7 @@ def resolve_visual_token_counts(num_visual_tokens, num_images: int, num_query_to
     else:
         counts = [num_visual_tokens] * max(num_images, 1)  # checked even where there is no image to use it
     for count in counts:
-        if isinstance(count, bool) or not isinstance(count, Integral) or not 1 <= count <= num_query_tokens:
+        if isinstance(count, bool) or not isinstance(count, Integral) or not 1 <= int(count) <= num_query_tokens:
             raise ValueError(
                 f"`num_visual_tokens` must be an integer from 1 to {num_query_tokens}, or a list of them, one per image; "
                 f"got {num_visual_tokens!r}."
@@ -192,7 +192,7 @@ def rebudget(inputs, num_visual_tokens, config, padding_side: str = "right", num
         )
     if features is not None:
         tokens = first_visual_tokens(features.pooler_output, new_counts)
-        image_outputs = BaseModelOutputWithPooling(pooler_output=tokens)
+        image_outputs = BaseModelOutputWithPooling(pooler_output=tokens)  # type: ignore[arg-type]  # a list, as LLaVA's
         inputs["mm_encoder_outputs"] = {**inputs["mm_encoder_outputs"], "image": image_outputs}
 
     mask = inputs.get("attention_mask")

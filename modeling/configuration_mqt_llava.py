@@ -1,6 +1,7 @@
 """MQT-LLaVA model configuration"""
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import transformers
 
@@ -16,7 +17,7 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, OLD
     )
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -37,6 +38,11 @@ AUTO_MAP = {
 # and what stands there alone is taken for a model without images
 for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
     names["mqt_llava"] = "MQTLlavaForConditionalGeneration"
+
+if TYPE_CHECKING:
+    SubConfig = Any  # a config of some class, once `__post_init__` has made one of what was given
+else:
+    SubConfig = dict | PreTrainedConfig | None
 
 
 @strict
@@ -85,8 +91,8 @@ class MQTLlavaConfig(PreTrainedConfig):
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
     keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]  # of `Trainer`'s predictions
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: SubConfig = None
+    text_config: SubConfig = None
     image_token_id: int = 32000
     num_query_tokens: int = 256
     query_transformer_num_attention_heads: int = 16
@@ -98,7 +104,8 @@ class MQTLlavaConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if self.vision_config is None:
-            self.vision_config = CONFIG_MAPPING["clip_vision_model"](
+            self.vision_config = AutoConfig.for_model(
+                "clip_vision_model",
                 hidden_size=1024,
                 intermediate_size=4096,
                 num_hidden_layers=24,
@@ -108,13 +115,12 @@ class MQTLlavaConfig(PreTrainedConfig):
                 projection_dim=768,
             )
         elif isinstance(self.vision_config, dict):
-            model_type = self.vision_config.get("model_type", "clip_vision_model")
-            self.vision_config = CONFIG_MAPPING[model_type](**self.vision_config)
+            self.vision_config = AutoConfig.for_model(**{"model_type": "clip_vision_model", **self.vision_config})
 
         if self.text_config is None:
-            self.text_config = CONFIG_MAPPING["llama"](vocab_size=32064)
+            self.text_config = AutoConfig.for_model("llama", vocab_size=32064)
         elif isinstance(self.text_config, dict):
-            self.text_config = CONFIG_MAPPING[self.text_config.get("model_type", "llama")](**self.text_config)
+            self.text_config = AutoConfig.for_model(**{"model_type": "llama", **self.text_config})
 
         # Language models have the flag in their own config; here the embeddings are tied at the top. Both say the same
         if self.tie_word_embeddings is None:

@@ -9,6 +9,7 @@ import binascii
 import io
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import cast
 
 import numpy as np
 import torch
@@ -94,10 +95,10 @@ class MQTLlavaImageProcessor(LlavaImageProcessorPil):
             `ValueError`: for images that cannot be read, naming which, and for arguments that would give them a shape which
             the vision tower cannot take.
         """
-        images = make_flat_list_of_images(self.fetch_images(images))
+        images = cast(list, make_flat_list_of_images(self.fetch_images(images)))
         settings = {name: getattr(self, name, None) for name in self.valid_kwargs.__annotations__}
         settings |= {name: value for name, value in kwargs.items() if value is not None}
-        does_geometry = self._does_geometry(kwargs) and settings["do_rescale"]
+        does_geometry = self._does_geometry(kwargs) and bool(settings["do_rescale"])
         self._check_shapes(images, kwargs, settings, does_geometry)
         background = tuple(int(mean * 255) for mean in self.image_mean)
 
@@ -291,8 +292,9 @@ def _pad_and_resize(image: Image.Image, side: int, background: tuple[int, ...]) 
     strip_height = max(1, STRIP_PIXELS // longest)
     rows = Image.new("RGB", (side, longest), background)
     for first in range(0, height, strip_height):
-        box = (0, first, width, min(first + strip_height, height))
-        strip, size = image, (side, box[3] - first)
+        last = min(first + strip_height, height)
+        box: tuple[int, int, int, int] | None = (0, first, width, last)
+        strip, size = image, (side, last - first)
         if width < longest:
             strip = Image.new("RGB", (longest, size[1]), background)
             strip.paste(image.crop(box), (left, 0))

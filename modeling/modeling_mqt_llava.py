@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,10 +37,12 @@ from .budget_mqt_llava import (
 class ImageOutputs:
     """What outputs say about images: `image_outputs` is the output of [`MQTLlavaModel.get_image_features`]."""
 
+    image_outputs: BaseModelOutputWithPooling | None
+
     @property
     def image_hidden_states(self) -> torch.Tensor | None:
         """The visual tokens of all images one after the other, `(num_visual_tokens_of_all_images, hidden_size)`."""
-        return None if self.image_outputs is None else torch.cat(list(self.image_outputs.pooler_output))
+        return None if self.image_outputs is None else torch.cat(list(self.image_outputs.pooler_output))  # type: ignore[arg-type]  # a list
 
 
 # The names of what they inherit, the cache's among them, are those of the installed transformers
@@ -175,7 +178,7 @@ class MQTLlavaQueryTransformer(nn.Module):
 class MQTLlavaPreTrainedModel(PreTrainedModel):
     config: MQTLlavaConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]  # a tuple, as LLaVA's
     supports_gradient_checkpointing = True
     _no_split_modules = ["MQTLlavaQueryTransformer"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
@@ -196,8 +199,9 @@ class MQTLlavaPreTrainedModel(PreTrainedModel):
     def initialize_weights(self):
         """The parts first, as models of their own. As parts of one from outside transformers, modules without tensors, such as
         CLIP's attention, are passed over, and weights that a checkpoint lacks get another scale than a new model's."""
-        self.base_model.vision_tower.initialize_weights()
-        self.base_model.language_model.initialize_weights()
+        model: Any = self.base_model  # to torch's annotations any of its parts may be a tensor
+        model.vision_tower.initialize_weights()
+        model.language_model.initialize_weights()
         super().initialize_weights()
 
 
@@ -287,6 +291,7 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
         """Where the image placeholders are: a bool tensor of shape `(batch_size, sequence_length)`."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
+        assert inputs_embeds is not None  # one of the two is there
         token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
@@ -321,7 +326,7 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
         refuse_num_visual_tokens(kwargs, "a prompt made with it, or `MQTLlavaForConditionalGeneration`")
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        image_outputs = (mm_encoder_outputs or {}).get("image")
+        image_outputs: Any = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and image_outputs is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
         if pixel_values is not None and len(pixel_values) == 0:  # TRL's share of the images for rows that have none
@@ -331,14 +336,15 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         if pixel_values is not None or image_outputs is not None:
-            is_placeholder, passed_over = self.get_placeholder_mask(input_ids, inputs_embeds), 0
+            is_placeholder = self.get_placeholder_mask(input_ids, inputs_embeds)
+            passed_over: int | torch.Tensor = 0
             if torch.compiler.is_compiling():
                 # The counts are data: M tokens of every image are made, and some passed over
-                if image_outputs is None:
+                if pixel_values is not None:
                     sizes = len(pixel_values), self.config.num_query_tokens
                     passed_over = rows_passed_over(is_placeholder, *sizes, visual_token_counts)
                     image_outputs = self.get_image_features(pixel_values, return_dict=True)
-            elif image_outputs is None:
+            elif pixel_values is not None:
                 counts = count_visual_tokens(is_placeholder, len(pixel_values), visual_token_counts)
                 image_outputs = self.get_image_features(pixel_values, counts, return_dict=True)
             else:
@@ -511,7 +517,7 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         if self.generation_config.suppress_tokens is None:  # a generated placeholder would stand for no image
             self.generation_config.suppress_tokens = [self.config.image_token_id]
         own_prompt, callbacks = None, (logits_processor, stopping_criteria, prefix_allowed_tokens_fn)
-        if kwargs.get("input_ids") is not input_ids:
+        if input_ids is not None and kwargs["input_ids"] is not input_ids:
             if self.training and is_default:
                 refuse_in_training(num_visual_tokens)
             own_prompt = OwnPrompt(input_ids, kwargs["input_ids"].shape[1])
@@ -541,7 +547,7 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
                     "The prompt has placeholders, but no images stand behind them: pass `pixel_values` too."
                 )
         if image_outputs is not None:  # with a list of our own, since transformers repeats it for beams in place
-            image_outputs = BaseModelOutputWithPooling(pooler_output=list(image_outputs.pooler_output))
+            image_outputs = BaseModelOutputWithPooling(pooler_output=list(image_outputs.pooler_output))  # type: ignore[arg-type]  # a list, as LLaVA's
             inputs["mm_encoder_outputs"] = {**(encoded or {}), "image": image_outputs}
         return inputs
 

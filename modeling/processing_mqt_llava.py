@@ -6,6 +6,8 @@ from .configuration_mqt_llava import AUTO_MAP  # before all others: it says so w
 
 # No `from __future__ import annotations` here: vLLM reads the annotation of `__call__` to learn which keyword arguments a
 # request may set.
+from typing import Any, cast
+
 import torch
 from transformers import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
@@ -65,8 +67,9 @@ CHAT_TEMPLATE = (
 
 
 class MQTLlavaProcessorKwargs(ProcessingKwargs, total=False):
-    _defaults = {}  # transformers 5.19 cannot do without
-    images_kwargs: MQTLlavaImageProcessorKwargs
+    # As all of transformers' own processors have it, which are not checked. 5.19 cannot do without `_defaults`
+    _defaults = {}  # type: ignore[misc]
+    images_kwargs: MQTLlavaImageProcessorKwargs  # type: ignore[misc]
 
 
 class MQTLlavaProcessor(ProcessorMixin):
@@ -87,7 +90,7 @@ class MQTLlavaProcessor(ProcessorMixin):
             The placeholder of an image.
     """
 
-    valid_processor_kwargs = MQTLlavaProcessorKwargs
+    valid_processor_kwargs = MQTLlavaProcessorKwargs  # type: ignore[assignment]  # as above
 
     def __init__(
         self,
@@ -154,7 +157,7 @@ class MQTLlavaProcessor(ProcessorMixin):
         if "num_visual_tokens" in nested:
             kwargs["images_kwargs"] = {name: nested[name] for name in nested if name != "num_visual_tokens"}
             kwargs.setdefault("num_visual_tokens", nested["num_visual_tokens"])
-        texts = [text] if isinstance(text, str) else text
+        texts: Any = [text] if isinstance(text, str) else text
         bos = self.tokenizer.bos_token
         if bos and texts and all(isinstance(sample, str) and sample.startswith(bos) for sample in texts):
             if "add_special_tokens" not in (kwargs.get("text_kwargs") or {}):
@@ -210,17 +213,17 @@ class MQTLlavaProcessor(ProcessorMixin):
         if kwargs.get("return_tensors") not in (None, "pt"):
             raise ValueError(f'`return_tensors` must be "pt" for serving; got {kwargs["return_tensors"]!r}.')
 
-    def validate_inputs(self, images=None, text=None, **kwargs):
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """As many images as `<image>`: in every text if there is one list of images for each, else in all together."""
-        super().validate_inputs(images=images, text=text, **kwargs)
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if text is None:
             return
         wanted = [sample.count(self.image_token) for sample in text]
         if isinstance(images, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in images):
-            given = [len(row) if isinstance(row, (list, tuple)) else 1 for row in images]
+            given: Any = [len(row) if isinstance(row, (list, tuple)) else 1 for row in images]
             fit = given == wanted or (len(given) != len(wanted) and sum(given) == sum(wanted))
         else:
-            given = 0 if images is None else len(make_flat_list_of_images(images))
+            given = 0 if images is None else len(cast(list, make_flat_list_of_images(images)))
             fit = given == sum(wanted)
         if not fit:
             raise ValueError(

@@ -3,36 +3,12 @@
 Importing this package registers the model with transformers' Auto classes.
 """
 
+import sys
+from importlib import import_module
 from pathlib import Path
-
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-)
-
-from .modeling.adaptive_mqt_llava import VisualTokenSchedule
-from .modeling.budget_mqt_llava import rebudget
-from .modeling.configuration_mqt_llava import MQTLlavaConfig, __version__
-from .modeling.image_processing_mqt_llava import MQTLlavaImageProcessor
-from .modeling.modeling_mqt_llava import MQTLlavaForConditionalGeneration, MQTLlavaModel
-from .modeling.processing_mqt_llava import MQTLlavaProcessor
-from .prefix_cache import PrefixCache
 
 
 TINY_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "mqt-llava-tiny")  # the one that the package ships
-
-AutoConfig.register("mqt_llava", MQTLlavaConfig)
-AutoModel.register(MQTLlavaConfig, MQTLlavaModel)
-AutoModelForImageTextToText.register(MQTLlavaConfig, MQTLlavaForConditionalGeneration)
-AutoModelForMultimodalLM.register(MQTLlavaConfig, MQTLlavaForConditionalGeneration)
-AutoModelForCausalLM.register(MQTLlavaConfig, MQTLlavaForConditionalGeneration)
-AutoImageProcessor.register(MQTLlavaConfig, image_processor_classes={"pil": MQTLlavaImageProcessor})
-AutoProcessor.register(MQTLlavaConfig, MQTLlavaProcessor)
 
 __all__ = [
     "__version__",
@@ -46,3 +22,24 @@ __all__ = [
     "VisualTokenSchedule",
     "rebudget",
 ]
+
+if "mqt_llava_cli" in sys.modules:  # the command line shows its help without waiting for torch
+
+    def __getattr__(name):
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = ".prefix_cache" if name == "PrefixCache" else ".modeling"
+        return getattr(import_module(module, __name__), name)
+
+else:
+    from .modeling import (
+        MQTLlavaConfig,
+        MQTLlavaForConditionalGeneration,
+        MQTLlavaImageProcessor,
+        MQTLlavaModel,
+        MQTLlavaProcessor,
+        VisualTokenSchedule,
+        __version__,
+        rebudget,
+    )
+    from .prefix_cache import PrefixCache

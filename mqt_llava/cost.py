@@ -27,7 +27,7 @@ from .modeling.modeling_mqt_llava import MQTLlavaForConditionalGeneration
 from .speed import DeviceSpeed, measure_device, resolve_dtype
 
 
-COST_MODELS = {}  # the last one that `schedule_within` used, by its config
+COST_MODELS: dict[str, "CostModel"] = {}  # the last one that `schedule_within` used, by its config
 
 
 @dataclass(frozen=True)

@@ -341,7 +341,7 @@ class AskedQuestion:
         self.visual_tokens, self.grey_tokens = torch.cat(visual_tokens), torch.cat([grey[:m] for m in counts])
 
         if told_ids is None:
-            features = BaseModelOutputWithPooling(pooler_output=visual_tokens)
+            features = BaseModelOutputWithPooling(pooler_output=visual_tokens)  # type: ignore[arg-type]  # a list, as LLaVA's
             settings = {"mm_encoder_outputs": {"image": features}, "num_visual_tokens": counts, "do_sample": False}
             settings |= {"max_new_tokens": min(max_new_tokens, limit - length), "num_beams": 1}
             mask = torch.ones_like(self.prompt_ids)
@@ -389,11 +389,11 @@ class AskedQuestion:
     def run(self, visual_tokens: torch.Tensor, **options):
         """The language model's outputs on the prompt and its answer, for rows of visual tokens `(rows, all tokens, hidden_size)`."""
         rows = len(visual_tokens)
-        counts = self.counts * rows
-        features = BaseModelOutputWithPooling(pooler_output=list(visual_tokens.flatten(0, 1).split(counts)))
-        ids = self.ids.expand(rows, -1)
-        counts = torch.tensor(counts, device=ids.device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "visual_token_counts": counts}
+        counts, ids = self.counts * rows, self.ids.expand(rows, -1)
+        of_images = list(visual_tokens.flatten(0, 1).split(counts))
+        features = BaseModelOutputWithPooling(pooler_output=of_images)  # type: ignore[arg-type]  # a list, as LLaVA's
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs["visual_token_counts"] = torch.tensor(counts, device=ids.device)
         return self.model(**inputs, mm_encoder_outputs={"image": features}, use_cache=False, **options)
 
     def log_probs(self, visual_tokens: torch.Tensor) -> torch.Tensor:
@@ -641,7 +641,7 @@ def sheet(explanations: list[Explanation], max_words: int = 7):
             if image == 0 and column > 0:
                 axes.set_title(titles[column - 1], fontsize=9, parse_math=False)
     for column, (one, word) in enumerate(panels if has_bars else [], 1):
-        axes, tokens = figure.add_subplot(grid[-1, column]), one.importance(word)
+        axes, tokens = figure.add_subplot(grid[-1, column]), one.importance(word) or []
         for of_image in tokens:  # images over each other
             axes.bar(range(1, len(of_image) + 1), of_image.tolist(), width=1.0, alpha=1 / len(tokens) ** 0.5)
         most = max(one.visual_token_counts)

@@ -18,13 +18,14 @@ TOKEN_COUNTS = (1, FEW_TOKENS - 1, FEW_TOKENS, 32, 96, 288)
 SECONDS = 0.2  # for each of them
 # Two layers of each kind, of the sizes in a 7B model with CLIP ViT-L/14: together larger than caches are
 LANGUAGE_MODEL = LlamaConfig(num_hidden_layers=2, vocab_size=8)
+IMAGE_SIZE, PATCH_SIZE = 336, 14
 VISION_TOWER = CLIPVisionConfig(
     hidden_size=1024,
     intermediate_size=4096,
     num_hidden_layers=2,
     num_attention_heads=16,
-    image_size=336,
-    patch_size=14,
+    image_size=IMAGE_SIZE,
+    patch_size=PATCH_SIZE,
 )
 
 
@@ -82,11 +83,12 @@ def measure_device(device="cpu", dtype: torch.dtype | str = torch.bfloat16) -> D
         embeds = torch.randn(1, count, LANGUAGE_MODEL.hidden_size, device=device, dtype=dtype)
         seconds = mean_time(lambda embeds=embeds: language(inputs_embeds=embeds, use_cache=False), device)
         rates.append((count, 2 * count * num_weights / seconds))
-    num_patches = (VISION_TOWER.image_size // VISION_TOWER.patch_size) ** 2 + 1
+    num_patches = (IMAGE_SIZE // PATCH_SIZE) ** 2 + 1
     patches = torch.randn(1, num_patches, VISION_TOWER.hidden_size, device=device, dtype=dtype)
-    seconds = mean_time(lambda: vision.encoder(inputs_embeds=patches), device)
+    encoder = vision.get_submodule("encoder")
+    seconds = mean_time(lambda: encoder(inputs_embeds=patches), device)
     image_rate = 2 * num_patches * count_linear(vision) / seconds
-    first, second = (list(layer.parameters()) for layer in language.layers)
+    first, second = (list(layer.parameters()) for layer in language.get_submodule("layers").children())
     num_bytes = 2 * sum(weight.nbytes for weight in first)
     copied = num_bytes / mean_time(lambda: [a.copy_(b) for a, b in zip(first, second)], device)
     read = rates[0][1] * dtype.itemsize / 2  # each weight is two FLOPs
@@ -114,7 +116,8 @@ def count_linear(model: nn.Module) -> int:
 def mean_time(function, device: torch.device) -> float:
     """Seconds of a call: the mean of the faster half, after one that is not counted. Those of a GPU are timed ten in a row."""
     calls = 1 if device.type == "cpu" else 10
-    times, start = [], time.perf_counter()
+    times: list[float] = []
+    start = time.perf_counter()
     while len(times) < 3 or time.perf_counter() < start + SECONDS:
         before = time.perf_counter()
         for _ in range(calls):

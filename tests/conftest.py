@@ -14,6 +14,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+
+pytest.register_assert_rewrite("tests.commands", "tests.modeling.common")  # or failing asserts there would not say why
+
 from tests.small_model import make_images, make_model, make_processor
 
 

@@ -9,6 +9,19 @@ from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration, MQTLlava
 
 
 NUM_QUERY_TOKENS = 16  # M of the small random model
+TEXT_SIZES = {  # of its language model
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,  # large enough for images and m to show in the logits
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 SIGLIP = {  # for `make_config`: a tower without a class token
     "vision_config": SiglipVisionConfig(
         hidden_size=32,
@@ -53,22 +66,9 @@ def make_config(**overrides):
         patch_size=5,
         initializer_range=0.2,
     )
-    text_config = LlamaConfig(
-        vocab_size=264,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,  # large enough for images and m to show in the logits
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
     settings = {
         "vision_config": vision_config,
-        "text_config": text_config,
+        "text_config": LlamaConfig(**TEXT_SIZES),
         "image_token_id": 3,
         "num_query_tokens": NUM_QUERY_TOKENS,
         "query_transformer_num_attention_heads": 4,

@@ -14,7 +14,7 @@ from mqt_llava.cli import app
 from tests.documentation import PAGES, ROOT, blocks, run_python, text_of
 
 
-SCENE = "A dog, a bear, the number 7 and a fish."  # what examples/scene.png shows
+SCENE = "A bear, a dog, a fish and the number 7."  # what examples/scene.png shows
 ELSEWHERE = {"docs/demo.md", "docs/trl.md"}  # run by tests/demo/test_api.py and tests/mqt_llava/test_trl.py
 GONE = {"examples/train_tiny.sh", "docs/benchmarks/explain.md"}  # the first edition's, and one to come
 RUN = r"mqt-llava (ask examples|cost|evaluate questions.json|explain examples)"

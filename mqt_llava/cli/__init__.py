@@ -8,35 +8,34 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from .. import __version__
 from .ask import ask
 from .calibrate import calibrate
 from .card import card
 from .convert import convert
 from .cost import cost
 from .demo import demo
+from .env import env
 from .errors import UsageError, print_error
 from .evaluate import evaluate
 from .explain import explain
-from .finetune import finetune
 from .serve import serve
-from .train import train
+from .train import finetune, train
 from .update import update
 
 
 class OneLineErrors(TyperGroup):
-    """A group of commands that says in one line what is wrong, without the usage before it."""
+    """A group of commands that reports errors in one line, without the usage."""
 
     def main(self, *args, **kwargs):
         try:
             status = super().main(*args, **kwargs | {"standalone_mode": False})
-            sys.stdout.flush()  # here an error can still be told
+            sys.stdout.flush()  # here an error can still be reported
         except UsageError as error:
             print_error(error.format_message())
             status = error.exit_code
         except (typer.Abort, KeyboardInterrupt):
-            status = 130  # 128 + SIGINT, as shells have it
-        except BrokenPipeError:  # as from `| head -1`: nobody reads on
+            status = 130  # 128 + SIGINT, as shells report it
+        except BrokenPipeError:  # as with `| head -1`: nobody reads the rest
             drop_output()
             status = 1
         except OSError as error:
@@ -47,8 +46,8 @@ class OneLineErrors(TyperGroup):
 
 
 def drop_output():
-    """What stdout did not take is not tried again when Python ends."""
-    with contextlib.suppress(OSError):  # in tests it is no file
+    """Keep Python from writing again, at exit, what stdout did not take."""
+    with contextlib.suppress(OSError):  # in tests stdout is not a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -62,7 +61,6 @@ app = typer.Typer(
 )
 app.command()(ask)
 app.command()(demo)
-app.command()(finetune)
 app.command()(convert)
 app.command()(cost)
 app.command()(evaluate)
@@ -70,19 +68,26 @@ app.command()(explain)
 app.command()(calibrate)
 app.command()(card)
 app.command()(update)
-for handed_on in (serve, train):
-    settings = {"allow_extra_args": True, "ignore_unknown_options": True}
-    app.command(add_help_option=False, context_settings=settings)(handed_on)
+app.command()(env)
+for command, usage in (
+    (finetune, "DATA... [OPTIONS]"),
+    (train, "--stage 1|2 [OPTIONS]"),
+    (serve, "[DIR_OR_REPO] [OPTIONS]"),
+):
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True}  # read by other parsers
+    app.command(options_metavar=usage, add_help_option=False, context_settings=settings)(command)
 
 
 def main():
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # an answer may have characters that the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="replace")  # an answer may have characters outside the terminal's encoding
     app(prog_name="mqt-llava")
 
 
 def print_version(wanted: bool):
     if wanted:
+        from .. import __version__
+
         print(f"mqt-llava {__version__}")
         raise typer.Exit
 

@@ -1,4 +1,4 @@
-"""`mqt-llava ask IMAGE [IMAGE ...] "QUESTION"`: answers go to stdout, everything else to stderr."""
+"""`mqt-llava ask IMAGE... [QUESTION]`: answers go to stdout, everything else to stderr."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ from .models import (
 )
 
 
-PROMPT_TOKENS = 256  # of text, to reckon with before anything is asked
+PROMPT_TOKENS = 256  # text tokens to expect, before the question is known
 
 
 def ask(
@@ -50,53 +50,56 @@ def ask(
     model: ModelOption = None,
     adapter: Annotated[
         str | None,
-        typer.Option(metavar="DIR_OR_REPO", help="LoRA adapter to merge. --model is then its base where not given."),
+        typer.Option(metavar="DIR_OR_REPO", help="LoRA adapter to merge. --model defaults to its base model."),
     ] = None,
     num_visual_tokens: Annotated[
         str | None,
         typer.Option(
             metavar="M|auto",
-            help="Visual tokens per image; auto: as many as each question needs. Default: the checkpoint's own number, or as "
-            "many as it has.",
+            help="Visual tokens per image, or auto: as many as each question needs. Default: the checkpoint's own default, or "
+            "all.",
         ),
     ] = None,
     compare: Annotated[
         str | None,
         typer.Option(
-            metavar="M,M,...", help="Answer with each of these numbers of visual tokens, or auto, side by side."
+            metavar="M,M,...", help="Compare the answers at these numbers of visual tokens, or auto, side by side."
         ),
     ] = None,
     max_flops: Annotated[
         float | None,
         typer.Option(
-            metavar="AMOUNT", parser=parse_amount, help="With auto: FLOPs of an answer at most, such as 2.5T."
+            metavar="AMOUNT", parser=parse_amount, help="With auto: maximum FLOPs of an answer, such as 2.5T."
         ),
     ] = None,
     max_seconds: Annotated[
         float | None,
-        typer.Option(metavar="S", min=0, help="With auto: what an answer may take, as `cost` estimates it."),
+        typer.Option(metavar="S", min=0, help="With auto: maximum time of an answer, as estimated by `cost`."),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Length of an answer, at most, in tokens.")
+        int, typer.Option(metavar="N", min=1, help="Maximum length of an answer in tokens.")
     ] = 512,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
     dtype: Annotated[
-        Dtype, typer.Option(help="Of the weights. auto: the checkpoint's; float32 on a CPU with memory to spare.")
+        Dtype,
+        typer.Option(help="Data type of the weights. auto: the checkpoint's, or float32 on a CPU with enough memory."),
     ] = Dtype.auto,
     compute_dtype: Annotated[
         Dtype,
-        typer.Option(help="Of a CPU's products of many tokens. auto: float32, where that is faster than --dtype."),
+        typer.Option(
+            help="Data type in which a CPU multiplies many tokens. auto: float32 if that is faster than --dtype."
+        ),
     ] = Dtype.auto,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="The language model in 4 bits.")] = False,
-    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="The language model in 8 bits.")] = False,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Load the language model in 4 bits.")] = False,
+    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Load the language model in 8 bits.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object for each question instead of streaming.")
     ] = False,
 ):
     """Ask a question about images and stream the answer.
 
-    Without a question: a chat about the images, with history. It reads one question a line, from the terminal, where Ctrl-C
-    ends an answer, or from stdin.
+    Without a question, it starts a chat about the images, with history. The chat reads one question per line, from the terminal or
+    from stdin. On a terminal, Ctrl-C ends an answer.
 
     \b
     mqt-llava ask photo.jpg "What is this?"
@@ -140,9 +143,9 @@ def ask(
     placement = place(checkpoint, config, costs, device, dtype, num_bits, **request)
     if compute_dtype not in (Dtype.auto, Dtype.float32) and getattr(torch, compute_dtype.value) != placement.dtype:
         raise UsageError(f"--compute-dtype is float32 or that of the weights; got {compute_dtype.value}")
-    processor, network = load_model(checkpoint, device, placement, adapter, num_bits, compute_dtype.value)
-    if not given and compare is None:  # a checkpoint may have an m of its own
-        own = (network.generation_config, processor.image_processor)
+    processor, model = load_model(checkpoint, device, placement, adapter, num_bits, compute_dtype.value)
+    if not given and compare is None:  # a checkpoint may have its own default
+        own = (model.generation_config, processor.image_processor)
         own = [getattr(settings, "num_visual_tokens", None) for settings in own]
         num_visual_tokens = next((m for m in own if m is not None), config.num_query_tokens)
         if isinstance(num_visual_tokens, str):
@@ -151,29 +154,29 @@ def ask(
     budgets = {name: budget for name, budget in budgets.items() if budget is not None}
     limit = None
     if AUTO in (num_visual_tokens, *compared):
-        schedule = load_schedule(network)
+        schedule = load_schedule(model)
         num_visual_tokens, *compared = (schedule if m == AUTO else m for m in (num_visual_tokens, *compared))
         if budgets:
-            limit = partial(limit_schedule, costs, with_speed(budgets, network), network.dtype, len(images))
+            limit = partial(limit_schedule, costs, with_speed(budgets, model), model.dtype, len(images))
     elif budgets:
         raise UsageError("--max-flops and --max-seconds are for --num-visual-tokens auto")
     setting = {
         "model": checkpoint,
         **({"adapter": adapter} if adapter else {}),
-        "device": str(network.device),
-        "dtype": str(network.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "images": sources,
     }
 
     if compare is not None:
-        rows = compare_answers(processor, network, costs, images, question, compared, max_new_tokens, limit)
+        rows = compare_answers(processor, model, costs, images, question, compared, max_new_tokens, limit)
         if as_json:
             print(json.dumps({"question": question, "compare": rows, **setting}))
         else:
             print_table(rows)
         return
 
-    conversation = Conversation(processor, network, images, num_visual_tokens, max_new_tokens, limit=limit)
+    conversation = Conversation(processor, model, images, num_visual_tokens, max_new_tokens, limit=limit)
     if question is not None:
         answer_one(conversation, question, setting if as_json else None)
     else:
@@ -189,19 +192,19 @@ def with_speed(budgets: dict, model) -> dict:
 
 
 def limit_schedule(costs, budgets: dict, dtype, num_images: int, schedule, num_text_tokens: int, num_new_tokens: int):
-    """The stages of a schedule that fit budgets, for a prompt and an answer of so many tokens."""
+    """The stages of a schedule that fit the budgets, for a prompt and an answer of these lengths."""
     if costs is None:
-        raise UsageError("no costs are known for this model, so there can be no --max-flops or --max-seconds")
+        raise UsageError("the costs of this model are unknown, so --max-flops and --max-seconds cannot be used")
     request = {"num_images": num_images, "num_text_tokens": num_text_tokens, "num_new_tokens": num_new_tokens}
     try:
         return costs.schedule_within(schedule, **budgets, **request, dtype=dtype)
     except ValueError as error:
         message = str(error).replace("`max_flops`", "--max-flops").replace("`max_seconds`", "--max-seconds")
-        raise UsageError(f"{message} Less is reckoned with for a smaller --max-new-tokens") from None
+        raise UsageError(f"{message} The estimate is lower with a smaller --max-new-tokens") from None
 
 
 def split_question(arguments: list[str]) -> tuple[list[str], str | None]:
-    """The last argument is the question unless it is, or by its suffix means to be, an image."""
+    """The last argument is the question, unless it is an image or has the suffix of one."""
     *images, last = arguments
     names_image = Path(last).suffix.lower() in Image.registered_extensions()
     if not images or last == "-" or is_url(last) or os.path.exists(last) or names_image:
@@ -212,7 +215,7 @@ def split_question(arguments: list[str]) -> tuple[list[str], str | None]:
 
 
 def check_quoted(arguments: list[str], sources: list[str]):
-    """Words of a question without quotes arrive as arguments of their own, and look like images."""
+    """Refuse a question without quotes: its words arrive as separate arguments, and look like images."""
     for i, source in enumerate(sources[1:], 1):
         is_word = not is_url(source) and source != "-" and not os.path.exists(source)
         if is_word and Path(source).suffix.lower() not in Image.registered_extensions():
@@ -221,14 +224,14 @@ def check_quoted(arguments: list[str], sources: list[str]):
 
 
 def answer_one(conversation: Conversation, question: str, setting: dict | None):
-    """Stream the answer, or print it as JSON with the setting, if one is given."""
+    """Stream the answer, or print it as JSON if a setting is given."""
     result = conversation.ask(question, print_now if setting is None else None)
     if setting is not None:
         print(json.dumps({"question": question, **result, **setting}), flush=True)
 
 
 def chat(conversation: Conversation, setting: dict | None):
-    """Answer one question after the other until there are no more."""
+    """Answer one question after another until there are no more."""
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         count = f"{len(conversation.images)} image" + "s" * (len(conversation.images) > 1)
@@ -248,24 +251,24 @@ def chat(conversation: Conversation, setting: dict | None):
                 raise
             failed += 1
             print_error(error.format_message() if at_terminal else f"line {number}: {error.format_message()}")
-        except KeyboardInterrupt:  # ends the answer; the question is as if it had not been asked
+        except KeyboardInterrupt:  # ends the answer, and the question is forgotten
             if not at_terminal:
                 raise
             print(flush=True)
     if at_terminal:
         return
     if not asked:
-        raise UsageError("no question: give one as the last argument, or one a line on stdin")
+        raise UsageError("no question: give one as the last argument, or one per line on stdin")
     if failed:
         raise typer.Exit(2)
 
 
 def read_questions(at_terminal: bool) -> Iterator[tuple[int, str]]:
-    """The lines of stdin that are not blank, with their numbers."""
+    """The non-blank lines of stdin, with their numbers."""
     if at_terminal:
         with contextlib.suppress(ImportError):  # not on Windows
             import readline  # noqa: F401  gives `input` line editing and a history
-        # where stdout is no terminal, `input` would write the prompt among the answers
+        # if stdout is not a terminal, `input` would write the prompt among the answers
         lines = iter(lambda: input("> " if sys.stdout.isatty() else ""), None)
     else:
         lines = (line.decode(errors="surrogateescape") for line in sys.stdin.buffer)
@@ -278,26 +281,29 @@ def read_questions(at_terminal: bool) -> Iterator[tuple[int, str]]:
 
 
 def compare_answers(processor, model, costs, images, question, compared, max_new_tokens, limit=None) -> list[dict]:
-    """One answer for each number of visual tokens, with its time and, up to its first token, its compute. What they share is
-    computed once: the beginning of the prompt, which is left out of both, and the images, which count for each. "auto" goes on from
-    no cache: for it the beginning counts, too."""
+    """
+    One answer for each number of visual tokens, with its time and its compute up to the first token.
+
+    What the answers share is computed once: the beginning of the prompt, which counts for none of them, and the images, which count for
+    each. "auto" does not start from a cache, so the beginning counts for it, too.
+    """
     import torch
 
     from ..prefix_cache import PrefixCache
 
     prefix = None
-    with contextlib.suppress(ValueError):  # of a template whose prompts have no beginning in common
+    with contextlib.suppress(ValueError):  # raised if the prompts of a template have no common beginning
         prefix = PrefixCache(model, processor)
     num_cached = 0 if prefix is None else len(prefix)
-    most = max(m if isinstance(m, int) else m.num_visual_tokens[-1] for m in compared)
-    first = Conversation(processor, model, images, most, max_new_tokens)
+    largest = max(m if isinstance(m, int) else m.num_visual_tokens[-1] for m in compared)
+    first = Conversation(processor, model, images, largest, max_new_tokens)
     _, inputs = first.prepare(question)
     start = time.perf_counter()
     first.encode(inputs["pixel_values"])
     if model.device.type != "cpu":
         torch.accelerator.synchronize(model.device)
     encoding = time.perf_counter() - start
-    num_text_tokens = inputs["input_ids"].shape[1] - len(images) * most
+    num_text_tokens = inputs["input_ids"].shape[1] - len(images) * largest
     rows = []
     for m in compared:
         conversation = Conversation(processor, model, images, m, max_new_tokens, first.image_features, prefix, limit)
@@ -308,7 +314,7 @@ def compare_answers(processor, model, costs, images, question, compared, max_new
             flops = None
         elif isinstance(m, int):
             flops = costs(m, **request).flops
-        else:  # of all stages that it went through, from the prompt's beginning
+        else:  # all stages that ran, from the prompt's beginning
             request = {"num_text_tokens": num_text_tokens, "num_images": len(images)}
             flops = sum(cost.flops for cost in costs.stages(m, **request)[: row["stage"] + 1])
         num_reused = num_cached if isinstance(m, int) else 0
@@ -328,7 +334,7 @@ def print_table(rows: list[dict]):
     table.add_column("time", justify="right", no_wrap=True)
     table.add_column("compute", justify="right", no_wrap=True)
     for row in rows:
-        # Text: an answer with [brackets] is no markup
+        # Text, since an answer may have [brackets], which are markup
         compute = "" if row["flops"] is None else f"{row['flops'] / 1e9:,.2f} GFLOP"
         m = f"auto: {row['num_visual_tokens']}" if "stage" in row else str(row["num_visual_tokens"])
         table.add_row(m, Text(row["answer"]), f"{row['seconds']:.2f} s", compute)

@@ -1,4 +1,4 @@
-"""`mqt-llava calibrate DATA`: how many visual tokens "auto" takes, chosen on questions of one's own."""
+"""`mqt-llava calibrate DATA`: choose the schedule of "auto" on your own questions."""
 
 import json
 import os
@@ -24,8 +24,8 @@ from .models import (
 )
 
 
-TIMED = 256  # questions that are asked with the schedule, for its time
-LEAST_ACCURACY = 0.1  # below it references are not what the model can say, such as captions in other words
+TIMED = 256  # questions that measure the time of the schedule
+LEAST_ACCURACY = 0.1  # below this the references are not in the model's words, as with free captions
 
 
 def calibrate(
@@ -33,11 +33,11 @@ def calibrate(
         list[Path],
         typer.Argument(
             metavar="DATA...",
-            help="LLaVA conversations or chat messages: JSON or JSON Lines. Of each row the last question is asked.",
+            help="LLaVA conversations or chat messages: JSON or JSON Lines. The last question of each row is asked.",
         ),
     ],
     image_folder: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where the images are. Default: beside each data file.")
+        Path | None, typer.Option(metavar="DIR", help="Folder of the images. Default: that of each data file.")
     ] = None,
     model: ModelOption = None,
     adapter: Annotated[str | None, typer.Option(metavar="DIR_OR_REPO", help="LoRA adapter to merge.")] = None,
@@ -45,35 +45,43 @@ def calibrate(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Where generation_config.json is written. Default: into the checkpoint, or the adapter.",
+            help="Folder for generation_config.json. Default: the checkpoint, or the adapter.",
         ),
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0.01, max=50, help="Loss against all visual tokens, at most, in points (of 100).")
+        float, typer.Option(min=0.01, max=50, help="Maximum loss against all visual tokens, in percentage points.")
     ] = 0.5,
-    confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the promise.")] = 0.95,
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.999, help="Confidence of the guarantee.")] = 0.95,
     num_visual_tokens: Annotated[
-        str | None, typer.Option(metavar="M,M,...", help="What stages may have. Default: 1, 2, 4, ..., M.")
+        str | None,
+        typer.Option(
+            metavar="M,M,...", help="Numbers of visual tokens that stages may have. Default: 1, 2, 4, ..., M."
+        ),
     ] = None,
     metric: Annotated[
-        str, typer.Option(metavar="NAME", help="How right an answer is, as `evaluate` has it.")
+        str, typer.Option(metavar="NAME", help="Metric of an answer, as for `evaluate`.")
     ] = "exact_match",
     agreement: Annotated[
-        bool, typer.Option("--agreement", help="Compare with the answers at all visual tokens, not with references.")
+        bool,
+        typer.Option("--agreement", help="Compare with the answers at all visual tokens instead of the references."),
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of an answer, at most.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 16,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Maximum length of an answer in tokens.")
+    ] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights. auto: as `ask` chooses it.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="Data type of the weights. auto: as for `ask`.")] = Dtype.auto,
     seed: Annotated[
         int,
-        typer.Option(help="Of the split into pictures that propose and that test. To try several voids the promise."),
+        typer.Option(
+            help="Seed of the split into pictures that propose and pictures that test. Trying several voids the guarantee."
+        ),
     ] = 0,
 ):
-    """Choose the schedule of `--num-visual-tokens auto` on questions of your own, with a promise.
+    """Choose the schedule of `--num-visual-tokens auto` on your own questions, with a guarantee.
 
-    Chosen is the cheapest schedule that is shown to lose at most --tolerance points against all visual tokens: in accuracy, where
-    every question has an answer, else in agreement. The promise holds for pictures and questions like those of DATA.
+    The result is the cheapest schedule that is shown to lose at most --tolerance points against all visual tokens: in accuracy if every
+    question has an answer, otherwise in agreement. The guarantee holds for pictures and questions like those in DATA.
 
     \b
     mqt-llava calibrate questions.json --image-folder images --model my-mqt-llava
@@ -81,7 +89,7 @@ def calibrate(
     """
     checkpoint = name_base(adapter) if adapter and model is None else name_checkpoint(model)
     if output_dir is None and not Path(checkpoint if adapter is None else adapter).is_dir():
-        raise UsageError("a repository is not written to; say where to write: --output-dir DIR")
+        raise UsageError("cannot write to a repository on the Hub: choose a folder with --output-dir DIR")
     try:
         import numpy as np
         from tqdm import tqdm
@@ -97,7 +105,7 @@ def calibrate(
         sizes = {parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")}
         for m in sizes:
             check_num_visual_tokens(m, config.num_query_tokens)
-        sizes = sorted({*sizes, config.num_query_tokens})  # what others are compared with
+        sizes = sorted({*sizes, config.num_query_tokens})  # others are compared with all
     try:
         score = load_metric(metric)
         questions = [question for question in read_questions(data, image_folder) if question.images]
@@ -111,8 +119,8 @@ def calibrate(
     if number - number // 3 < needed:
         raise UsageError(
             f"{number} pictures are too few to promise a loss of at most {tolerance:g} points with a confidence of "
-            f"{confidence:g}: two thirds of them test, and at least {needed} are needed for that, where not one answer changes. "
-            "Give more pictures, or a larger --tolerance"
+            f"{confidence:g}: two thirds of them test, and at least {needed} are needed for that even if no answer changes. "
+            "Use more pictures, or a larger --tolerance"
         )
     folder = Path(checkpoint if adapter is None else adapter) if output_dir is None else output_dir
     try:
@@ -124,7 +132,7 @@ def calibrate(
     request = {"num_images": max(len(question.images) for question in questions), "num_text_tokens": 256}
     request |= {"num_new_tokens": max_new_tokens, "batch_size": batch_size}
     placement = place(checkpoint, config, costs, device, dtype, None, **request)
-    processor, network = load_model(checkpoint, device, placement, adapter)
+    processor, model = load_model(checkpoint, device, placement, adapter)
 
     has_references = not agreement and all(question.references for question in questions)
     measure = "accuracy" if has_references else "agreement"
@@ -137,7 +145,7 @@ def calibrate(
         with tqdm(total=len(questions) * len(sizes), unit="answer") as progress:
 
             def answers_with_progress():
-                for answer in answer_questions(network, processor, questions, sizes, max_new_tokens, batch_size):
+                for answer in answer_questions(model, processor, questions, sizes, max_new_tokens, batch_size):
                     seconds[answer.num_visual_tokens] += answer.seconds / len(questions)
                     progress.update()
                     yield answer
@@ -148,11 +156,13 @@ def calibrate(
     accuracy = answers.right[-1].mean()
     if has_references and accuracy < LEAST_ACCURACY:
         raise UsageError(
-            f"with all visual tokens {100 * accuracy:.1f} % of the answers are right by {metric}, so a loss says nothing: compare with "
-            "the answers at all visual tokens, --agreement, or by another --metric"
+            f"with all visual tokens {100 * accuracy:.1f} % of the answers are right by {metric}, so a loss would mean nothing: compare with "
+            "the answers at all visual tokens (--agreement), or use another --metric"
         )
     schedule = calibrate(answers, tolerance / 100, confidence, seed)
+    tested = split(answers, seed)[1]  # pictures that the schedule was not chosen on
     if schedule.num_visual_tokens == sizes[-1:]:
+        print_curve(tested, schedule, seconds, measure)
         raise UsageError(
             f"nothing is written: no schedule cheaper than all visual tokens could be shown to lose at most {tolerance:g} points of "
             f"{measure} with a confidence of {confidence:g}, from {len(questions)} questions about {number} pictures"
@@ -165,21 +175,23 @@ def calibrate(
         "num_pictures": number,
         "num_visual_tokens": sizes[-1],
         "max_new_tokens": max_new_tokens,
-        "dtype": str(network.dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
     }
-    tested = split(answers, seed)[1]  # what the schedule was not chosen on
     some = [question for question, i in zip(questions, picture) if i in set(tested.picture)][:TIMED]
-    asked = list(answer_questions(network, processor, some, [schedule], max_new_tokens, batch_size))
+    asked = list(answer_questions(model, processor, some, [schedule], max_new_tokens, batch_size))
     seconds["auto"] = sum(answer.seconds for answer in asked) / len(asked)
     print_curve(tested, schedule, seconds, measure)
-    settings = network.generation_config
+    settings = model.generation_config
     settings.visual_token_schedule = schedule.to_dict()
     write_settings(settings, folder)
+    stages = " -> ".join(map(str, schedule.num_visual_tokens))
+    thresholds = ", ".join(f"{threshold:g}" for threshold in schedule.thresholds)
+    print(f"schedule {stages}" + (f", accepted from a confidence of {thresholds} on" if thresholds else ""))
     print(f"written to {folder / 'generation_config.json'}")
 
 
 def number_pictures(questions) -> list[int]:
-    """An integer for each question, the same for all that have an image in common, with others between them or not."""
+    """An integer for each question, the same for questions that share an image, directly or through others."""
     group = {}
 
     def find(name):
@@ -197,12 +209,12 @@ def number_pictures(questions) -> list[int]:
 
 
 def name_image(image):
-    """What tells a picture from others."""
+    """What identifies a picture."""
     return os.path.realpath(image) if isinstance(image, (str, Path)) else hash(image.tobytes())
 
 
 def write_settings(settings, folder: Path):
-    """Written aside and moved into place. Marks of where settings came from would have them loaded without what is ours."""
+    """Write a temporary file and move it into place. Private keys are left out: with them, settings would be loaded without our own."""
     settings = {name: value for name, value in settings.to_diff_dict().items() if not name.startswith("_")}
     partial = folder / f"generation_config.json.{os.getpid()}.partial"
     partial.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -210,7 +222,7 @@ def write_settings(settings, folder: Path):
 
 
 def print_curve(answers, schedule, seconds: dict, measure: str):
-    """Fixed numbers of visual tokens, the schedule, the same numbers dealt out at random, and the smallest that is as good as all."""
+    """Print a table of fixed numbers of visual tokens, the schedule, its numbers in random order, and the smallest numbers that are as good as all."""
     import numpy as np
     from rich import box
     from rich.console import Console
@@ -230,12 +242,11 @@ def print_curve(answers, schedule, seconds: dict, measure: str):
     for i, m in enumerate(answers.num_visual_tokens):
         stop = np.full(len(answers.picture), i)
         add(str(m), stop, answers.language_model_tokens(VisualTokenSchedule([m], []), stop), seconds[m])
-    stop = answers.stops(schedule)
-    stages = " -> ".join(map(str, schedule.num_visual_tokens))
-    add(f"auto: {stages}", stop, answers.language_model_tokens(schedule, stop), seconds["auto"])
-    add("the same at random", np.random.default_rng(0).permutation(stop))
+    if "auto" in seconds:
+        stages = " -> ".join(map(str, schedule.num_visual_tokens))
+        stop = answers.stops(schedule)
+        add(f"auto: {stages}", stop, answers.language_model_tokens(schedule, stop), seconds["auto"])
+        add("the same at random", np.random.default_rng(0).permutation(stop))
     add("oracle", (answers.right >= answers.right[-1]).argmax(0))
     Console().print(table)
-    print("On the pictures that tested, images apart.")
-    thresholds = ", ".join(f"{threshold:g}" for threshold in schedule.thresholds)
-    print(f"schedule {stages}" + (f", taken from a confidence of {thresholds}" if thresholds else ""))
+    print("On the pictures that test, without the cost of encoding images.")

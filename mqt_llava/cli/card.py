@@ -1,4 +1,4 @@
-"""`mqt-llava card FOLDER --results DIR`: results of `mqt-llava evaluate` into the card of a checkpoint or an adapter."""
+"""`mqt-llava card FOLDER --results DIR`: add results of `mqt-llava evaluate` to the model card of a checkpoint or an adapter."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,11 +10,11 @@ from .errors import UsageError
 
 def card(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A checkpoint or an adapter.")],
-    results: Annotated[Path, typer.Option(metavar="DIR", help="What `mqt-llava evaluate` wrote.")],
+    results: Annotated[Path, typer.Option(metavar="DIR", help="Output folder of `mqt-llava evaluate`.")],
 ):
-    """Show results in the model card of a checkpoint or an adapter.
+    """Add results to the model card of a checkpoint or an adapter.
 
-    The section "Accuracy and compute" of README.md is written anew, the rest of it stays. accuracy.json, which `mqt-llava cost` reads,
+    The section "Accuracy and compute" of README.md is replaced; the rest of the file stays. accuracy.json, which `mqt-llava cost` reads,
     and the Hub's .eval_results are copied.
 
     \b

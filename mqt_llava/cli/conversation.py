@@ -4,23 +4,23 @@ import contextlib
 import copy
 import time
 
-from ..modeling.budget_mqt_llava import CACHE_NAME
 from .errors import UsageError
 
 
 class Conversation:
-    """Questions about the same images: each is asked with all turns before it. The images are encoded once, and what the
-    conversation has in common with the question before is not computed again.
+    """
+    Questions about the same images, each asked with all earlier turns. The images are encoded once, and what a prompt shares with the
+    one before is not computed again.
 
     Args:
         processor, model: as the Auto classes load them.
-        images (`list[PIL.Image.Image]`): they stand at the beginning of the first turn.
-        num_visual_tokens (`int` or `VisualTokenSchedule`): m, for each of the images; or how it is found, question by question, by
-            computing the whole conversation anew.
-        max_new_tokens (`int`): length of an answer, at most.
-        image_features (*optional*): of the images, as `get_image_features` makes them of m or more tokens.
-        prefix ([`PrefixCache`], *optional*): of the beginning that all conversations share.
-        limit (`Callable`, *optional*): cuts a schedule to a budget, called with it and the sizes of each question.
+        images (`list[PIL.Image.Image]`): placed at the beginning of the first turn.
+        num_visual_tokens (`int` or `VisualTokenSchedule`): m for each image, or a schedule that finds it for each question. With a
+            schedule nothing is reused from the turns before.
+        max_new_tokens (`int`): maximum length of an answer.
+        image_features (*optional*): the images as `get_image_features` returns them, with m or more visual tokens.
+        prefix ([`PrefixCache`], *optional*): the beginning that all conversations share.
+        limit (`Callable`, *optional*): cuts a schedule to a budget, given the schedule and the lengths of prompt and answer.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class Conversation:
         self.max_new_tokens = max_new_tokens
         self.messages = []
         self.image_features = image_features
-        self.cache = self.cached_ids = None  # keys and values, and the ids of shape `(1, length)` that they are of
+        self.cache = self.cached_ids = None  # keys and values, and their ids, of shape `(1, length)`
         if prefix is not None:
             self.cache, self.cached_ids = copy.deepcopy(prefix.cache), prefix.input_ids[None]
 
     def prepare(self, question: str):
-        """The messages up to the question, and the model's inputs for them."""
+        """The messages up to and including the question, and the model's inputs for them."""
         image_token = self.processor.image_token
         if image_token in question:
             raise UsageError(f"the question must not contain {image_token}, which stands for an image")
@@ -79,6 +79,8 @@ class Conversation:
     def ask(self, question: str, write=None) -> dict:
         """Answer a question and remember both; `write` is called with each piece of the answer as it is made. An exception that it
         raises ends the answer, as if the question had not been asked."""
+        from ..modeling.budget_mqt_llava import CACHE_NAME
+
         messages, inputs = self.prepare(question)
         streamer = AnswerStreamer(self.processor.tokenizer, write)
         start = time.perf_counter()
@@ -96,10 +98,10 @@ class Conversation:
         features = {"mm_encoder_outputs": {"image": self.image_features}}
         if self.schedule is None:
             cache, num_cached = self.cache_for(input_ids)
-            self.cache = None  # not to be gone on from, should this be interrupted
+            self.cache = None  # not to be reused if this is interrupted
             has_images = bool((input_ids[:, num_cached:] == self.processor.image_token_id).any())
             options |= {CACHE_NAME: cache, **(features if has_images else {})}
-            # That of the prompt, whatever the checkpoint's default
+            # That of the prompt, not the checkpoint's default
             sequences = self.model.generate(**options, num_visual_tokens=self.num_visual_tokens)
             self.cache, self.cached_ids = cache, sequences[:, : cache.get_seq_length()]
             found = {"num_visual_tokens": self.num_visual_tokens}
@@ -133,9 +135,11 @@ class Conversation:
                 self.image_features = self.model.get_image_features(pixel_values, self.num_visual_tokens)
 
     def prefill(self):
-        """Compute what is known before the first question: the images, and the prompt up to the question."""
+        """Compute what is known before the first question: the images and the beginning of the prompt."""
         import torch
         from transformers import DynamicCache
+
+        from ..modeling.budget_mqt_llava import CACHE_NAME
 
         (_, inputs), (_, other) = self.prepare("1"), self.prepare("a")
         self.encode(inputs["pixel_values"])
@@ -155,16 +159,16 @@ class Conversation:
             )
 
     def cache_for(self, input_ids):
-        """A cache to go on from with this prompt, and how many of its positions it holds."""
+        """A cache for this prompt, and the number of its tokens that the cache holds already."""
         from transformers import DynamicCache
 
         if self.cache is not None:
-            num_common = count_common(self.cached_ids, input_ids[:, :-1])  # one token at least is to be computed
+            num_common = count_common(self.cached_ids, input_ids[:, :-1])  # at least one token must be computed
             is_image = input_ids[0] == self.processor.image_token_id
-            # those of images go on with all of them, or with none
-            whole = not is_image[num_common:].any() or not is_image[:num_common].any()
-            with contextlib.suppress(RuntimeError, ValueError):  # a cache of a sliding window cannot go back
-                if whole and num_common:
+            # images are reused together or not at all
+            images_match = not is_image[num_common:].any() or not is_image[:num_common].any()
+            with contextlib.suppress(RuntimeError, ValueError):  # a cache with a sliding window cannot be cropped
+                if images_match and num_common:
                     if num_common < self.cached_ids.shape[1]:
                         self.cache.crop(num_common - self.cached_ids.shape[1])
                     return self.cache, num_common
@@ -172,13 +176,13 @@ class Conversation:
 
 
 def count_common(ids, others) -> int:
-    """With how many of the same tokens two prompts begin, each of shape `(1, length)`."""
+    """Length of the common beginning of two prompts, each of shape `(1, length)`."""
     shorter = min(ids.shape[1], others.shape[1])
     return int((ids[0, :shorter] == others[0, :shorter]).cumprod(0).sum())
 
 
 def is_text(question: str) -> bool:
-    """Whether it holds no bytes that are in no encoding: how Python carries these."""
+    """Whether all of it could be decoded: Python represents other bytes by surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in question)
 
 
@@ -210,7 +214,7 @@ class AnswerStreamer:
             return
         self.ids += ids.flatten().tolist()
         self.text = self.tokenizer.decode(self.ids, skip_special_tokens=True).strip()
-        if not self.text.endswith("\ufffd"):  # what ends so may be a character that the next token completes
+        if not self.text.endswith("\ufffd"):  # the next token may complete this character
             self.write_new()
 
     def end(self):

@@ -1,4 +1,4 @@
-"""`mqt-llava convert SRC DST`: checkpoints of the authors' code into ours, and back."""
+"""`mqt-llava convert SRC DST`: checkpoints of the authors' code to ours, and back."""
 
 import json
 import sys
@@ -14,48 +14,59 @@ from .models import Dtype, load_config, silence_libraries
 
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A folder, a Hub repository, or query_abstractor.bin.")],
-    destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to create.")],
     layout: Annotated[
-        str | None, typer.Option(help="full, stage-1, lora, parts or back. Default: recognised from the files.")
+        str | None, typer.Option(help="full, stage-1, lora, parts or back. Default: detected from the files.")
     ] = None,
     vision_tower: Annotated[
         str | None,
-        typer.Option(metavar="DIR_OR_REPO", help="Take this vision tower, not what the checkpoint has or names."),
+        typer.Option(
+            metavar="DIR_OR_REPO",
+            help="Use this vision tower instead of the one that the checkpoint contains or names.",
+        ),
     ] = None,
     base_model: Annotated[
         str | None,
-        typer.Option(metavar="DIR_OR_REPO", help="The language model of stage-1 weights, the base of a LoRA folder."),
+        typer.Option(
+            metavar="DIR_OR_REPO", help="The language model for stage-1 weights, or the base model of a LoRA folder."
+        ),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="auto: as the weights are stored.")] = Dtype.auto,
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of one file, as in 500MB.")] = "5GB",
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the converted weights. auto keeps that of the source.")
+    ] = Dtype.auto,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Maximum size of one weight file, for example 500MB.")
+    ] = "5GB",
     keep_adapter: Annotated[
-        bool, typer.Option("--keep-adapter", help="A LoRA folder becomes a PEFT adapter; it is not merged.")
+        bool, typer.Option("--keep-adapter", help="Convert a LoRA folder to a PEFT adapter instead of merging it.")
     ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Compute visual tokens and logits from the source and compare.")
+        bool, typer.Option("--verify", help="Compare visual tokens and logits with those computed from the source.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at DST.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at DST.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done without doing it.")] = False,
     push_to_hub: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Upload the result to this repository of the Hub.")
+        str | None, typer.Option(metavar="REPO", help="Upload the result to this repository on the Hub.")
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
-    commit_message: Annotated[str, typer.Option(help="Of the push.")] = "Upload MQT-LLaVA",
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private if it is created.")] = False,
+    revision: Annotated[str | None, typer.Option(help="The branch to push to.")] = None,
+    commit_message: Annotated[str, typer.Option(help="Message of the commit on the Hub.")] = "Upload MQT-LLaVA",
     license: Annotated[
         str | None,
-        typer.Option(help="For the model card, as in apache-2.0. Default with --push-to-hub: that of the base model."),
+        typer.Option(
+            help="For the model card, for example apache-2.0. Default with --push-to-hub: that of the base model."
+        ),
     ] = None,
     dataset: Annotated[
         list[str] | None,
-        typer.Option(metavar="REPO", help="For the model card: what it was trained on. May be repeated."),
+        typer.Option(metavar="REPO", help="For the model card: a training dataset. Can be repeated."),
     ] = None,
     language: Annotated[
-        list[str] | None, typer.Option(metavar="CODE", help="For the model card. May be repeated. Default: en.")
+        list[str] | None, typer.Option(metavar="CODE", help="For the model card. Can be repeated. Default: en.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ):
-    """Convert a checkpoint and say what was done.
+    """Convert a checkpoint and print a report.
 
     \b
     mqt-llava convert MQT-LLaVA-7b mqt-llava-7b-hf --verify
@@ -69,10 +80,11 @@ def convert(
 
     from ..conversion import VerificationError
     from ..conversion import convert as run
+    from ..conversion.files import first
     from ..hub import check_base_is_on_hub, is_repository, license_of, push_folder, write_adapter_card, write_card
 
     if push_to_hub is not None and not is_repository(push_to_hub):
-        raise UsageError(f"--push-to-hub takes the name of a repository, as in someone/model; got {push_to_hub!r}")
+        raise UsageError(f"--push-to-hub takes the name of a repository, such as someone/model; got {push_to_hub!r}")
 
     def prepare(report):
         nonlocal license
@@ -121,8 +133,7 @@ def convert(
     else:
         print_report(report, dry_run)
     if report.broken:
-        more = f" and {len(report.broken) - 3} more" if len(report.broken) > 3 else ""
-        print(f"Warning: NaN or infinity in {', '.join(report.broken[:3])}{more}, as in the source", file=sys.stderr)
+        print(f"Warning: NaN or infinity in {first(report.broken)}, as in the source", file=sys.stderr)
     if push_to_hub is not None:
         if dry_run:
             print(f"would push to {push_to_hub}: {', '.join(report.files)}", file=sys.stderr)

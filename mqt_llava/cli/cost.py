@@ -1,4 +1,4 @@
-"""`mqt-llava cost`: what an answer costs for each number of visual tokens, without loading any weights."""
+"""`mqt-llava cost`: what an answer costs at each number of visual tokens, without loading weights."""
 
 import json
 import re
@@ -40,21 +40,17 @@ def parse_amount(text: str) -> float:
 def cost(
     model: ModelOption = None,
     num_visual_tokens: Annotated[
-        str | None, typer.Option(metavar="M,M,...", help="Visual tokens per image, one row for each.")
+        str | None, typer.Option(metavar="M,M,...", help="Numbers of visual tokens per image, one row each.")
     ] = None,
-    text_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Tokens of a prompt that stand for no image.")
-    ] = 40,
+    text_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Text tokens of a prompt.")] = 40,
     images: Annotated[int, typer.Option(metavar="N", min=1, help="Images in a prompt.")] = 1,
     new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of an answer.")] = 1,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts answered at once.")] = 1,
-    device: Annotated[str, typer.Option(help="Whose speed is measured: auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="auto: as `ask` chooses it.")] = Dtype.auto,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts per batch.")] = 1,
+    device: Annotated[str, typer.Option(help="Device to measure: auto, cpu, cuda, cuda:1, mps ...")] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Data type of the weights. auto: as for `ask`.")] = Dtype.auto,
     flops: Annotated[
         float | None,
-        typer.Option(
-            metavar="AMOUNT", parser=parse_amount, help="Budget of FLOPs for all that is asked, such as 2.5T."
-        ),
+        typer.Option(metavar="AMOUNT", parser=parse_amount, help="Budget of FLOPs for the batch, such as 2.5T."),
     ] = None,
     memory: Annotated[
         float | None,
@@ -65,14 +61,14 @@ def cost(
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw accuracy against compute, where the checkpoint has accuracy.json."),
+        typer.Option(metavar="FILE", help="Plot accuracy against compute, if the checkpoint has an accuracy.json."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ):
-    """Show what an answer costs for each number of visual tokens m: compute, memory and time.
+    """Show what an answer costs at each number of visual tokens m: compute, memory and time.
 
-    Compute and memory follow from the checkpoint's config. Times are predicted from them, and from how fast the device runs
-    linear layers and reads memory, which is measured now. With a budget, the largest m that keeps within it is named.
+    Compute and memory follow from the checkpoint's config. Times are predicted from them and from the speed of the device, which is
+    measured now: linear layers and memory reads. With a budget, the largest m within it is shown.
 
     \b
     mqt-llava cost --new-tokens 100
@@ -139,7 +135,7 @@ def cost(
 
 
 def load_accuracy(checkpoint: str) -> dict[int, dict[str, float]] | None:
-    """The checkpoint's own table: for each m it was evaluated with, percentages right by kind of question."""
+    """The checkpoint's accuracy.json: percentages of right answers by kind of question, for each m that was evaluated."""
     from transformers.utils import cached_file
 
     try:
@@ -170,7 +166,7 @@ def describe(cost, speed, accuracy: dict[str, float] | None) -> dict:
 
 
 def with_prefix(number: float, unit: str) -> str:
-    """Three digits and a prefix: `1.74 TFLOP`."""
+    """Three digits with an SI prefix: `1.74 TFLOP`."""
     prefix = max((p for p, size in PREFIXES.items() if number >= size), key=PREFIXES.get, default="")
     return f"{number / PREFIXES[prefix]:.3g} {prefix}{unit}"
 
@@ -206,7 +202,7 @@ def print_table(rows: list[dict], full_flops: int, fitting: int | None):
 
 
 def draw(rows: list[dict], path: Path, name: str):
-    """Accuracy against the compute of an answer, m written at the points."""
+    """Plot accuracy against the compute of an answer, with m at the points."""
     try:
         import matplotlib
     except ImportError:

@@ -1,4 +1,4 @@
-"""`mqt-llava demo`: a page to ask on, in the browser."""
+"""`mqt-llava demo`: a page in the browser to ask questions about pictures."""
 
 import os
 import socket
@@ -23,38 +23,41 @@ from .models import (
 )
 
 
-PROMPT_TOKENS = 512  # of text, to reckon with before anything is asked
+PROMPT_TOKENS = 512  # text tokens to expect, before a question is known
 
 
 def demo(
     model: ModelOption = None,
     adapter: Annotated[str | None, typer.Option(metavar="DIR_OR_REPO", help="LoRA adapter to merge.")] = None,
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860 on.")
+        int | None, typer.Option(min=1, max=65535, help="Port to listen on. Default: the first free one from 7860 on.")
     ] = None,
     host: Annotated[
-        str, typer.Option(metavar="ADDRESS", help="To listen on. 0.0.0.0: for everybody who reaches this machine.")
+        str,
+        typer.Option(
+            metavar="ADDRESS", help="Address to listen on. 0.0.0.0 admits everybody who can reach this machine."
+        ),
     ] = "127.0.0.1",
     share: Annotated[
-        bool, typer.Option("--share", help="A public address for a week, through Gradio's server.")
+        bool, typer.Option("--share", help="Create a public address for a week, through Gradio's server.")
     ] = False,
     max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Length of an answer, at most, in tokens.")
+        int, typer.Option(metavar="N", min=1, help="Maximum length of an answer in tokens.")
     ] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights. auto: as `ask` chooses it.")] = Dtype.auto,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="The language model in 4 bits.")] = False,
-    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="The language model in 8 bits.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Data type of the weights. auto: as for `ask`.")] = Dtype.auto,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Load the language model in 4 bits.")] = False,
+    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Load the language model in 8 bits.")] = False,
     space: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Write the page as a Space for the Hub into a new folder, and start nothing."
+            metavar="DIR", help="Write the page to a new folder, as a Space for the Hub, without starting it."
         ),
     ] = None,
 ):
-    """Open a page in the browser: ask about pictures, move the slider, compare, see what an answer looks at.
+    """Open a page in the browser: ask about pictures, choose m, compare answers and see what they depend on.
 
-    It listens on this machine alone, sends nothing anywhere and works offline.
+    The page is served to this machine only, sends nothing to other machines and works offline.
 
     \b
     mqt-llava demo
@@ -90,8 +93,8 @@ def demo(
     costs = load_costs(checkpoint, config)
     request = {"num_images": 1, "num_text_tokens": PROMPT_TOKENS, "num_new_tokens": max_new_tokens}
     placement = place(checkpoint, config, costs, device, dtype, num_bits, **request)
-    processor, network = load_model(checkpoint, device, placement, adapter, num_bits)
-    page = build(Answers(processor, network, checkpoint, costs, max_new_tokens))
+    processor, model = load_model(checkpoint, device, placement, adapter, num_bits)
+    page = build(Answers(processor, model, checkpoint, costs, max_new_tokens))
     try:
         _, address, public = page.launch(
             server_name=host, server_port=port, share=share, prevent_thread_lock=True, quiet=True, **settings()

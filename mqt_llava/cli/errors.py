@@ -1,11 +1,11 @@
-"""Bad input gets one line on stderr and exit code 2."""
+"""Bad input is reported in one line on stderr, with exit code 2."""
 
 import sys
 
 import typer
 
 
-# Not `click.UsageError`: newer releases of typer carry click inside
+# Not `click.UsageError`: newer releases of typer have their own copy of click
 UsageError = typer.BadParameter.__base__
 
 

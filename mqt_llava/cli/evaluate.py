@@ -1,4 +1,4 @@
-"""`mqt-llava evaluate DATA`: how many visual tokens one's own questions need."""
+"""`mqt-llava evaluate DATA`: accuracy on your own questions at several numbers of visual tokens."""
 
 import json
 from collections import Counter
@@ -31,18 +31,19 @@ def evaluate(
             metavar="DATA...", help="LLaVA conversations or chat messages (JSON, JSON Lines), VLMEvalKit's TSV."
         ),
     ],
-    output_dir: Annotated[Path, typer.Option(metavar="DIR", help="Where results go.")],
+    output_dir: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")],
     image_folder: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where the images are. Default: beside each data file.")
+        Path | None, typer.Option(metavar="DIR", help="Folder of the images. Default: that of each data file.")
     ] = None,
     num_visual_tokens: Annotated[
-        str | None, typer.Option(metavar="M,M,...", help="To ask with. Default: 1, 4, 16, ..., M.")
+        str | None,
+        typer.Option(metavar="M,M,...", help="Numbers of visual tokens to evaluate. Default: 1, 4, 16, ..., M."),
     ] = None,
     metric: Annotated[
         str,
         typer.Option(
             metavar="NAME",
-            help="exact_match, contains, vqa_accuracy, anls, multiple_choice, or module:function of an answer and its references.",
+            help="exact_match, contains, vqa_accuracy, anls, multiple_choice, or module:function, called with an answer and its references.",
         ),
     ] = "exact_match",
     tolerance: Annotated[
@@ -50,25 +51,30 @@ def evaluate(
         typer.Option(
             min=0,
             metavar="POINTS",
-            help="How much worse than the best is good enough. Default: what is not significant.",
+            help="How far below the best accuracy is good enough. Default: any difference that is not significant.",
         ),
     ] = None,
     model: ModelOption = None,
     adapter: Annotated[str | None, typer.Option(metavar="DIR_OR_REPO", help="LoRA adapter to merge.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of an answer, at most.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 16,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Maximum length of an answer in tokens.")
+    ] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights. auto: as `ask` chooses it.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="Data type of the weights. auto: as for `ask`.")] = Dtype.auto,
     dataset_id: Annotated[
         str | None,
-        typer.Option(metavar="REPO", help="Of the data on the Hub: writes .eval_results for the model's repository."),
+        typer.Option(
+            metavar="REPO",
+            help="Repository of the data on the Hub. With it, .eval_results is written for the model's repository.",
+        ),
     ] = None,
-    task_id: Annotated[str, typer.Option(help="Of the data on the Hub.")] = "default",
+    task_id: Annotated[str, typer.Option(help="Task of the data on the Hub.")] = "default",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in the folder.")] = False,
 ):
-    """Accuracy against the number of visual tokens, compute and time, on your own questions.
+    """Measure accuracy against the number of visual tokens, compute and time, on your own questions.
 
-    Results are written answer by answer: called again, the command goes on where it was broken off.
+    Results are written after every answer. If the command is interrupted, run it again to continue.
 
     \b
     mqt-llava evaluate questions.json --image-folder images --output-dir results
@@ -86,12 +92,12 @@ def evaluate(
         raise UsageError(f"{error.name} is missing: pip install 'mqt-llava[evaluate]'") from None
     silence_libraries()
     config = load_config(checkpoint)
-    most = config.num_query_tokens
-    sizes = [4**i for i in range(5) if 4**i < most] + [most]
+    num_query_tokens = config.num_query_tokens
+    sizes = [4**i for i in range(5) if 4**i < num_query_tokens] + [num_query_tokens]
     if num_visual_tokens is not None:
         sizes = sorted({parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")})
         for m in sizes:
-            check_num_visual_tokens(m, most)
+            check_num_visual_tokens(m, num_query_tokens)
     try:
         score = load_metric(metric)
         questions = read_questions(data, image_folder)
@@ -113,7 +119,9 @@ def evaluate(
     }
     done = resume(output_dir, setting, overwrite)
     number_of = Counter(row["id"] for row in done)
-    done = [row for row in done if number_of[row["id"]] == len(sizes)]  # a question's answers come together
+    done = [
+        row for row in done if number_of[row["id"]] == len(sizes)
+    ]  # the answers of a question are computed together
     complete = {row["id"] for row in done}
     left = [question for question in questions if question.id not in complete]
     costs = load_costs(checkpoint, config)
@@ -125,14 +133,14 @@ def evaluate(
             "num_new_tokens": max_new_tokens,
         }
         placement = place(checkpoint, config, costs, place_on, dtype, None, **request, batch_size=batch_size)
-        processor, network = load_model(checkpoint, place_on, placement, adapter)
+        processor, model = load_model(checkpoint, place_on, placement, adapter)
         right, number = sum(row["score"] for row in done), len(done)
         report.write_results(done, output_dir / "results.jsonl")
         with (
             (output_dir / "results.jsonl").open("a", encoding="utf-8") as file,
             tqdm(total=len(questions) * len(sizes), initial=len(done), unit="answer") as progress,
         ):
-            for answer in answer_questions(network, processor, left, sizes, max_new_tokens, batch_size):
+            for answer in answer_questions(model, processor, left, sizes, max_new_tokens, batch_size):
                 question = left[answer.index]
                 row = {
                     "id": question.id,
@@ -166,11 +174,11 @@ def evaluate(
     print(report.markdown(rows))
     print(said)
     if failed:
-        print(f"{len(failed)} questions failed and count as wrong; `error` in results.jsonl says why")
+        print(f"{len(failed)} questions failed and count as wrong: see `error` in results.jsonl")
 
 
 def resume(output_dir: Path, setting: dict, overwrite: bool) -> list[dict]:
-    """What an earlier run of the same evaluation has written."""
+    """Results of an earlier run of the same evaluation."""
     from ..evaluation.report import read_results
 
     path = output_dir / "setting.json"
@@ -180,8 +188,8 @@ def resume(output_dir: Path, setting: dict, overwrite: bool) -> list[dict]:
         if other:
             name = other[0]
             raise UsageError(
-                f"{output_dir} has results of another {name}: {before.get(name)!r}, not {setting[name]!r}. Name another --output-dir, or "
-                "say --overwrite"
+                f"{output_dir} has results of another {name}: {before.get(name)!r}, not {setting[name]!r}. Use another --output-dir, or "
+                "--overwrite"
             )
         return read_results(output_dir / "results.jsonl")
     if not path.exists() and output_dir.exists() and any(output_dir.iterdir()):

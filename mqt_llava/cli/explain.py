@@ -1,4 +1,4 @@
-"""`mqt-llava explain IMAGE [IMAGE ...] "QUESTION"`: a picture of what the answer rests on."""
+"""`mqt-llava explain IMAGE... QUESTION`: a picture of what the answer depends on."""
 
 import json
 import os
@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from ..explain import METHODS
 from .ask import check_quoted, split_question
 from .errors import UsageError
 from .images import load_image
@@ -29,11 +28,16 @@ from .models import (
 )
 
 
-NUM_TEXT_TOKENS = 256  # of the prompt, to reckon with
+NUM_TEXT_TOKENS = 256  # of the prompt, for the estimate of memory
 FORMATS = (".png", ".jpg", ".pdf", ".svg", ".webp")
 
 
-Method = Enum("Method", {name: name for name in METHODS}, type=str)
+class Method(str, Enum):  # as `mqt_llava.explain.METHODS`
+    integrated_gradients = "integrated_gradients"
+    gradient = "gradient"
+    attention = "attention"
+    rollout = "rollout"
+    occlusion = "occlusion"
 
 
 def explain(
@@ -45,36 +49,40 @@ def explain(
             help="Files, http(s) URLs or - for stdin, then the question.",
         ),
     ],
-    output: Annotated[Path, typer.Option(metavar="FILE", help=f"Where the picture goes: {', '.join(FORMATS)}.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help=f"Picture to write: {', '.join(FORMATS)}.")],
     model: ModelOption = None,
     adapter: Annotated[
         str | None,
-        typer.Option(metavar="DIR_OR_REPO", help="LoRA adapter to merge. --model is then its base where not given."),
+        typer.Option(metavar="DIR_OR_REPO", help="LoRA adapter to merge. --model defaults to its base model."),
     ] = None,
     num_visual_tokens: Annotated[
         str | None,
         typer.Option(
             metavar="M[,M,...]",
-            help="Visual tokens per image: one number, for the answer and its words, or several, for answers side by side. "
-            "Default: as many as the checkpoint has.",
+            help="Visual tokens per image: one number, to explain the answer and its words, or several, to compare answers. "
+            "Default: all.",
         ),
     ] = None,
-    method: Annotated[Method, typer.Option(help="How it is found. docs/explain.md compares them.")] = Method(
-        METHODS[0]
-    ),
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of an answer, at most.")] = 64,
+    method: Annotated[
+        Method, typer.Option(help="Method. docs/explain.md compares them.")
+    ] = Method.integrated_gradients,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Maximum length of an answer in tokens.")
+    ] = 64,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Rows of the language model at once: fewer need less memory.")
+        int, typer.Option(min=1, help="Rows per batch of the language model. A smaller batch needs less memory.")
     ] = 16,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Of the weights. auto: as `ask` chooses it.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="Data type of the weights. auto: as for `ask`.")] = Dtype.auto,
     as_json: Annotated[
         bool,
-        typer.Option("--json", help="Print one JSON object for each m, with heat maps and visual tokens in numbers."),
+        typer.Option(
+            "--json", help="Print one JSON object for each m, with the values of heat maps and visual tokens."
+        ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
 ):
-    """Show what an answer rests on: heat maps over the image, and what each visual token did.
+    """Show what an answer depends on: heat maps over the image, and the effect of each visual token.
 
     \b
     mqt-llava explain photo.jpg "What is this?" --num-visual-tokens 16 --output words.png
@@ -88,7 +96,7 @@ def explain(
     if output.suffix.lower() not in FORMATS:
         raise UsageError(f"--output must end in {', '.join(FORMATS)}; got {output}")
     if output.exists() and not overwrite:
-        raise UsageError(f"{output} exists: name another file, or say --overwrite")
+        raise UsageError(f"{output} exists: choose another file, or use --overwrite")
     if not output.parent.is_dir():
         raise UsageError(f"there is no folder {output.parent}")
     sizes = [None]
@@ -122,13 +130,13 @@ def explain(
             f"has {gigabytes(free_memory(device))} free",
             file=sys.stderr,
         )
-    processor, network = load_model(checkpoint, device, placement, adapter)
+    processor, model = load_model(checkpoint, device, placement, adapter)
     explanations = []
     try:
-        encoded = explaining.EncodedImages(network, processor, images, max(sizes))
+        encoded = explaining.EncodedImages(model, processor, images, max(sizes))
         for m in sizes:
             settings = {"per_word": per_word, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-            one = explaining.explain(network, processor, encoded, question, m, method.value, **settings)
+            one = explaining.explain(model, processor, encoded, question, m, method.value, **settings)
             print(json.dumps(as_numbers(one)) if as_json else f"m = {m}: {one.answer}", flush=True)
             explanations.append(one)
     except ValueError as error:
@@ -138,7 +146,7 @@ def explain(
 
 
 def as_numbers(explanation) -> dict:
-    """Of an [`Explanation`], for JSON."""
+    """An [`Explanation`] for JSON."""
     heat = [[rounded(of_image) for of_image in explanation.heat(word)] for word in range(len(explanation.words))]
     tokens = explanation.tokens and [rounded(of_image) for of_image in explanation.tokens]
     return {
@@ -159,7 +167,7 @@ def rounded(tensor) -> list:
 
 
 def save(figure, output: Path):
-    """Written aside and moved into place."""
+    """Write a temporary file and move it into place."""
     partial = output.with_name(f"{output.name}.{os.getpid()}.partial")
     try:
         figure.savefig(partial, format=output.suffix[1:].lower(), dpi=150)

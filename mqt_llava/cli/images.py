@@ -7,13 +7,12 @@ from io import BytesIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .. import __version__
 from .errors import UsageError
 
 
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 MAX_DOWNLOAD_BYTES = 256 * 2**20
-MAX_SIDE = 8192  # pixels; the processor pads to a square, so a long strip costs its length squared
+MAX_SIDE = 8192  # pixels; the processor pads to a square, so the cost grows with the square of the longer side
 
 
 def is_url(source: str) -> bool:
@@ -21,7 +20,7 @@ def is_url(source: str) -> bool:
 
 
 def load_image(source: str) -> Image.Image:
-    """The image in a file, at an http(s) URL or on stdin (`-`), upright."""
+    """Load an image from a file, an http(s) URL or stdin (`-`), and turn it upright."""
     name = "the image on stdin" if source == "-" else source
     try:
         if source == "-":
@@ -29,7 +28,7 @@ def load_image(source: str) -> Image.Image:
         else:
             file = BytesIO(download(source)) if is_url(source) else source
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # oddities in the metadata are no matter
+            warnings.simplefilter("ignore")  # about metadata that does not matter
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
                 image.load()
@@ -49,12 +48,14 @@ def load_image(source: str) -> Image.Image:
         raise UsageError(f"not an image in any format that Pillow reads: {name}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UsageError(f"too many pixels, more than {Image.MAX_IMAGE_PIXELS}: {name}") from None
-    except Exception as error:  # a damaged file can lead a decoder to any exception
+    except Exception as error:  # decoders may raise anything for a damaged file
         raise UsageError(f"damaged or truncated image: {name} ({error})") from None
 
 
 def download(url: str) -> bytes:
-    from huggingface_hub.utils import httpx  # the one that transformers uses, under whatever name it is installed
+    from huggingface_hub.utils import httpx  # the one that transformers uses
+
+    from .. import __version__
 
     content = bytearray()
     headers = {"User-Agent": f"mqt-llava/{__version__}"}

@@ -1,4 +1,4 @@
-"""Loading a checkpoint for a command: quietly, onto a device, with one line where it cannot be."""
+"""Loading checkpoints for the commands: quietly, onto a device, with errors of one line."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ ModelOption = Annotated[
 ]
 
 
-EXTRAS = {"peft": "train", "bitsandbytes": "quantize", "torchao": "quantize"}  # which extra has a library
+EXTRAS = {"peft": "train", "bitsandbytes": "quantize", "torchao": "quantize"}  # the extra that installs a library
 
 
 AUTO = "auto"
@@ -48,7 +48,7 @@ def parse_num_visual_tokens_or_auto(text: str) -> int | str:
 
 
 def load_schedule(model):
-    """What "auto" means for a checkpoint."""
+    """The schedule that "auto" stands for with this checkpoint."""
     from ..modeling.adaptive_mqt_llava import resolve_schedule
 
     try:
@@ -57,15 +57,18 @@ def load_schedule(model):
         if getattr(model.generation_config, "visual_token_schedule", None) is not None:
             raise UsageError(str(error)) from None
         raise UsageError(
-            f"this checkpoint does not say what {AUTO} means: `mqt-llava calibrate` finds it out"
+            f"this checkpoint has no schedule for {AUTO}: choose one with `mqt-llava calibrate`"
         ) from None
     if schedule.calibration is None:
-        print(f"{AUTO} was not calibrated for this checkpoint: `mqt-llava calibrate` does that", file=sys.stderr)
+        print(
+            f"{AUTO} was not calibrated for this checkpoint: see `mqt-llava calibrate`",
+            file=sys.stderr,
+        )
     return schedule
 
 
 def check_num_visual_tokens(num_visual_tokens: int | None, num_query_tokens: int) -> int:
-    """m, from 1 to M; `None` stands for M."""
+    """m, checked to be from 1 to M. `None` stands for M."""
     if num_visual_tokens is None:
         return num_query_tokens
     if not 1 <= num_visual_tokens <= num_query_tokens:
@@ -76,7 +79,7 @@ def check_num_visual_tokens(num_visual_tokens: int | None, num_query_tokens: int
 
 
 def silence_libraries():
-    """Keep warnings and the progress of loading off the terminal; downloads still show theirs there."""
+    """Hide warnings and progress bars of loading. Downloads still show their progress."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
@@ -93,7 +96,7 @@ def silence_libraries():
 
 @contextlib.contextmanager
 def loading(checkpoint: str, kind: str = "model"):
-    """Whatever goes wrong while a checkpoint loads is said in one line."""
+    """Report in one line whatever goes wrong while a checkpoint loads."""
     try:
         yield
     except UsageError:
@@ -109,16 +112,16 @@ def loading(checkpoint: str, kind: str = "model"):
 
 
 def name_checkpoint(model: str | None) -> str:
-    """The folder or repository that `--model` names; without it the shipped checkpoint."""
+    """The folder or repository of `--model`. Defaults to the shipped checkpoint."""
     if model is None and not os.path.isdir(TINY_CHECKPOINT):
         raise UsageError(
-            f"the shipped checkpoint is missing ({TINY_CHECKPOINT}); name another with --model DIR_OR_REPO"
+            f"the shipped checkpoint is missing ({TINY_CHECKPOINT}); choose another with --model DIR_OR_REPO"
         )
     return TINY_CHECKPOINT if model is None else model
 
 
 def load_config(checkpoint: str):
-    """The config of a folder or repository, without code that it may carry: the classes of this package answer."""
+    """The config of a folder or repository, read by this package. Code in the checkpoint does not run."""
     from transformers import PreTrainedConfig
 
     from .. import MQTLlavaConfig
@@ -154,7 +157,7 @@ def load_processor(checkpoint: str):
     from transformers.utils import cached_file
 
     with loading(checkpoint, "tokenizer of"):
-        # transformers would take another file for one that is missing, and make a tokenizer of other ids
+        # without this file transformers would build a tokenizer with other ids from another one
         path = Path(cached_file(checkpoint, "tokenizer.json"))
         try:
             json.loads(path.read_text(encoding="utf-8"))
@@ -165,19 +168,26 @@ def load_processor(checkpoint: str):
 
 
 def load_costs(checkpoint: str, config):
-    """The [`CostModel`] of a checkpoint, without its weights; `None` for a language model that it cannot count."""
+    """The [`CostModel`] of a checkpoint, without its weights. `None` for a language model that it does not support."""
     from ..cost import CostModel
 
-    with contextlib.suppress(Exception):  # whatever a model's code raises on tensors without data
+    with contextlib.suppress(Exception):  # models may raise anything on tensors without data
         return CostModel(config)
 
 
 def place(checkpoint: str, config, costs, device, dtype: Dtype, num_bits: int | None = None, **request):
-    """How the model fits into the memory that is free, a [`Placement`]: said in one line where that is not plain, or that it
-    does not fit.
+    """
+    Find how the model fits into free memory. A line on stderr says if it is not loaded in the ordinary way.
 
     Args:
-        costs (`CostModel`, *optional*): without them it is taken to fit. request: see [`place_model`].
+        costs (`CostModel`, *optional*): without it the model is assumed to fit.
+        request: see [`~mqt_llava.placement.place_model`].
+
+    Returns:
+        [`~mqt_llava.placement.Placement`].
+
+    Raises:
+        `UsageError`: if it does not fit.
     """
     import torch
 
@@ -198,14 +208,14 @@ def place(checkpoint: str, config, costs, device, dtype: Dtype, num_bits: int | 
 def load_model(
     checkpoint: str, device, placement, adapter: str | None = None, num_bits: int | None = None, compute: str = "auto"
 ):
-    """Processor and model, ready to answer; an adapter is merged into weights that are not quantized. On a terminal it shows how
-    far it is.
+    """
+    Load processor and model, ready to answer, with progress bars on a terminal. An adapter is merged, unless the weights are quantized.
 
     Args:
-        device (`torch.device`): as [`resolve_device`] has it. placement (`Placement`): see [`place`].
+        device (`torch.device`): from [`resolve_device`].
+        placement (`Placement`): from [`place`].
         num_bits (`int`, *optional*): 4 or 8, to quantize the language model.
-        compute (`str`): in which dtype a CPU multiplies many tokens. `"auto"`: in that of the weights, or in float32 where that
-            is faster.
+        compute (`str`): data type in which a CPU multiplies many tokens. `"auto"`: that of the weights, or float32 if it is faster.
     """
     from transformers import AutoModelForImageTextToText, GenerationConfig
 
@@ -222,7 +232,7 @@ def load_model(
         model, report = AutoModelForImageTextToText.from_pretrained(
             checkpoint, dtype=placement.dtype, trust_remote_code=False, output_loading_info=True, **options
         )
-        if report["missing_keys"]:  # transformers would answer with random weights and a warning
+        if report["missing_keys"]:  # transformers would warn and use random weights
             raise ValueError(f"no weights for {', '.join(sorted(report['missing_keys']))}")
         if adapter is not None:
             with loading(adapter, "adapter"):
@@ -231,7 +241,7 @@ def load_model(
                 model = load_adapter(model, adapter)
                 if num_bits is None:
                     model = model.merge_and_unload()
-                if Path(adapter, "generation_config.json").exists():  # `mqt-llava calibrate --adapter` writes it
+                if Path(adapter, "generation_config.json").exists():  # from `mqt-llava calibrate --adapter`
                     model.generation_config = GenerationConfig.from_pretrained(adapter)
         if not options:
             model = model.to(device)
@@ -244,12 +254,12 @@ def load_model(
 
 @contextlib.contextmanager
 def showing_progress():
-    """Bars on stderr for what takes more than a second, those of transformers as well. Gives the function that makes one."""
+    """Progress bars on stderr for what takes more than a second, including those of transformers. Yields the function that makes one."""
     from tqdm import tqdm
     from transformers.utils import logging
 
     def bar(_, args, options):
-        # `None`: not unless stderr is a terminal
+        # `None` disables it unless stderr is a terminal
         return tqdm(*args, **options | {"disable": None, "delay": 1, "leave": False})
 
     before = logging.set_tqdm_hook(bar)
@@ -260,7 +270,7 @@ def showing_progress():
 
 
 def read_mapped(model, bar):
-    """Read weights that lie in their files still. It would happen anyway, unseen, in the first answer."""
+    """Read weights that are mapped from their files. Otherwise the first answer would read them, without progress."""
     import torch
 
     total = sum(parameter.nbytes for parameter in model.parameters())
@@ -268,7 +278,7 @@ def read_mapped(model, bar):
     with bar(None, (), options) as shown:
         for parameter in model.parameters():
             if parameter.device.type == "cpu" and parameter.is_contiguous() and parameter.numel():
-                parameter.detach().flatten().view(torch.uint8)[::4096].max()  # a byte of each page
+                parameter.detach().flatten().view(torch.uint8)[::4096].max()  # one byte of each page
             shown.update(parameter.nbytes)
 
 

@@ -1,36 +1,44 @@
-"""`mqt-llava serve`: transformers' own server. For many clients, vLLM: see the README."""
+"""`mqt-llava serve`: transformers' own server. For many clients, use vLLM: see the README."""
 
 from importlib.util import find_spec
 from itertools import pairwise
 
 import typer
 
-from .. import TINY_CHECKPOINT, MQTLlavaForConditionalGeneration
-from ..placement import stored_dtype
+from .. import TINY_CHECKPOINT
 from .errors import UsageError
 from .models import Dtype, load_config, load_costs, loading, place, resolve_device
 
 
 def serve(context: typer.Context):
-    """Serve a model with `transformers serve`, which on its own finds no model that transformers does not carry.
+    """Serve a model with `transformers serve`, which by itself finds only models that are part of transformers.
 
-    The first argument is the checkpoint, a folder or a Hub repository; by default the shipped one. --load-in-4bit and
-    --load-in-8bit quantize its language model. Other options are passed on, as they are, to `transformers serve`.
+    The first argument is the checkpoint, a folder or a Hub repository. It defaults to the shipped one. --load-in-4bit and
+    --load-in-8bit quantize its language model. Other options are passed on to `transformers serve`: --help-all shows them.
+
+    \b
+    mqt-llava serve
+    mqt-llava serve DIR_OR_REPO --port 8000 --load-in-8bit
     """
+    if any(option in context.args for option in ("-h", "--help")):
+        print(context.get_help())
+        return
     missing = [name for name in ("fastapi", "uvicorn", "pydantic", "openai") if find_spec(name) is None]
     if missing:
         raise UsageError(
             f"{' and '.join(missing)} is missing, for transformers' server: pip install 'transformers[serving]'"
         )
-    import transformers.cli.serve  # loads `transformers`, which is another object afterwards
+    import transformers.cli.serve  # replaces the `transformers` module by another object
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-    # Where the server looks classes up by name
+    from .. import MQTLlavaForConditionalGeneration
+
+    # The server looks classes up by name
     name = MQTLlavaForConditionalGeneration.__name__
     setattr(transformers, name, MQTLlavaForConditionalGeneration)
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["mqt_llava"] = name
 
-    arguments = ["--help" if argument == "-h" else argument for argument in context.args]
+    arguments = ["--help" if argument == "--help-all" else argument for argument in context.args]
     if not arguments or arguments[0].startswith("-"):
         arguments.insert(0, TINY_CHECKPOINT)
     if "--help" not in arguments:
@@ -41,7 +49,7 @@ def serve(context: typer.Context):
 
 
 def place_server(arguments: list[str]) -> list[str]:
-    """Arguments for `transformers serve`, of a model that fits. Its own way to quantize leaves no part out, so it gets ours."""
+    """Arguments for `transformers serve` with a placement that fits. Quantization is ours: the server's own leaves no part out."""
     num_bits = [bits for bits in (4, 8) if f"--load-in-{bits}bit" in arguments]
     if len(num_bits) == 2:
         raise UsageError("--load-in-4bit and --load-in-8bit exclude each other")
@@ -54,10 +62,12 @@ def place_server(arguments: list[str]) -> list[str]:
     if "--quantization" in options or not device.startswith(("auto", "cpu", "cuda", "mps")):
         if num_bits is not None:
             raise UsageError(f"--load-in-{num_bits}bit goes neither with --quantization nor with --device {device}")
-        return arguments  # what is not understood here is the server's to check
+        return arguments  # checked by the server
     if dtype not in list(Dtype):
         raise UsageError(f"--dtype is one of {', '.join(Dtype)}; got {dtype}")
-    if dtype == "auto":  # the server takes the checkpoint's own, on a CPU too
+    if dtype == "auto":  # the server uses the checkpoint's own, on a CPU too
+        from ..placement import stored_dtype
+
         dtype = str(stored_dtype(config)).removeprefix("torch.")
     device = resolve_device(device)
     placement = place(checkpoint, config, load_costs(checkpoint, config), device, Dtype(dtype), num_bits)

@@ -1,28 +1,28 @@
-"""`mqt-llava update DIR_OR_REPO`: today's code into a checkpoint that carries older code."""
+"""`mqt-llava update DIR_OR_REPO`: replace older code in a checkpoint by that of this version."""
 
 from typing import Annotated
 
 import typer
 
-from .. import __version__
 from .errors import UsageError
 
 
 def update(
-    checkpoint: Annotated[str, typer.Argument(metavar="DIR_OR_REPO", help="A folder or a repository of the Hub.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would change, and change nothing.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace code that was edited by hand, too.")] = False,
+    checkpoint: Annotated[str, typer.Argument(metavar="DIR_OR_REPO", help="A folder or a Hub repository.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would change without changing it.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also replace code that was edited by hand.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch of the repository.")] = None,
-    commit_message: Annotated[str | None, typer.Option(help="Of the commit to the repository.")] = None,
+    commit_message: Annotated[str | None, typer.Option(help="Message of the commit to the repository.")] = None,
 ):
-    """Put this version's code into a checkpoint, so that `trust_remote_code=True` runs it.
+    """Replace the code in a checkpoint, which `trust_remote_code=True` runs, by that of this version.
 
-    Only code files and the `auto_map` of config.json and processor_config.json are touched. What changes is shown first.
+    Only code files and the `auto_map` of config.json and processor_config.json change. All changes are printed first.
 
     \b
     mqt-llava update my-mqt-llava --dry-run
     mqt-llava update someone/my-mqt-llava
     """
+    from .. import __version__
     from ..update import apply_update, plan_update
 
     try:

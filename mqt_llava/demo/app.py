@@ -198,7 +198,7 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
     with gr.Blocks(title="MQT-LLaVA", analytics_enabled=False, delete_cache=(KEEP_SECONDS, KEEP_SECONDS)) as page:
         gr.Markdown(
             f"# MQT-LLaVA: choose how many visual tokens an answer gets\n\n"
-            f"Ask about a picture. The slider says into how many visual tokens, 1 to {most}, the picture is turned for the language model. "
+            f"Ask about a picture. The slider sets how many visual tokens, 1 to {most}, represent the picture. "
             f"Few are cheap and coarse, many are exact. Model: **{escape(answers.name)}**, on {escape(place_of(answers.model))}."
         )
         with gr.Row():

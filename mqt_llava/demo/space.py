@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import SpaceCard, SpaceCardData
 
 from .. import TINY_CHECKPOINT, conversion, modeling
-from ..conversion.writing import new_folder
+from ..conversion.files import new_folder
 from ..hub import is_repository
 
 

@@ -1,4 +1,4 @@
-"""Training: what a loop, a `Trainer` or TRL needs for MQT-LLaVA. Each name is imported with its module when it is asked for."""
+"""Training MQT-LLaVA with a loop of your own, a `Trainer` or TRL. Names are imported when they are used."""
 
 from importlib import import_module
 

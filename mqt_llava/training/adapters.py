@@ -1,4 +1,4 @@
-"""Adapters: saved and pushed with a card that names the base model, loaded onto no other."""
+"""Save, push and load adapters. Their card names the base model, and they are loaded only onto a model that fits."""
 
 import os
 import re
@@ -18,23 +18,23 @@ logger = logging.get_logger(__name__)
 
 def save_adapter(model, output_dir, repo_id=None, state_dict=None):
     """
-    Write the adapter with [`~peft.PeftModel.save_pretrained`] and a model card, and upload both where a repository is
-    given. ([`~peft.PeftModel.push_to_hub`] uploads another card, which names no base model.)
+    Save the adapter with [`~peft.PeftModel.save_pretrained`] and a model card, and upload both if a repository is given.
+    ([`~peft.PeftModel.push_to_hub`] uploads another card, which does not name the base model.)
 
     Args:
         model (`PeftModel`): with the adapter active.
-        output_dir (`str` or `Path`): checkpoints of the training in it stay, and are not uploaded.
-        repo_id (`str`, *optional*): a repository of the Hub. It is created if there is none.
-        state_dict (`dict[str, torch.Tensor]`, *optional*): the model's, where its parameters are sharded.
+        output_dir (`str` or `Path`): training checkpoints in it are kept, and not uploaded.
+        repo_id (`str`, *optional*): a repository on the Hub, created if it does not exist.
+        state_dict (`dict[str, torch.Tensor]`, *optional*): that of the model, if its parameters are sharded.
 
     Raises:
-        `ValueError`: when the adapter shall be uploaded and its base model is a folder, before anything is written.
+        `ValueError`: if the adapter is to be uploaded and its base model is a folder, before anything is written.
     """
     config, name = model.active_peft_config, model.active_adapter
     if repo_id is not None:
         check_base_is_on_hub(config.base_model_name_or_path)
     model.save_pretrained(output_dir, selected_adapters=[name], state_dict=state_dict)
-    if name != "default":  # PEFT makes a folder of its name
+    if name != "default":  # PEFT saves it in a folder of that name
         for file in (Path(output_dir) / name).iterdir():
             file.replace(Path(output_dir) / file.name)
         (Path(output_dir) / name).rmdir()
@@ -49,22 +49,22 @@ def save_adapter(model, output_dir, repo_id=None, state_dict=None):
 
 def load_adapter(model, adapter, adapter_name="default", **kwargs):
     """
-    [`~peft.PeftModel.from_pretrained`], which refuses an adapter whose layers are not those of the model.
+    [`~peft.PeftModel.from_pretrained`], but refuse an adapter that does not fit the layers of the model.
 
     Args:
         model (`MQTLlavaForConditionalGeneration` or `PeftModel`):
-            The base model, or one that has adapters already: then this one is added to them.
+            The base model, or one with adapters, to which this one is added.
         adapter (`str` or `Path`):
             A folder or a Hub repository.
         adapter_name (`str`, *optional*, defaults to `"default"`):
-            What [`~peft.PeftModel.set_adapter`] calls it.
+            Its name for [`~peft.PeftModel.set_adapter`].
 
     Returns:
         `PeftModel` with the adapter active.
 
     Raises:
-        `ValueError`: for an adapter of another base model, with both names; for a name that another adapter has; and for an
-        adapter of layers that another one has replaced (`query_transformer_full`).
+        `ValueError`: for an adapter of another base model, with both names; if another adapter has the name; and for an
+            adapter of layers that another one has replaced (`query_transformer_full`).
     """
     if isinstance(model, PeftModel) and adapter_name in model.peft_config:
         raise ValueError(f"The model has an adapter {adapter_name!r} already: pass another `adapter_name`.")
@@ -97,21 +97,21 @@ def load_adapter(model, adapter, adapter_name="default", **kwargs):
 def check_resumed(config, checkpoint):
     """
     Raises:
-        `ValueError`: when the adapter in a checkpoint has other settings than the `LoraConfig` of the run that resumes it.
+        `ValueError`: if the adapter in a checkpoint has other settings than the `LoraConfig` of the run that resumes it.
     """
     saved = PeftConfig.from_pretrained(checkpoint)
     for name in ("r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "use_dora"):
         old, new = getattr(saved, name), getattr(config, name)
         if old != new:
-            raise ValueError(f"{checkpoint} was trained with `{name}` = {old!r}: it cannot go on with {new!r}.")
+            raise ValueError(f"{checkpoint} was trained with `{name}` = {old!r} and cannot be resumed with {new!r}.")
 
 
 def _find_misfit(base, weights_file):
-    """The first tensor of an adapter that fits no layer of the base model, in words; None where all fit."""
-    # by the names that they have without adapters
+    """Describe the first tensor of an adapter that fits no layer of the base model; None if all fit."""
+    # by their names without adapters
     shapes = {}
     for name, parameter in base.named_parameters(remove_duplicate=False):
-        unpacked = getattr(parameter, "quant_state", None) or parameter  # 4-bit weights lie packed
+        unpacked = getattr(parameter, "quant_state", None) or parameter  # 4-bit weights are packed
         shapes[_without_wrappers(name)] = list(unpacked.shape)
     modules = {_without_wrappers(name) for name, _ in base.named_modules()}
     with safe_open(weights_file, "pt") as weights:
@@ -122,7 +122,7 @@ def _find_misfit(base, weights_file):
             name = f"{name}.weight" if kind and not kind.startswith("embedding") else name
             got, expected = weights.get_slice(key).get_shape(), shapes.get(name)
             if expected is None and (name in modules or name.rpartition(".")[0] in modules):
-                continue  # of another method than LoRA, whose tensors have shapes of their own
+                continue  # of a method other than LoRA, whose tensors have other shapes
             if expected is None:
                 return f"it has no {name}"
             if kind.startswith("A."):

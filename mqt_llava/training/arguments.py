@@ -1,144 +1,198 @@
-"""What `mqt-llava train` is told: the paper's values for a stage, then a YAML file, then the command line."""
+"""Arguments of `mqt-llava train` and `mqt-llava finetune`.
 
+The command line takes precedence over `--config FILE.yaml`, and that over our defaults in `configs/`: the paper's values for each stage,
+and those for LoRA. Names may be spelled with dashes or underscores. transformers is imported to parse them, not for their help.
+"""
+
+# ruff: noqa: RUF009  (`option` returns a field)
+
+import argparse
 import difflib
 import json
 import os
-from dataclasses import dataclass, field, fields
+import re
+import sys
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from .. import TINY_CHECKPOINT
 
 
 CONFIGS = Path(__file__).parent / "configs"
 STAGES = (1, 2)
+SHORT_NAMES = {
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "eval_data": "eval_data_path",
+    "lr": "learning_rate",
+    "num_workers": "dataloader_num_workers",
+}
+POSITIVE = "num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps learning_rate".split()
+POSITIVE += "save_steps logging_steps max_length rank alpha".split()
+BOOLEANS = "yes true t y 1 no false f n 0".split()
+
+
+def option(help: str, default=None, metavar=None, **metadata):
+    default = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**default, metadata={"help": help, "metavar": metavar, **metadata})
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """Data, visual tokens and loading, for all kinds of training. Optimization is set by `TrainingArguments`."""
+
+    model: str = option("Checkpoint to start from: a folder or a Hub repository.", MISSING, "DIR_OR_REPO")
+    data_path: list[str] = option("LLaVA conversations or chat messages, as JSON or JSON Lines.", MISSING, "FILE")
+    image_folder: str | None = option("Folder of the images. Default: that of each data file.", None, "DIR")
+    num_visual_tokens: list[str] | None = option(
+        "How m is drawn for each step: even (2, 4, ..., M), uniform, log-uniform, fixed (M), a number, or numbers M,M,... "
+        "Default: even, and fixed in stage 1.",
+        metavar="DISTRIBUTION",
+    )
+    max_length: int | None = option("Maximum length of a sample in tokens. Default: the language model's.", None, "N")
+    truncate: bool = option("Shorten longer samples by their last turns.", False)
+    skip_broken: bool = option("Skip broken samples with a warning. Default: stop.", False)
+    eval_data_path: list[str] | None = option("Data to evaluate on, by default after each epoch.", None, "FILE")
+    eval_num_visual_tokens: list[str] | None = option(
+        "Numbers of visual tokens to evaluate at. Default: 1, a quarter of M, and M.", None, "M,M,..."
+    )
+    global_batch_size: int | None = option("Samples per step on all devices, by accumulation of gradients.", None, "N")
+    distill_weight: float = option("Above 0, a second, smaller m in every step learns from the larger one.", 0.0, "W")
+    distill_temperature: float = option("Temperature of that distillation.", 1.0, "T")
+    dtype: str | None = option(
+        "Data type of the weights in memory. Default: float32, and bfloat16 for LoRA with --bf16 or --load-in-4bit.",
+        choices=["float32", "bfloat16"],
+    )
+    attn_implementation: str | None = option("sdpa (the default), eager, flash_attention_2 ...", None, "NAME")
+    resume: bool = option("Resume from the last checkpoint in --output-dir.", False)
+    overwrite: bool = option("Replace the run in --output-dir.", False)
+
+
+@dataclass(kw_only=True)
+class StageArguments(DataArguments):
+    """Arguments of `mqt-llava train`: [`DataArguments`] and the stage."""
+
+    stage: int = option("1: train the query transformer. 2: train the language model, too.", MISSING, choices=STAGES)
+
+
+@dataclass(kw_only=True)
+class LoraArguments(DataArguments):
+    """Arguments of `mqt-llava finetune`: [`DataArguments`] and LoRA."""
+
+    model: str = option(
+        "Checkpoint: a folder or a Hub repository. Default: the shipped one.", TINY_CHECKPOINT, "DIR_OR_REPO"
+    )
+    targets: list[str] = option(
+        "Parts to tune: language_model, query_transformer (LoRA) or query_transformer_full (all of its weights), "
+        "vision_tower. Default: language_model.",
+        ["language_model"],
+        "NAME,...",
+    )
+    rank: int = option("Rank of LoRA.", 16, "R")
+    alpha: float = option("Scale of LoRA.", 32.0, "ALPHA")
+    dropout: float = option("Dropout of LoRA.", 0.05, "P")
+    rslora: bool = option("Scale by alpha / sqrt(rank) (rsLoRA).", False)
+    dora: bool = option("Tune magnitudes and directions separately (DoRA).", False)
+    load_in_4bit: bool = option("QLoRA: load the language model in 4 bits (needs bitsandbytes).", False)
 
 
 @dataclass
-class StageArguments:
-    """What is trained on what. Optimisation is set by `TrainingArguments`."""
+class MostUsed:
+    """What `--help` shows of `TrainingArguments`."""
 
-    stage: int = field(
-        metadata={"help": "1: the query transformer alone; 2: and the language model.", "choices": STAGES}
-    )
-    model: str = field(metadata={"help": "The MQT-LLaVA checkpoint to start from: converted, or of an earlier stage."})
-    data_path: list[str] = field(metadata={"help": "LLaVA conversations or chat messages: JSON or JSON Lines."})
-    image_folder: str | None = field(
-        default=None, metadata={"help": "Where the images are. Default: beside each data file."}
-    )
-    num_visual_tokens: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "How m is drawn for each step: even (2, 4, ..., M), uniform, log-uniform, fixed (M), a number, or "
-            "numbers M,M,... Default: fixed in stage 1, even in stage 2."
-        },
-    )
-    global_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Samples per step on all devices together: sets gradient_accumulation_steps, where that is not given."
-        },
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Longest sample in tokens. Default: as the model has positions."}
-    )
-    truncate: bool = field(default=False, metadata={"help": "Shorten longer samples at their last turns."})
-    skip_broken: bool = field(
-        default=False, metadata={"help": "Warn of broken samples and leave them out, instead of stopping."}
-    )
-    eval_data_path: list[str] | None = field(
-        default=None, metadata={"help": "Evaluate on this, after each epoch unless eval_strategy is given."}
-    )
-    eval_num_visual_tokens: list[str] | None = field(
-        default=None,
-        metadata={"help": "Numbers of visual tokens to evaluate at: M,M,... Default: 1, a quarter, all."},
-    )
-    distill_weight: float = field(
-        default=0.0,
-        metadata={"help": "Above 0: a second, smaller m in every step, which learns from the larger one."},
-    )
-    distill_temperature: float = field(default=1.0, metadata={"help": "Softens the answers that it learns from."})
-    dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "Of the weights in memory. With bf16, computing is in bfloat16 all the same.",
-            "choices": ["float32", "bfloat16"],
-        },
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa (the default), eager, flash_attention_2, flex_attention."}
-    )
-    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace the run in output_dir."})
+    output_dir: str = option("Folder for checkpoints and the result.", None, "DIR")
+    num_train_epochs: float = option("Passes over the data.", None, "N")
+    max_steps: int = option("Optimizer steps, instead of epochs.", None, "N")
+    per_device_train_batch_size: int = option("Samples per device and batch.", None, "N")
+    learning_rate: float = option("Peak learning rate.", None, "LR")
+    dataloader_num_workers: int = option("Processes that prepare batches.", None, "N")
+    bf16: bool = option("Compute in bfloat16.", False)
+    use_cpu: bool = option("Do not use GPUs.", False)
+    gradient_checkpointing: bool = option("Save memory at the cost of compute.", False)
+    seed: int = option("Seed of the weights, of the order of samples and of m.", None, "N")
+    save_steps: int = option("Save a checkpoint every N steps.", None, "N")
+    logging_steps: int = option("Log every N steps.", None, "N")
+    report_to: str = option("none, tensorboard, wandb ...", None, "NAME")
 
 
-class ArgumentParser(HfArgumentParser):
-    """One that raises, instead of printing its usage and ending the process."""
-
-    def error(self, message):
-        raise ValueError(message)
+def short_names(kind) -> dict[str, str]:
+    lora = {"r": "rank", "push_to_hub": "hub_model_id"}  # an adapter is pushed once, when it is done
+    return SHORT_NAMES | (lora if kind is LoraArguments else {})
 
 
-def make_parser(*kinds) -> ArgumentParser:
-    return ArgumentParser(
-        kinds,
-        prog="mqt-llava train",
-        usage="%(prog)s --stage {1,2} --model DIR_OR_REPO --data_path FILE ... --output_dir DIR [options]",
-        description="Train in the paper's two stages. Values given here go before those in --config FILE.yaml, and these "
-        f"before the paper's, which are in {CONFIGS}/stage1.yaml and stage2.yaml.",
-        epilog="All options of transformers' TrainingArguments are taken, too, such as --output_dir, --learning_rate, "
-        "--num_train_epochs and --per_device_train_batch_size: --help-all shows them.",
-        allow_abbrev=False,
-    )
+def options_help(kind, everything: bool = False) -> str:
+    """Help for the options of a command; with `everything` all of `TrainingArguments` as well."""
+    own_first = sorted(fields(kind), key=lambda argument: argument.name not in kind.__annotations__)
+    groups = {"Options": own_first}
+    if everything:
+        from transformers import TrainingArguments
+
+        groups["Options of transformers' TrainingArguments"] = fields(TrainingArguments)
+    else:
+        title = "The most used options of transformers' TrainingArguments (all are accepted: --help-all shows them)"
+        groups[title] = fields(MostUsed)
+    defaults = _read_yaml(CONFIGS / "lora.yaml") if kind is LoraArguments else {}
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
+    for title, arguments in groups.items():
+        group = parser.add_argument_group(title)
+        for argument in arguments:
+            names = [argument.name, *(short for short, name in short_names(kind).items() if name == argument.name)]
+            spellings = [f"{'-' if len(name) == 1 else '--'}{name.replace('_', '-')}" for name in names]
+            help, default = argument.metadata["help"], defaults.get(argument.name, argument.default)
+            if default not in (None, False, MISSING, "") and "Default:" not in help:
+                help += f" (default: {default})"
+            if default is False:
+                group.add_argument(*spellings, action="store_true", help=help)
+            else:
+                settings = {name: argument.metadata.get(name) for name in ("metavar", "choices")}
+                group.add_argument(*spellings, **settings, help=help)
+    return parser.format_help()
 
 
-def help_text(everything: bool = False) -> str:
-    """Our options; with `everything` those of `TrainingArguments` as well."""
-    return make_parser(StageArguments, *([TrainingArguments] if everything else [])).format_help()
-
-
-def parse_arguments(command_line=None) -> tuple[StageArguments, TrainingArguments]:
+def parse_arguments(command_line=None, kind=StageArguments):
     """
     Read the arguments of a training run.
 
-    The command line goes before `--config FILE.yaml`, and that before the paper's values for the stage, which are in
-    `configs/stage1.yaml` and `configs/stage2.yaml`. Keys are the fields of [`StageArguments`] and of
-    [`~transformers.TrainingArguments`].
-
     Args:
         command_line (`list[str]`, *optional*): defaults to `sys.argv[1:]`.
+        kind (`type`, *optional*, defaults to [`StageArguments`]): or [`LoraArguments`], for which words that belong to no option
+            are data files.
+
+    Returns:
+        `tuple` of `kind` and [`~transformers.TrainingArguments`].
 
     Raises:
-        `ValueError`: for unknown keys, with the closest known one; for values of a wrong type; when something is missing;
-        and when `global_batch_size` is no multiple of what all devices take at once.
+        `ValueError`: for unknown arguments, with the closest known one; for values of a wrong type or out of range; if something is
+            missing; and if `global_batch_size` is not a multiple of what all devices take at once.
     """
-    first = ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    first.add_argument("--stage")
-    chosen, command_line = first.parse_known_args(command_line)
-    for word in command_line:
-        if word.startswith("--") and word != "--help":
-            _check_known(word.partition("=")[0], "the command line")
-    config = read_config(chosen.config) if chosen.config else {}
-    stage = chosen.stage or config.get("stage")
+    from transformers import HfArgumentParser, TrainingArguments
 
-    parser = make_parser(StageArguments, TrainingArguments)
-    parser.set_defaults(gradient_accumulation_steps=None)
-    paper = CONFIGS / f"stage{stage}.yaml"
-    layers = [
-        *_as_options(read_config(paper) if paper.exists() else {}),
-        *_as_options(config),
-        *command_line,
-        *_as_options({"stage": stage}),
-    ]
-    values, unknown = parser.parse_known_args(layers)
+    parser = HfArgumentParser((kind, TrainingArguments), add_help=False, allow_abbrev=False)
+    parser.set_defaults(gradient_accumulation_steps=None, per_device_eval_batch_size=None)
+    parser.error = _raise_error
+    flags = {
+        argument.name
+        for arguments in parser.dataclass_types
+        for argument in fields(arguments)
+        if argument.type in (bool, bool | None)
+    }
+    given = _read_words(sys.argv[1:] if command_line is None else command_line, kind, flags)
+    config = read_config(" ".join(given.pop("config")) or "--config", kind) if "config" in given else {}
+    stage = next(iter(given.get("stage", [])), config.get("stage"))
+    defaults = CONFIGS / ("lora.yaml" if kind is LoraArguments else f"stage{stage}.yaml")
+    defaults = read_config(defaults, kind) if defaults.exists() else {}
+    values, unknown = parser.parse_known_args(_as_options(defaults | config | given))
     if unknown:
         raise ValueError(f"The command line has words that belong to no argument: {' '.join(unknown)}.")
     values = vars(values)
+    _check(values)
+    batch_size = values["per_device_train_batch_size"]
     if values["gradient_accumulation_steps"] is None:
-        values["gradient_accumulation_steps"] = accumulation_steps(
-            values["global_batch_size"], values["per_device_train_batch_size"]
-        )
+        values["gradient_accumulation_steps"] = accumulation_steps(values["global_batch_size"], batch_size)
+    if values["per_device_eval_batch_size"] is None:
+        values["per_device_eval_batch_size"] = batch_size
+    if "targets" in values:
+        values["targets"] = [target.strip() for target in ",".join(values["targets"]).split(",")]
     if values["eval_data_path"] and values["eval_strategy"] == "no":
         values["eval_strategy"] = "epoch"
     if values.get("activation_checkpointing", False) is None:  # the newer name; the older one warns
@@ -146,48 +200,105 @@ def parse_arguments(command_line=None) -> tuple[StageArguments, TrainingArgument
     return parser.parse_dict(values)
 
 
-def read_config(path) -> dict:
-    """A YAML file of arguments.
+def read_config(path, kind=StageArguments) -> dict:
+    """A YAML file of arguments, without those that are empty.
 
     Raises:
-        `ValueError`: when there is none, it holds something else, or a key is unknown.
+        `ValueError`: if it cannot be read, is not a mapping, or has an unknown key.
     """
+    config = _read_yaml(path)
+    return {_known(str(key), kind, path): value for key, value in config.items() if value is not None}
+
+
+def _read_yaml(path) -> dict:
+    import yaml
+
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {error}.") from None
+        raise ValueError(f"{path} is not valid YAML: {error}.") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold keys and values; got {type(config).__name__}.")
-    for key in config:
-        _check_known(str(key), path)
     return config
 
 
-def _check_known(key: str, source):
-    known = [
-        argument.name for kind in (StageArguments, TrainingArguments) for argument in fields(kind) if argument.init
-    ]
-    name = key.lstrip("-").replace("-", "_")
-    if name not in known and name.removeprefix("no_") not in known:
-        closest = "".join(f"; the closest one is {word}" for word in difflib.get_close_matches(name, known, 1))
-        raise ValueError(f"{source}: there is no argument {key}{closest}.")
+def _read_words(words, kind, flags: set[str]) -> dict[str, list[str]]:
+    """The words of a command line by the name of their option. `finetune` takes one word per option; other words are data files."""
+    options, name, others = {}, None, []
+    for word in map(str, words):
+        if re.match(r"-+[a-zA-Z]", word):
+            name, has_value, value = word.partition("=")
+            name = _known(name, kind, "the command line")
+            options[name] = [value] if has_value else []
+            continue
+        takes_one = kind is LoraArguments and name != "data_path"
+        if name is None or (takes_one and (options[name] or (name in flags and word.lower() not in BOOLEANS))):
+            others.append(word)
+        else:
+            options[name].append(word)
+    if others and kind is not LoraArguments:
+        raise ValueError(f"The command line has words that belong to no argument: {' '.join(others)}.")
+    if others:
+        options["data_path"] = others + options.get("data_path", [])
+    return options
 
 
-def _as_options(config: dict) -> list[str]:
-    """As if they stood on the command line, so that `argparse` checks values of all sources alike."""
+def _known(key: str, kind, source) -> str:
+    """The name of an argument, however it is spelled.
+
+    Raises:
+        `ValueError`: if there is none, with the closest one.
+    """
+    from transformers import TrainingArguments
+
+    known = [argument.name for of in (kind, TrainingArguments) for argument in fields(of) if argument.init]
+    short, name = short_names(kind), key.lstrip("-").replace("-", "_")
+    name = short.get(name, name)
+    if name in known or name.removeprefix("no_") in known or key == "--config":
+        return name
+    closest = "".join(difflib.get_close_matches(name, [*known, *short], 1))
+    if closest and key.startswith("-"):
+        closest = f"--{closest.replace('_', '-')}"
+    hint = f"; the closest one is {closest}" if closest else ""
+    raise ValueError(f"{source}: there is no argument {key}{hint}.")
+
+
+def _as_options(arguments: dict) -> list[str]:
+    """As words of a command line, so that `argparse` checks values of all sources alike."""
     options = []
-    for key, value in config.items():
-        if isinstance(value, list):
+    for key, value in arguments.items():
+        if isinstance(value, list) and len(value) != 1:
             options += [f"--{key}", *map(str, value)]
-        elif value is not None:
+        else:
+            value = value[0] if isinstance(value, list) else value
             options.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
     return options
 
 
+def _raise_error(message: str):
+    """Where argparse ends the process. It names both spellings of an option."""
+    raise ValueError(re.sub(r"--\w+/(--[\w-]+)", r"\1", message))
+
+
+def _check(values: dict):
+    for name in POSITIVE:
+        value = values.get(name)
+        if value is not None and not value > 0 and (name, value) != ("max_steps", -1):
+            raise ValueError(f"`{name}` must be above 0; got {value}.")
+    if not 0 <= values.get("dropout", 0) < 1:
+        raise ValueError(f"`dropout` must be at least 0 and below 1; got {values['dropout']}.")
+    if values["eval_num_visual_tokens"] and not values["eval_data_path"]:
+        raise ValueError("`eval_num_visual_tokens` needs `eval_data_path`.")
+
+
 def accumulation_steps(global_batch_size: int | None, per_device_train_batch_size: int) -> int:
-    """How many batches make the global batch, on as many processes as torchrun or `accelerate launch` has started."""
+    """Batches per step that make the global batch, on as many processes as torchrun or `accelerate launch` has started.
+
+    Raises:
+        `ValueError`: if `global_batch_size` is not a multiple of what all processes take at once.
+    """
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     at_once = per_device_train_batch_size * num_processes
     if global_batch_size is None:

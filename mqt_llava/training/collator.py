@@ -1,4 +1,4 @@
-"""Samples of conversations about images as batches with labels, at a number of visual tokens drawn for each batch."""
+"""Batches with labels from conversations about images, at a number of visual tokens drawn for each batch."""
 
 import re
 from itertools import accumulate
@@ -19,33 +19,33 @@ logger = logging.get_logger(__name__)
 
 class MQTLlavaDataCollator:
     r"""
-    Makes batches for MQT-LLaVA, for a `Trainer`, TRL's `SFTTrainer` or a bare loop. Answers and their end-of-sequence are
-    the labels; system text, questions, visual tokens and padding are masked with -100.
+    Data collator for MQT-LLaVA, for a `Trainer`, TRL's `SFTTrainer` or a plain loop. Answers and their end-of-sequence
+    tokens are the labels; system text, questions, visual tokens and padding are masked with -100.
 
-    Samples have one of the forms that [`load_conversations`] describes, or come from it. One may have its own m as
-    `num_visual_tokens`; all others of a batch share one m. A `Trainer` must be told `remove_unused_columns=False`.
+    Samples come from [`load_conversations`], or have one of the forms that it reads. A sample may have its own m as
+    `num_visual_tokens`; all others of a batch share one m. A `Trainer` needs `remove_unused_columns=False`.
 
     Args:
         processor (`MQTLlavaProcessor`):
-            Its tokenizer must be a fast one.
+            With a fast tokenizer.
         num_visual_tokens (`int` or `VisualTokenSampler`, *optional*):
-            m, or what draws it for each batch. Defaults to the processor's M. Give the sampler to the trainer as well, as
-            one of its `callbacks`.
+            m, or a sampler that draws it for each batch. Defaults to the processor's M. Pass the sampler to the trainer,
+            too, as one of its `callbacks`.
         max_length (`int`, *optional*):
-            Longest sample in tokens, visual ones included. What counts is the length at the largest m that the sampler
-            draws, so that a sample is either in or out, whatever the step.
+            Maximum length of a sample in tokens, including visual ones. Lengths are counted at the largest m that the
+            sampler draws, so that a sample is accepted at all steps or at none.
         truncate (`bool`, *optional*, defaults to `False`):
-            Shorten what is longer: drop last turns whole, with their images; where one turn alone is too long, cut the
-            end of its answer. A sample of which no label would be left stays broken.
+            Shorten longer samples: drop their last turns, with their images; if the first turn alone is too long, cut the
+            end of its answer. A sample that would be left without labels counts as broken.
         on_error (`"raise"` or `"skip"`, *optional*, defaults to `"raise"`):
-            What to do with broken samples: an image that is missing, damaged or without `<image>`, no answer, too long.
-            `"skip"` warns, counts them in `num_skipped` and makes the batch smaller. A batch of which nothing is left
-            repeats the last good sample.
+            What to do with broken samples: those with an image that is missing, damaged or without `<image>`, without an
+            answer, or too long. `"skip"` warns, counts them in `num_skipped` and makes the batch smaller. If nothing is left
+            of a batch, it repeats the last good sample.
         return_sample_ids (`bool`, *optional*, defaults to `False`):
-            Add `sample_ids`, a list of strings. The model does not take it: it is for a trainer that does.
+            Add `sample_ids`, a list of strings, for a trainer. The model does not accept it.
         always_image (`bool`, *optional*, defaults to `False`):
-            Give a batch without images a blank one, of one visual token behind the end of its first row: all processes of
-            a run must use all parts of the model in every step. [`MQTLlavaTrainer`] turns it on.
+            Add a blank image to a batch without images, as one visual token after the end of its first row: all processes
+            of a run must use all parts of the model in every step. [`MQTLlavaTrainer`] sets it.
 
     Returns, when called with a list of samples:
         `dict`: `input_ids`, `attention_mask` and `labels` of shape `(batch_size, sequence_length)`, padded on the right;
@@ -53,8 +53,8 @@ class MQTLlavaDataCollator:
         shape `(num_images,)`.
 
     Raises:
-        `ValueError`: for `num_visual_tokens` that are not integers from 1 to M, for settings that are unknown, and for
-        broken samples, unless they are skipped.
+        `ValueError`: if `num_visual_tokens` is not from 1 to M, for unknown settings, and for broken samples, unless they are
+            skipped.
     """
 
     def __init__(
@@ -107,15 +107,14 @@ class MQTLlavaDataCollator:
         if not rows:
             if self.last_good is None:
                 raise ValueError(
-                    f"All {len(samples)} samples of a batch are broken, and there was none before that could stand in: "
-                    "see the warnings above."
+                    f"All {len(samples)} samples of a batch are broken, and there is no earlier one to repeat: see the warnings above."
                 )
             rows = [{**self.last_good, "num_visual_tokens": m}]
         self.last_good = rows[-1]
         return self.collate(rows)
 
     def prepare(self, sample, name, num_visual_tokens) -> dict:
-        """A sample as ids and labels with one placeholder for each image, its images opened."""
+        """A sample as ids and labels, with one placeholder for each image, and its opened images."""
         if sample.get("error"):
             raise SampleError(sample["error"])
         own = sample.get("num_visual_tokens")
@@ -151,17 +150,17 @@ class MQTLlavaDataCollator:
         trained = [message.get("train", True) for message in messages if message["role"] == "assistant"]
         if len(trained) != len(answers):
             if not all(trained):
-                raise SampleError("the chat template does not mark each answer, so that none can be left out")
+                raise SampleError("the chat template does not mark each answer, so none can be excluded")
             trained = [True] * len(answers)
         for start, end in (span for span, train in zip(answers, trained) if train):
-            # where the answer begins and ends in the text that was tokenized
+            # begin and end of the answer in the text that was tokenized
             start, end = len(begin(text[:start])), len(begin(text[:end]))
             first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
             labels[first : last + 1] = input_ids[first : last + 1]
         return input_ids, labels
 
     def fit(self, input_ids, labels, num_visual_tokens) -> int:
-        """How many of the ids to keep: all, or with `truncate` those that stay within `max_length`."""
+        """Number of ids to keep: all, or with `truncate` those within `max_length`."""
         widths = [num_visual_tokens if i == self.processor.image_token_id else 1 for i in input_ids]
         if self.max_length is None or sum(widths) <= self.max_length:
             return len(input_ids)
@@ -182,7 +181,7 @@ class MQTLlavaDataCollator:
         )
 
     def collate(self, rows) -> dict:
-        """A batch of prepared samples: the placeholder of each image m times, padding, pixels."""
+        """A batch of prepared samples, with m placeholders for each image, padding and pixels."""
         image_token_id = self.processor.image_token_id
         if self.always_image and not any(row["images"] for row in rows):
             longer = {"input_ids": [*rows[0]["input_ids"], image_token_id], "labels": [*rows[0]["labels"], -100]}

@@ -16,39 +16,38 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 
 
 class SampleError(ValueError):
-    """A sample that cannot be trained on, and why."""
+    """Says why a sample cannot be used for training."""
 
 
 def load_conversations(data_files, image_folder=None, streaming=False, needs_answer=True):
     r"""
     Read conversations about images.
 
-    A row is LLaVA's, `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from":
-    "gpt", "value": "A cat."}]}`, where `image` may be missing, one file or a list; or a chat, `{"messages": [{"role":
+    A row is in the format of LLaVA, `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from":
+    "gpt", "value": "A cat."}]}`, where `image` may be missing, one file or a list; or it is a chat, `{"messages": [{"role":
     "user", "content": [{"type": "image", "path": "a.jpg"}, {"type": "text", "text": "What?"}]}, ...], "images": [...]}`,
-    where a content is a string or a list of parts, and images stand in their parts or, in the same order, in `images`. If no
-    content says where, they stand before the first question. A chat may also come as `prompt` and `completion`, two lists
-    of turns: then answers in the prompt are no labels.
+    where a content is a string or a list of parts, and images are in their parts or, in the same order, in `images`. If no
+    content says where they belong, they come before the first question. A chat may also be given as `prompt` and
+    `completion`, two lists of turns: then answers in the prompt are not labels.
 
     Args:
         data_files (`str`, `Path` or a list of them):
-            JSON files (one list of rows) or JSON Lines (`.jsonl`, one row a line).
+            JSON files (one list of rows) or JSON Lines (`.jsonl`, one row per line).
         image_folder (`str` or `Path`, *optional*):
-            Where image files are, unless their path is absolute. Defaults to the folder of the data file.
+            Folder of the image files whose paths are relative. Defaults to that of the data file.
         streaming (`bool`, *optional*, defaults to `False`):
-            Read rows when they are asked for, without a copy in the cache of `datasets`. Several files are several
-            shards, for as many workers.
+            Read rows on demand, without a copy in the cache of `datasets`. Each file is a shard for one worker.
         needs_answer (`bool`, *optional*, defaults to `True`):
-            A row without an answer is broken. Else it may end in a question, and its `references`, a list of texts, and `category`
-            are kept.
+            Whether a row without an answer is broken. If not, it may end in a question, and its `references`, a list of texts,
+            and its `category` are kept.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset` of rows `{"id": str, "messages": [{"role": str, "content": str,
         "train": bool}, ...], "images": [str, ...], "error": str}` as [`MQTLlavaDataCollator`] takes them. Images are not
-        opened. A row that makes no sample has an `error` that says why, and `id` tells file and index of each.
+        opened. A row that is not a valid sample has an `error` that says why. `id` gives file and index of each row.
 
     Raises:
-        `ValueError`: when there is no such file or folder, for a file that is no JSON in UTF-8, and when there are no rows.
+        `ValueError`: if a file or folder does not exist, a file is not JSON in UTF-8, or there are no rows.
     """
     from datasets import Dataset, Features, IterableDataset, List, Value
     from datasets.exceptions import DatasetGenerationError
@@ -64,7 +63,7 @@ def load_conversations(data_files, image_folder=None, streaming=False, needs_ans
     if not needs_answer:
         columns |= {"references": List(Value("string")), "category": Value("string")}
     features = Features(columns | {"error": Value("string")})
-    # `datasets` keeps what it once read for the same arguments: the time of change is one of them
+    # `datasets` caches what it read for the same arguments, so the time of the last change is one of them
     versions = [f"{os.stat(file).st_mtime_ns} {os.stat(file).st_size}" for file in files]
     arguments = {"files": files, "versions": versions, "image_folder": str(image_folder or "")}
     arguments["needs_answer"] = needs_answer
@@ -77,10 +76,10 @@ def load_conversations(data_files, image_folder=None, streaming=False, needs_ans
 
 def refuse_broken(dataset):
     """
-    Look through the rows of [`load_conversations`] before a long training. Images are not opened.
+    Check the rows of [`load_conversations`] before a long training. Images are not opened.
 
     Raises:
-        `ValueError`: for rows that make no sample or name an image file that is not there: the first one, and how many.
+        `ValueError`: for rows that are not valid samples or name a missing image file, with the first one and their number.
     """
     broken = []
     for row in dataset.select_columns(["id", "images", "error"]):
@@ -88,7 +87,7 @@ def refuse_broken(dataset):
         if row["error"] or missing:
             broken.append((row["id"], row["error"] or missing[0]))
     if broken:
-        more = f" So cannot {len(broken) - 1} others." if len(broken) > 1 else ""
+        more = f" In total {len(broken)} samples are broken." if len(broken) > 1 else ""
         raise ValueError(f"Sample {broken[0][0]} cannot be trained on: {broken[0][1]}.{more}")
 
 
@@ -128,7 +127,7 @@ def _parse(file: str) -> Iterator:
             rows = json.load(lines)
     except ValueError as error:
         raise ValueError(
-            f"{file} cannot be read: {error}. A `.json` file is one list of rows, a `.jsonl` file has one row a line, in UTF-8."
+            f"{file} cannot be read: {error}. A `.json` file is one list of rows, a `.jsonl` file has one row per line, in UTF-8."
         ) from None
     if not isinstance(rows, list):
         raise ValueError(f"{file} must be one list of rows; got {type(rows).__name__}.")
@@ -144,11 +143,11 @@ def _local_path(image) -> str:
 
 def canonical_sample(row, needs_answer: bool = True) -> dict:
     r"""
-    A row of any form that [`load_conversations`] describes as `{"messages": [{"role": str, "content": str, "train": bool},
-    ...], "images": [...]}`, where `<image>` in a user's content stands for each image, in front of the text, and `train`
+    Bring a row of any form that [`load_conversations`] reads to `{"messages": [{"role": str, "content": str, "train": bool},
+    ...], "images": [...]}`, where `<image>` in a user's content stands for each image, before the text, and `train`
     says whether an answer is a label.
 
-    Images are left as they are: whatever [`open_image`] takes. `None` among them is no image.
+    Images are not changed: they are anything that [`open_image`] accepts. `None` is dropped.
 
     Raises:
         `SampleError`: for a row that cannot be trained on.
@@ -164,7 +163,7 @@ def canonical_sample(row, needs_answer: bool = True) -> dict:
     else:
         raise SampleError("it has neither `conversations` nor `messages`, nor `prompt` and `completion`")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in [*prompt, *turns]):
-        raise SampleError("its turns are no list of objects")
+        raise SampleError("its turns are not a list of objects")
     images = _listed(row.get("images")) or _listed(row.get("image"))
     messages, inline_images = [], []
     for index, turn in enumerate([*prompt, *turns]):
@@ -178,7 +177,7 @@ def canonical_sample(row, needs_answer: bool = True) -> dict:
     if images and inline_images:
         raise SampleError("it has images both in its messages and beside them")
     images += inline_images
-    if messages[0]["role"] == "assistant":  # nothing asked for it; LLaVA's trainer too leaves it out
+    if messages[0]["role"] == "assistant":  # there is no question for it; LLaVA's trainer skips it, too
         del messages[0]
     if is_chat and images and not any(IMAGE_TOKEN in message["content"] for message in messages):
         question = next((message for message in messages if message["role"] == "user"), {"content": ""})
@@ -199,7 +198,7 @@ def _listed(images) -> list:
 
 
 def _join_parts(parts: list[dict], images: list) -> str:
-    """The parts of a message as one text. An image that is in its part is added to `images`."""
+    """The parts of a message as one text. Images in the parts are added to `images`."""
     text = ""
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
         raise SampleError(f"the content of a turn must be a string or a list of parts; got {parts!r}")
@@ -217,13 +216,13 @@ def _join_parts(parts: list[dict], images: list) -> str:
 
 
 def _images_first(content: str) -> str:
-    r"""`<image>\n` for every image, then the text: the form in which LLaVA was trained."""
+    r"""`<image>\n` for each image, then the text, as in LLaVA's training."""
     count = content.count(IMAGE_TOKEN)
     return f"{IMAGE_TOKEN}\n" * count + content.replace(IMAGE_TOKEN, "").strip() if count else content
 
 
 def _check_turns(messages: list[dict], needs_answer: bool):
-    """Question and answer by turns, after at most one system message; answers have a text and no image."""
+    """Check that questions and answers alternate, after at most one system message, and that answers are text without images."""
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
     if turns is not messages and IMAGE_TOKEN in messages[0]["content"]:
         raise SampleError(f"the system message has an {IMAGE_TOKEN}")
@@ -244,17 +243,17 @@ def _check_turns(messages: list[dict], needs_answer: bool):
 
 def open_image(image):
     """
-    An image, decoded: what [`~mqt_llava.modeling.image_processing_mqt_llava.load_image`] takes, URLs apart. Its colours and
-    its orientation are left to the processor.
+    Decode an image: anything that [`~mqt_llava.modeling.image_processing_mqt_llava.load_image`] accepts except URLs. Colours
+    and orientation are left to the processor.
 
     Raises:
-        `SampleError`: when there is no such file, or no image in it.
+        `SampleError`: if the file does not exist, or is not an image.
     """
     source = image.get("path") if isinstance(image, dict) and not image.get("bytes") else image
-    if isinstance(source, str) and source.startswith(("http://", "https://")):  # anew in every epoch, by every worker
+    if isinstance(source, str) and source.startswith(("http://", "https://")):  # in every epoch, by every worker
         raise SampleError(f"images are not downloaded; pass {source} as a file")
     if get_worker_info() is not None and getattr(image, "tile", None):
-        # An image that PIL has not read yet: workers share the open file, and the place where each is reading
+        # PIL has not read it yet, and workers would share the open file and its position
         image = image.filename or getattr(image.fp, "name", None) or image
     try:
         image = load_image(image)
@@ -264,15 +263,15 @@ def open_image(image):
     except ValueError as error:
         text = str(error).rstrip(".")
         raise SampleError(text[0].lower() + text[1:]) from None
-    except Exception as error:  # a damaged file can lead a decoder to any exception
+    except Exception as error:  # decoders may raise anything for a damaged file
         raise SampleError(f"{getattr(image, 'filename', '') or 'an image'} is damaged ({error})") from None
 
 
 def with_num_visual_tokens(dataset, num_visual_tokens: int):
-    """The same rows with an m of their own: `eval_dataset={"m16": with_num_visual_tokens(dataset, 16)}`.
+    """The same rows with their own m: `eval_dataset={"m16": with_num_visual_tokens(dataset, 16)}`.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): rows as [`MQTLlavaDataCollator`] takes them.
-        num_visual_tokens (`int`): m, for all images of all rows. The collator checks it.
+        num_visual_tokens (`int`): m, for all images of all rows. It is checked by the collator.
     """
     return dataset.map(lambda row: {"num_visual_tokens": num_visual_tokens})

@@ -1,4 +1,4 @@
-"""Two numbers of visual tokens in every step, of which the smaller one learns from the larger one."""
+"""Distillation: every step has two numbers of visual tokens, and the smaller one learns from the larger one."""
 
 from torch.nn import functional as F
 
@@ -9,22 +9,22 @@ from .trainer import MQTLlavaTrainer
 
 class DistillationTrainer(MQTLlavaTrainer):
     r"""
-    A [`MQTLlavaTrainer`] whose loss has, beside the cross-entropy at the m that was drawn, a part for a second m',
-    drawn below it ([`VisualTokenSampler.sample_below`]):
+    A [`MQTLlavaTrainer`] whose loss has, in addition to the cross-entropy at the m that was drawn, a term for a second,
+    smaller m' ([`VisualTokenSampler.sample_below`]):
 
         loss = cross_entropy(m) + weight * (cross_entropy(m') + temperature**2 * KL(answers at m || answers at m'))
 
-    The divergence is a mean over labels and trains the answers at m' alone, as in Hinton et al. (arXiv 1503.02531). Both
+    The divergence is a mean over labels and trains only the answers at m', as in Hinton et al. (arXiv 1503.02531). Both
     share one pass through vision tower and query transformer: the first m' of m visual tokens are those that an image
-    has with m'. A step with m = 1 has the plain loss, and so has evaluation. Logs have m' of the step and the
-    divergence of its last batch as `num_visual_tokens_below` and `divergence`.
+    has at m'. Steps with m = 1 and evaluation have the plain loss. Logs contain m' of the step and the divergence of its
+    last batch as `num_visual_tokens_below` and `divergence`.
 
     Args:
-        weight (`float`, *optional*, defaults to 1): of the part for m'. 0 is the plain loss.
-        temperature (`float`, *optional*, defaults to 1): divides the logits of both in the divergence.
+        weight (`float`, *optional*, defaults to 1): weight of the term for m'. 0 is the plain loss.
+        temperature (`float`, *optional*, defaults to 1): temperature of both in the divergence.
 
     Raises:
-        `ValueError`: when `weight` is negative or `temperature` is not positive.
+        `ValueError`: if `weight` is negative or `temperature` is not positive.
     """
 
     def __init__(self, *args, weight: float = 1.0, temperature: float = 1.0, **kwargs):
@@ -39,7 +39,7 @@ class DistillationTrainer(MQTLlavaTrainer):
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # Copies: label smoothing takes the labels out
+        # A copy: label smoothing removes the labels
         loss, outputs = super().compute_loss(model, dict(inputs), True, num_items_in_batch)
         step = self.state.global_step
         m = self.distillation_sampler.sample(step)
@@ -58,7 +58,7 @@ class DistillationTrainer(MQTLlavaTrainer):
                 "num_visual_tokens_below": below,
                 "divergence": (divergence.detach() / num_labels).item(),
             }
-            # Labels are counted as `Trainer` does for the cross-entropy
+            # Labels are counted as in the cross-entropy of `Trainer`
             divergence = divergence / (num_labels if num_items_in_batch is None else num_items_in_batch)
             if num_items_in_batch is not None and self.args.average_tokens_across_devices:
                 divergence = divergence * self.accelerator.num_processes
@@ -66,7 +66,7 @@ class DistillationTrainer(MQTLlavaTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def with_fewer_tokens(self, num_visual_tokens: int, inputs, image_outputs) -> dict:
-        """A batch with m' visual tokens or fewer per image, the first of those that it had with m."""
+        """The batch with the first m' visual tokens of each image, or with all where there are fewer."""
         prompt = {name: value for name, value in inputs.items() if name != "pixel_values"}
         below = [min(count, num_visual_tokens) for count in prompt["visual_token_counts"].tolist()]
         return rebudget({**prompt, "mm_encoder_outputs": {"image": image_outputs}}, below, self.model.config)
@@ -79,13 +79,13 @@ class DistillationTrainer(MQTLlavaTrainer):
 
 def divergence_at_labels(teacher_logits, teacher_labels, logits, labels, temperature=1.0):
     """
-    The Kullback-Leibler divergence of the answers at two m. Their labels are the same, at places of their own.
+    Kullback-Leibler divergence of the answers at two m. Their labels are the same, at different positions.
 
     Args:
         teacher_logits, logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
-            At either m, each with its sequence length.
+            At each m, with its own sequence length.
         teacher_labels, labels (`torch.Tensor` of shape `(batch_size, sequence_length)`):
-            -100 where there is none.
+            -100 elsewhere.
 
     Returns:
         `tuple[torch.Tensor, int]`: the sum over labels of KL(teacher || student), of shape `()`, and their number.

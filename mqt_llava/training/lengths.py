@@ -1,4 +1,4 @@
-"""Lengths of samples, so that a `Trainer` can make batches of samples that are about as long."""
+"""Lengths of samples, so that a `Trainer` can group samples of similar length."""
 
 from collections.abc import Callable
 
@@ -9,16 +9,16 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 class SeededLengthGroupedSampler(Sampler):
     """
-    A [`~transformers.trainer_pt_utils.LengthGroupedSampler`] whose order depends on seed and epoch alone, with its batches
-    shuffled. By itself it draws from torch's global generator, so a run that is resumed in mid-epoch would go on with
-    other samples; and its batches come from the longest to the shortest, so the model sees one kind of question after the other.
+    A [`~transformers.trainer_pt_utils.LengthGroupedSampler`] whose order depends only on seed and epoch, with its batches
+    shuffled. Without this class it draws from torch's global generator, so a run resumed in mid-epoch would continue with
+    other samples; and its batches go from the longest to the shortest, so the model sees one kind of question after another.
 
     Args:
-        sampler (`LengthGroupedSampler`): groups the samples. The first batch, with the longest sample, stays the first, so that a
-            run that needs too much memory fails at once.
-        batch_size (`int`): of all processes together.
+        sampler (`LengthGroupedSampler`): groups the samples. The first batch, with the longest sample, stays first, so that a run
+            that needs too much memory fails at once.
+        batch_size (`int`): samples per batch of all processes together.
         seed (`int`): the same on all ranks.
-        epoch (`Callable[[], int]`): asked for the number of the epoch whenever one begins.
+        epoch (`Callable[[], int]`): returns the number of the epoch that begins.
     """
 
     def __init__(self, sampler: LengthGroupedSampler, batch_size: int, seed: int, epoch: Callable[[], int]):
@@ -30,21 +30,21 @@ class SeededLengthGroupedSampler(Sampler):
     def __iter__(self):
         generator = self.sampler.generator = torch.Generator().manual_seed(self.seed + self.epoch())
         first, *others = torch.tensor(list(self.sampler)).split(self.batch_size)
-        last = [others.pop()] if others else []  # may be a smaller one
+        last = [others.pop()] if others else []  # may be smaller
         shuffled = [others[i] for i in torch.randperm(len(others), generator=generator)]
         return iter(torch.cat([first, *shuffled, *last]).tolist())
 
 
 def with_lengths(dataset, processor, num_visual_tokens: int):
     """
-    The same rows with a column `length`, for `TrainingArguments(train_sampling_strategy="group_by_length")`: the tokens of
-    all turns, and m for each image. What the chat template adds, about the same for all, is left out. Images are not
-    opened, and `datasets` keeps the result for the next run.
+    Add a column `length` for `TrainingArguments(train_sampling_strategy="group_by_length")`: the number of tokens of all
+    turns, and m for each image. What the chat template adds is about the same for all rows, and not counted. Images are
+    not opened, and `datasets` caches the result.
 
     Args:
         dataset (`datasets.Dataset`): rows from [`load_conversations`].
-        processor (`MQTLlavaProcessor`): whose tokenizer counts.
-        num_visual_tokens (`int`): m. With one that is drawn, the largest.
+        processor (`MQTLlavaProcessor`): its tokenizer counts.
+        num_visual_tokens (`int`): m, or the largest m that is drawn.
     """
     tokenizer = processor.tokenizer.backend_tokenizer.to_str()  # a string has the same fingerprint in every process
     return dataset.map(
@@ -63,6 +63,6 @@ def _count_tokens(rows, tokenizer: str, num_visual_tokens: int):
     tokenizer.no_truncation()
     texts = ["".join(turn["content"] for turn in turns) for turns in rows["messages"]]
     encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    # `<image>` is a token already
+    # `<image>` is already one token
     more = (len(images) * (num_visual_tokens - 1) for images in rows["images"])
     return {"length": [len(encoding) + extra for encoding, extra in zip(encodings, more)]}

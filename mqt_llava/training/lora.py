@@ -1,4 +1,4 @@
-"""LoRA for MQT-LLaVA: which layers, by name, and the 4-bit base for QLoRA."""
+"""LoRA for MQT-LLaVA: its layers by the names of parts, and the 4-bit base model for QLoRA."""
 
 import re
 
@@ -12,31 +12,31 @@ from ..quantization import quantization_config
 
 
 TARGETS = {
-    "language_model": "LoRA on all linear layers of the language model, its head apart",
+    "language_model": "LoRA on all linear layers of the language model except the head",
     "query_transformer": "LoRA on the five projections of the query transformer",
-    "query_transformer_full": "the query transformer itself, a copy of which is saved with the adapter",
-    "vision_tower": "LoRA on all linear layers of the vision tower, as far as features are taken from it",
+    "query_transformer_full": "all weights of the query transformer, saved with the adapter",
+    "vision_tower": "LoRA on all linear layers of the vision tower up to the one whose features are used",
 }
 
 
 def make_lora_config(model, targets=("language_model",), r=16, lora_alpha=32, lora_dropout=0.05, **kwargs):
     """
-    A [`~peft.LoraConfig`] for parts of the model by name.
+    Make a [`~peft.LoraConfig`] for parts of the model, by name.
 
     Args:
         model (`MQTLlavaForConditionalGeneration`):
-            The base model. It is read, not changed.
+            The base model. It is not changed.
         targets (`str` or `tuple[str]`, *optional*, defaults to `("language_model",)`):
-            Any of `TARGETS`, which says what each stands for.
+            Any of `TARGETS`, where they are described.
         r, lora_alpha, lora_dropout, kwargs:
             As [`~peft.LoraConfig`] takes them: `use_rslora=True`, `use_dora=True`, ...
 
     Raises:
-        `ValueError`: for an unknown target, none, or the query transformer twice.
+        `ValueError`: for an unknown target, no target, or the query transformer twice.
     """
     targets = check_targets(targets)
     config = model.config
-    # No adapters on layers of the tower behind the features, which would get no gradient
+    # No adapters on layers of the tower after the features, which would get no gradient
     used = range(config.vision_feature_depth)
     parts = {
         "language_model": r"model\.language_model\.(.*\.)?",
@@ -75,7 +75,7 @@ def check_targets(targets) -> list[str]:
 
 
 def with_exact_weights(model):
-    """The model, its trainable weights in float32. PEFT sees to that for LoRA, but not for `modules_to_save` of a base in
+    """Convert the trainable weights to float32. PEFT does that for LoRA, but not for `modules_to_save` of a base model in
     bfloat16, where most updates would be rounded away."""
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -84,7 +84,7 @@ def with_exact_weights(model):
 
 
 def _linear_names(model, part: str) -> str:
-    """A regular expression for the last names of the linear layers in a part of the model."""
+    """A regular expression for the names of the linear layers in a part of the model."""
     layers = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     names = {name.rpartition(".")[2] for name in layers if re.match(part, name)}
     return f"({'|'.join(sorted(names))})"
@@ -92,13 +92,13 @@ def _linear_names(model, part: str) -> str:
 
 def load_quantized(checkpoint, compute_dtype=torch.bfloat16, **kwargs):
     """
-    The base model for QLoRA: the language model in 4-bit NormalFloat, doubly quantized (arXiv 2305.14314), everything
-    else as it is. Needs bitsandbytes. Next comes [`~peft.prepare_model_for_kbit_training`].
+    Load the base model for QLoRA: the language model in 4-bit NormalFloat, doubly quantized (arXiv 2305.14314), everything
+    else unchanged. Needs bitsandbytes. Call [`~peft.prepare_model_for_kbit_training`] next.
 
     Args:
         checkpoint (`str`): a folder or a Hub repository.
-        compute_dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): of the products, and of what is not quantized.
-        kwargs: as `from_pretrained` takes them.
+        compute_dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): data type of computations, and of weights that are not quantized.
+        kwargs: passed to `from_pretrained`.
     """
     return AutoModelForImageTextToText.from_pretrained(
         checkpoint, quantization_config=quantization_config(4, "cpu", compute_dtype), dtype=compute_dtype, **kwargs

@@ -1,5 +1,6 @@
-"""Matryoshka sampling: with how many visual tokens m each training step shows its images."""
+"""Matryoshka sampling: the number m of visual tokens per image, drawn for each training step."""
 
+import re
 from numbers import Integral
 
 import numpy as np
@@ -22,24 +23,25 @@ class VisualTokenSampler(TrainerCallback):
     r"""
     Draws m, the number of visual tokens per image, for every training step.
 
-    It depends on the seed and the step alone. So it is the same on every rank, and after a resume. A collator does not
-    know the step: it counts its batches, and this object, among the `callbacks` of a `Trainer`, tells it from which
-    step of which epoch to count. That is exact with gradient accumulation (one m for all batches of a step), with
-    workers, persistent or not, and with a resume in mid-epoch. m is logged as `num_visual_tokens`.
+    m depends only on the seed and the step, so it is the same on all ranks and after a resume. A collator does not know
+    the step: it counts its batches, and this object, as one of the `callbacks` of a `Trainer`, tells it from which step of
+    which epoch to count. This is exact with gradient accumulation (one m for all batches of a step), with workers,
+    persistent or not, and after a resume in mid-epoch. m is logged as `num_visual_tokens`.
 
-    In a bare loop each batch is one step. Call [`set_step`] to resume, and, with workers, before every epoch.
+    In a plain loop each batch is one step. Call [`set_step`] to resume and, with workers, before every epoch.
 
     Args:
         distribution (`str`, `int` or `list[int]`, *optional*, defaults to `"even"`):
-            - `"even"`: 2, 4, ..., M, each as likely (the paper's, arXiv 2405.19315, section 3);
-            - `"uniform"`: 1, 2, ..., M, each as likely;
-            - `"log-uniform"`: 1 to M, m as likely as log(1 + 1 / m), so that every doubling of m is about as likely;
-            - `"fixed"`: always M; or an integer: always this one;
-            - a list: its entries, each as likely. Entries may repeat.
+            - `"even"`: 2, 4, ..., M with equal probability (the paper's, arXiv 2405.19315, section 3);
+            - `"uniform"`: 1, 2, ..., M with equal probability;
+            - `"log-uniform"`: 1 to M with probabilities proportional to log(1 + 1 / m), so that each doubling of m has about the
+              same probability;
+            - `"fixed"`: always M; or an integer: always that number;
+            - a list: its entries with equal probability. Entries may repeat.
         num_query_tokens (`int`, *optional*, defaults to 256):
             M of the model.
         seed (`int`, *optional*, defaults to 0):
-            m of every step follows from it.
+            Determines m of every step.
 
     Raises:
         `ValueError`: for an unknown distribution, an empty list, and numbers that are not integers from 1 to M.
@@ -87,26 +89,26 @@ class VisualTokenSampler(TrainerCallback):
         return max(self.num_visual_tokens)
 
     def sample(self, step: int) -> int:
-        """m of a step (the number of optimizer steps before it)."""
+        """m of a step, given by the number of optimizer steps before it."""
         return int(np.random.default_rng([self.seed, step]).choice(self.num_visual_tokens, p=self.weights))
 
     def sample_below(self, step: int, m: int) -> int:
-        """A second m for a step, below the first: drawn from the smaller ones, or from 1 up where there are none."""
+        """A second, smaller m for a step: drawn from the smaller numbers, or from 1 to m - 1 if there are none."""
         smaller = [number for number in self.num_visual_tokens if number < m] or range(1, m)
         return int(np.random.default_rng([self.seed, step, 1]).choice(smaller))
 
     def set_step(self, step: int, gradient_accumulation_steps: int = 1):
-        """Let the next batch be the first of `step`."""
+        """Make the next batch the first of `step`."""
         epoch = int(self.shared[0]) + 1
         self.shared.copy_(torch.tensor([epoch, step, gradient_accumulation_steps]))
 
     def next(self) -> int:
-        """m of the next batch that this process collates. Called by the collator, once for each batch."""
+        """m of the next batch that this process collates. The collator calls it once for each batch."""
         epoch, first_step, batches_per_step = self.shared.tolist()
         if epoch != self.epoch:
             self.epoch, self.count = epoch, 0
         batch, worker = self.count, get_worker_info()
-        if worker is not None:  # batches go round the workers
+        if worker is not None:  # workers take turns
             batch = worker.id + self.count * _num_active_workers(worker)
         self.count += 1
         return self.sample(first_step + batch // batches_per_step)
@@ -117,24 +119,24 @@ class VisualTokenSampler(TrainerCallback):
         self.is_first_epoch = True
         if args.auto_find_batch_size and len(set(self.num_visual_tokens)) > 1:
             raise ValueError(
-                "`auto_find_batch_size` starts again with smaller batches, and the weights as they are, where memory is short: "
-                "with m drawn anew at every step that may be long after the first. Set `per_device_train_batch_size` to what "
+                "`auto_find_batch_size` restarts with smaller batches and the current weights when memory runs out, which may "
+                "be long after the first step if m is drawn at every step. Set `per_device_train_batch_size` to what "
                 f"fits at m = {self.max_num_visual_tokens}."
             )
         if args.dataloader_num_workers and not args.dataloader_in_order:
             raise ValueError(
-                "`dataloader_in_order=False` lets batches go to other steps than those that their m was drawn for."
+                "`dataloader_in_order=False` would use batches in other steps than those that their m was drawn for."
             )
         if isinstance(train_dataloader, DataLoaderDispatcher):
             raise ValueError(
-                "With a streamed dataset accelerate cuts batches up by rows, and images would be parted from their "
+                "With a streamed dataset accelerate splits batches by rows, which separates images from their "
                 'prompts: pass `accelerator_config={"dispatch_batches": False}` to `TrainingArguments`.'
             )
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         step = state.global_step
         if self.is_first_epoch and not args.ignore_data_skip and _is_stream(train_dataloader.dataset):
-            # A resumed stream is collated from the beginning of its epoch, and the batches of earlier steps are dropped
+            # A resumed stream is collated from the beginning of its epoch, and batches of earlier steps are dropped
             batches_per_step = args.gradient_accumulation_steps
             has_end = has_length(train_dataloader)
             step -= step % (-(-len(train_dataloader) // batches_per_step) if has_end else state.max_steps)
@@ -143,11 +145,11 @@ class VisualTokenSampler(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         _, first_step, batches_per_step = self.shared.tolist()
-        expected = (state.global_step - first_step + 1) * batches_per_step + 1  # accelerate looks one batch ahead
+        expected = (state.global_step - first_step + 1) * batches_per_step + 1  # accelerate fetches one batch ahead
         if self.epoch == int(self.shared[0]) and self.count > expected:
             logger.warning_once(
-                "Evaluation took its numbers of visual tokens from the sampler, and upset m of the training step "
-                "after it. Give evaluation samples their own, see `mqt_llava.training.data.with_num_visual_tokens`."
+                "Evaluation took its numbers of visual tokens from the sampler, and changed m of the next training step. "
+                "Give evaluation samples their own, see `mqt_llava.training.data.with_num_visual_tokens`."
             )
             self.count = expected
 
@@ -158,15 +160,24 @@ class VisualTokenSampler(TrainerCallback):
 
 
 def parse_distribution(text: str) -> str | list[int]:
-    """A distribution as a command line has it: `"1,4,16"` as numbers; other words as they are."""
+    """A distribution from a command line: `"1,4,16"` as numbers, other words unchanged."""
     parts = text.split(",")
     return [int(part) for part in parts] if all(part.strip().isdecimal() for part in parts) else text
 
 
 def evaluation_num_visual_tokens(text: str | None, num_query_tokens: int) -> list[int]:
-    """Numbers of visual tokens to evaluate at, `"1,4,16"` as a list. Default: 1, a quarter of M, and M."""
+    """Numbers of visual tokens to evaluate at: `"1,4,16"` as a list. Defaults to 1, a quarter of M, and M.
+
+    Raises:
+        `ValueError`: as [`VisualTokenSampler`], in the name of `eval_num_visual_tokens`.
+    """
     distribution = parse_distribution(text) if text else sorted({1, max(num_query_tokens // 4, 1), num_query_tokens})
-    return VisualTokenSampler(distribution, num_query_tokens).num_visual_tokens
+    try:
+        return VisualTokenSampler(distribution, num_query_tokens).num_visual_tokens
+    except ValueError as error:
+        raise ValueError(
+            re.sub("`(distribution|num_visual_tokens)`", "`eval_num_visual_tokens`", str(error))
+        ) from None
 
 
 def _is_stream(dataset) -> bool:
@@ -174,7 +185,7 @@ def _is_stream(dataset) -> bool:
 
 
 def _num_active_workers(worker) -> int:
-    """How many workers have anything to do: those of a stream from `datasets` share its shards."""
+    """Number of workers with any data: those of a stream from `datasets` share its shards."""
     if not _is_stream(worker.dataset):
         return worker.num_workers
     dataset = getattr(worker.dataset, "dataset", worker.dataset)  # accelerate wraps it

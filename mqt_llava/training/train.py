@@ -1,18 +1,21 @@
-"""The two stages of MQT-LLaVA's training (arXiv 2405.19315, section 3), the vision tower frozen in both.
+"""Training: the two stages of MQT-LLaVA (arXiv 2405.19315, section 3), and LoRA.
 
-Stage 1 aligns: only the query transformer trains, on captions, with all M visual tokens. Stage 2 tunes: the query
-transformer and the language model train on conversations, with m drawn from {2, 4, ..., M} at every step.
+Stage 1 aligns: only the query transformer trains, on captions, with all M visual tokens. Stage 2 tunes: the query transformer and the
+language model train on conversations, with m drawn from {2, 4, ..., M} at every step. The vision tower is frozen in both. LoRA trains
+adapters on the parts that are named, with m drawn as in stage 2.
 
-    mqt-llava train --stage 1 --model start --data_path captions.json --image_folder images --output_dir stage1
-    mqt-llava train --stage 2 --model stage1 --data_path conversations.json --image_folder images --output_dir stage2
+    mqt-llava train --stage 1 --model start --data-path captions.json --image-folder images --output-dir stage1
+    mqt-llava train --stage 2 --model stage1 --data-path conversations.json --image-folder images --output-dir stage2
+    mqt-llava finetune conversations.json --model stage2 --image-folder images --output-dir adapter
 
 On several GPUs: `accelerate launch --config_file FILE -m mqt_llava.cli train ...`, with a FILE of `configs/accelerate`.
 """
 
-from transformers import TrainingArguments
+import torch
+from transformers import TrainingArguments, set_seed
 
 from .. import MQTLlavaConfig, MQTLlavaForConditionalGeneration, MQTLlavaProcessor
-from .arguments import StageArguments, parse_arguments
+from .arguments import DataArguments, LoraArguments, parse_arguments
 from .collator import MQTLlavaDataCollator
 from .data import load_conversations, refuse_broken, with_num_visual_tokens
 from .distillation import DistillationTrainer
@@ -22,12 +25,12 @@ from .sampling import VisualTokenSampler, evaluation_num_visual_tokens, parse_di
 from .trainer import MQTLlavaTrainer
 
 
-def train(arguments: StageArguments, training: TrainingArguments, callbacks=None, optimizer_cls_and_kwargs=None):
+def train(arguments: DataArguments, training: TrainingArguments, callbacks=None, optimizer_cls_and_kwargs=None):
     """
-    Train a stage, and save model and processor in `training.output_dir`.
+    Train a stage and save model and processor in `training.output_dir`; or train an adapter and save it there.
 
     Args:
-        arguments, training: as [`parse_arguments`] reads them.
+        arguments ([`StageArguments`] or [`LoraArguments`]), training: as [`parse_arguments`] returns them.
         callbacks (`list[TrainerCallback]`, *optional*): for the trainer.
         optimizer_cls_and_kwargs (`tuple`, *optional*): for the trainer, in place of the optimizer of `training`.
 
@@ -36,13 +39,14 @@ def train(arguments: StageArguments, training: TrainingArguments, callbacks=None
 
     Raises:
         `ValueError`: before any work for `num_visual_tokens`, files and folders that cannot be used; later for a
-        sample that cannot.
+            sample that cannot be used.
     """
+    is_lora = isinstance(arguments, LoraArguments)
+    if is_lora:
+        check_adapter(arguments, training)
     config = MQTLlavaConfig.from_pretrained(arguments.model)
-    distribution = parse_distribution(
-        ",".join(arguments.num_visual_tokens or ["fixed" if arguments.stage == 1 else "even"])
-    )
-    sampler = VisualTokenSampler(distribution, config.num_query_tokens, training.seed)
+    distribution = arguments.num_visual_tokens or ["even" if is_lora or arguments.stage == 2 else "fixed"]
+    sampler = VisualTokenSampler(parse_distribution(",".join(distribution)), config.num_query_tokens, training.seed)
     eval_num_visual_tokens = evaluation_num_visual_tokens(
         ",".join(arguments.eval_num_visual_tokens or []), config.num_query_tokens
     )
@@ -51,7 +55,7 @@ def train(arguments: StageArguments, training: TrainingArguments, callbacks=None
         trainer_class = DistillationTrainer
         losses = {"weight": arguments.distill_weight, "temperature": arguments.distill_temperature}
 
-    with training.main_process_first():  # the others find in the cache what the first one has read
+    with training.main_process_first():  # the other processes find in the cache what the first one has read
         checkpoint = training.resume_from_checkpoint
         checkpoint = checkpoint or prepare_output_dir(training.output_dir, arguments.resume, arguments.overwrite)
         processor = MQTLlavaProcessor.from_pretrained(arguments.model)
@@ -68,33 +72,19 @@ def train(arguments: StageArguments, training: TrainingArguments, callbacks=None
         if eval_dataset is not None:
             eval_dataset = {f"m{m}": with_num_visual_tokens(eval_dataset, m) for m in eval_num_visual_tokens}
 
-    model = MQTLlavaForConditionalGeneration.from_pretrained(
-        arguments.model, dtype=arguments.dtype, attn_implementation=arguments.attn_implementation
-    )
-    schedule = getattr(model.generation_config, "visual_token_schedule", None)
-    if schedule:  # what was calibrated were other weights
-        model.generation_config.visual_token_schedule = schedule | {"calibration": None}
-    model.requires_grad_(False)
-    model.model.query_transformer.requires_grad_(True)
-    if arguments.stage == 2:
-        model.model.language_model.requires_grad_(True)
-        model.lm_head.requires_grad_(True)
-
+    set_seed(training.seed)
+    model = load_with_adapter(arguments, training, checkpoint) if is_lora else load_stage(arguments, training)
+    max_length = arguments.max_length
+    if max_length is None:
+        max_length = getattr(config.text_config, "max_position_embeddings", None)
+    on_error = "skip" if arguments.skip_broken else "raise"
     trainer = trainer_class(
         model,
         training,
-        data_collator=MQTLlavaDataCollator(
-            processor,
-            sampler,
-            max_length=getattr(config.text_config, "max_position_embeddings", None)
-            if arguments.max_length is None
-            else arguments.max_length,
-            truncate=arguments.truncate,
-            on_error="skip" if arguments.skip_broken else "raise",
-        ),
+        data_collator=MQTLlavaDataCollator(processor, sampler, max_length, arguments.truncate, on_error),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        processing_class=processor,  # saved with every checkpoint
+        processing_class=None if is_lora else processor,  # saved with every checkpoint
         callbacks=callbacks,
         optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         **losses,
@@ -102,10 +92,86 @@ def train(arguments: StageArguments, training: TrainingArguments, callbacks=None
     if arguments.overwrite and trainer.is_world_process_zero():
         remove_checkpoints(training.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if is_lora:
+        trainer.save_adapter(repo_id=training.hub_model_id)
+        return trainer
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # what `from_pretrained` reads
     trainer.save_model()
     return trainer
+
+
+def weights_dtype(arguments: DataArguments, training: TrainingArguments) -> torch.dtype:
+    """Data type of the weights in memory. By default those of a stage are in float32, and those below an adapter as they compute."""
+    in_bfloat16 = isinstance(arguments, LoraArguments) and (training.bf16 or arguments.load_in_4bit)
+    return getattr(torch, arguments.dtype or ("bfloat16" if in_bfloat16 else "float32"))
+
+
+def load_stage(arguments: DataArguments, training: TrainingArguments):
+    """The model, with gradients for the parts that the stage trains."""
+    model = MQTLlavaForConditionalGeneration.from_pretrained(
+        arguments.model,
+        dtype=weights_dtype(arguments, training),
+        attn_implementation=arguments.attn_implementation,
+    )
+    schedule = getattr(model.generation_config, "visual_token_schedule", None)
+    if schedule:  # it was calibrated with other weights
+        model.generation_config.visual_token_schedule = schedule | {"calibration": None}
+    model.requires_grad_(False)
+    model.model.query_transformer.requires_grad_(True)
+    if arguments.stage == 2:
+        model.model.language_model.requires_grad_(True)
+        model.lm_head.requires_grad_(True)
+    return model
+
+
+def check_adapter(arguments: LoraArguments, training: TrainingArguments):
+    """
+    Raises:
+        `ValueError`: for unknown targets, and if the adapter is to be uploaded and its base model is not on the Hub.
+    """
+    from huggingface_hub.utils import validate_repo_id
+
+    from ..hub import check_base_is_on_hub
+    from .lora import check_targets
+
+    check_targets(arguments.targets)
+    if training.hub_model_id is not None:
+        validate_repo_id(training.hub_model_id)
+        check_base_is_on_hub(arguments.model)
+
+
+def load_with_adapter(arguments: LoraArguments, training: TrainingArguments, checkpoint=None):
+    """The model with a new adapter, whose settings are those of the checkpoint that is resumed."""
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    from .adapters import check_resumed
+    from .lora import load_quantized, make_lora_config, with_exact_weights
+
+    dtype, attn_implementation = weights_dtype(arguments, training), arguments.attn_implementation
+    if arguments.load_in_4bit:
+        base = load_quantized(arguments.model, dtype, attn_implementation=attn_implementation)
+        base = prepare_model_for_kbit_training(
+            base, training.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    else:
+        base = MQTLlavaForConditionalGeneration.from_pretrained(
+            arguments.model, dtype=dtype, attn_implementation=attn_implementation
+        )
+    lora = make_lora_config(
+        base,
+        arguments.targets,
+        r=arguments.rank,
+        lora_alpha=arguments.alpha,
+        lora_dropout=arguments.dropout,
+        use_rslora=arguments.rslora,
+        use_dora=arguments.dora,
+    )
+    if checkpoint is not None:
+        check_resumed(lora, checkpoint)
+    model = with_exact_weights(get_peft_model(base, lora))
+    model.print_trainable_parameters()
+    return model
 
 
 def main(command_line=None):

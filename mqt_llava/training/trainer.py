@@ -1,4 +1,4 @@
-"""A `Trainer` with what MQT-LLaVA wants: m drawn and logged, samples named where a loss is not finite."""
+"""A `Trainer` for MQT-LLaVA: it logs m, and names the samples of a loss that is not finite."""
 
 import copy
 
@@ -14,30 +14,30 @@ from .sampling import VisualTokenSampler
 
 class MQTLlavaTrainer(Trainer):
     """
-    A [`~transformers.Trainer`] for batches of a [`MQTLlavaDataCollator`], of which it
+    A [`~transformers.Trainer`] for batches of a [`MQTLlavaDataCollator`]. It
 
-    - makes the sampler one of its callbacks, and writes `num_visual_tokens` to all logs;
-    - gives batches without images a blank one, so that several processes can train together, whatever their batches;
-    - evaluates at the largest m that is drawn where samples have none of their own, and leaves the sampler alone;
-    - groups samples by length in an order that a resume goes on with;
+    - adds the collator's sampler to its callbacks, and logs `num_visual_tokens`;
+    - adds a blank image to batches without images, so that several processes can train together, whatever their batches;
+    - evaluates samples without their own m at the largest m that is drawn, and does not advance the sampler;
+    - groups samples by length in an order that continues after a resume;
     - stops at a loss that is not finite with a `FloatingPointError` that names the samples;
-    - turns the key-value cache on again when training is done. `Trainer` turns it off in the model's config.
+    - turns the key-value cache on again after training. `Trainer` turns it off in the model's config.
     """
 
     def __init__(self, model, args, data_collator: MQTLlavaDataCollator, **kwargs):
         if args.n_gpu > 1:
             raise ValueError(
-                f"One process cannot train on {args.n_gpu} GPUs: batches would be cut up by rows, and images parted from "
-                "their prompts. Start one for each with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
+                f"One process cannot train on {args.n_gpu} GPUs: batches would be split by rows, which separates images from "
+                "their prompts. Start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
         if args.use_liger_kernel:
             raise ValueError("`use_liger_kernel` would do nothing: Liger has no kernels for MQT-LLaVA.")
         args.remove_unused_columns = False  # the collator makes the model's inputs
-        # FSDP shards these layers one by one, and refuses names of layers that are not there, such as CLIP's for text
+        # FSDP shards these layers one by one, and refuses names of missing layers, such as CLIP's text layers
         layers = {type(module).__name__ for module in model.modules()}
         model._no_split_modules = [name for name in model._no_split_modules or () if name in layers]
         super().__init__(model, args, data_collator=data_collator, **kwargs)
-        # `Trainer` tells the whole model alone, and the language model would keep keys and values for nobody
+        # `Trainer` sets this only for the whole model, and the language model would keep keys and values in vain
         model.config.text_config.use_cache = args.use_cache
         if self.label_smoother is not None:
             self.label_smoother = ShiftingLabelSmoother(self.label_smoother.epsilon)
@@ -60,12 +60,12 @@ class MQTLlavaTrainer(Trainer):
         if not isinstance(sampler, LengthGroupedSampler):
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        sampler.lengths = sampler.lengths[:]  # as a list: a column of `datasets` is slow when asked row by row
+        sampler.lengths = sampler.lengths[:]  # as a list: a column of `datasets` is slow row by row
         batch_size = sampler.batch_size * self.args.world_size
         return SeededLengthGroupedSampler(sampler, batch_size, seed, lambda: int(self.state.epoch or 0))
 
     def _with_collator(self, get_dataloader, **settings):
-        """The data loader that is made while the collator has other settings."""
+        """Make a data loader while the collator has other settings."""
         own, self.data_collator = self.data_collator, copy.copy(self.data_collator)
         try:
             vars(self.data_collator).update(settings)
@@ -85,17 +85,17 @@ class MQTLlavaTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         if isinstance(self.model, FSDPModule):
-            # Its class is one of torch's making; the code to save with it is that of the class before
+            # torch has replaced its class; the code to save is that of the original class
             type(self.model).__module__ = type(self.model).__bases__[-1].__module__
         super()._save(output_dir, state_dict)
 
     def save_adapter(self, output_dir=None, repo_id=None):
-        """Save the adapter that was trained, in `args.output_dir` unless said otherwise, and upload it where a repository is
-        given: see [`~mqt_llava.training.adapters.save_adapter`]. All processes call this."""
-        from .adapters import save_adapter  # peft is not needed to train without it
+        """Save the trained adapter, by default in `args.output_dir`, and upload it if a repository is given: see
+        [`~mqt_llava.training.adapters.save_adapter`]. All processes must call this."""
+        from .adapters import save_adapter  # training without an adapter does not need peft
 
         state_dict = None
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # shards are gathered by all processes together
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # all processes gather the shards
             state_dict = self.accelerator.get_state_dict(self.model_wrapped)
         if self.is_world_process_zero():
             save_adapter(self.model, output_dir or self.args.output_dir, repo_id, state_dict)
@@ -112,22 +112,22 @@ class MQTLlavaTrainer(Trainer):
         except ValueError as error:
             if not str(error).startswith("Caught ValueError in DataLoader worker"):
                 raise
-            # A worker's error comes as the text of a traceback
+            # The error of a worker is the text of a traceback
             raise ValueError(str(error).rpartition("ValueError: ")[2].strip()) from error
         finally:
             enable_cache(self.model)
             for callback in self.callback_handler.callbacks:
                 if getattr(callback, "training_bar", None) is not None:
-                    callback.training_bar.close()  # so that an error begins a line of its own
+                    callback.training_bar.close()  # so that an error begins a new line
 
 
 class ShiftingLabelSmoother(LabelSmoother):
-    """One for causal models. `Trainer` knows those by the names of their classes, and FSDP gives them others."""
+    """Label smoothing for causal models. `Trainer` recognizes those by the names of their classes, which FSDP changes."""
 
     def __call__(self, model_output, labels, shift_labels=True, num_items_in_batch=None):
         return super().__call__(model_output, labels, True, num_items_in_batch)
 
 
 def enable_cache(model):
-    """Undo what `Trainer` does to a model's config: it turns the key-value cache off, and `generate` would go without."""
+    """Turn the key-value cache on again: `Trainer` turns it off in the model's config, which would slow `generate` down."""
     model.config.use_cache = model.config.text_config.use_cache = model.generation_config.use_cache = True

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
 
 from mqt_llava import MQTLlavaForConditionalGeneration, MQTLlavaProcessor, modeling
 
@@ -25,17 +26,19 @@ def main():
     arguments.output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.output_dir.parent) as folder:
         partial = Path(folder) / "partial"
-        MQTLlavaForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.bfloat16).save_pretrained(
-            partial
-        )
+        model = MQTLlavaForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.bfloat16)
+        text = model.config.text_config
+        special = {name: getattr(text, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**special, suppress_tokens=[model.config.image_token_id])
+        model.save_pretrained(partial)
         MQTLlavaProcessor.from_pretrained(arguments.model).save_pretrained(partial)
         for code in partial.glob("*.py"):  # the repository has one copy of the code; a wheel has the files
             code.unlink()
             code.symlink_to(Path(os.path.relpath(modeling.__path__[0], arguments.output_dir), code.name))
         for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
             settings = json.loads((partial / name).read_text())
-            for key in ("is_local", "local_files_only"):
-                settings.pop(key, None)
+            for key in ("is_local", "local_files_only", *(["auto_map"] if name == "tokenizer_config.json" else [])):
+                settings.pop(key, None)  # the tokenizer is an ordinary one
             for part in settings.values():
                 if isinstance(part, dict):
                     part.pop("_name_or_path", None)  # a folder of the training

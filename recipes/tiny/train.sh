@@ -1,25 +1,29 @@
 #!/usr/bin/env bash
-# How the second edition of mqt-llava-tiny is to be trained: from scratch, on two CPU cores. The shipped checkpoint is of the
-# first one (examples/train_tiny.sh of commit 9bf9e86); this has not been run from end to end yet. Each step is one command, and goes on where it was broken
-# off when called again. Needs `pip install -c constraints.txt -e ".[train]"` and Debian's fonts-noto-color-emoji and fonts-symbola.
+# How mqt-llava-tiny was trained: from scratch, on two CPU cores. Each step is one command, and goes on where it was broken off
+# when called again. Needs `pip install -c constraints.txt -e ".[train,evaluate]"` and Debian's fonts-noto-color-emoji and
+# fonts-symbola.
 #
 #     bash recipes/tiny/train.sh runs
 set -euo pipefail
 runs=${1:?"usage: train.sh FOLDER"}
 python=${PYTHON:-python}
-# One process a core, each with half of the batch
-launch=(env OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --nproc_per_node 2 -m)
+# One process a core, each with half of the batch. glibc's allocator takes a third of a step, once it is fragmented; Debian's
+# libtcmalloc-minimal4, where it is installed, does not
+tcmalloc=$(ldconfig -p | sed -n 's/.*libtcmalloc_minimal\.so\.4 .*=> //p' | head -n 1)
+launch=(env OMP_NUM_THREADS=1 ${tcmalloc:+LD_PRELOAD="$tcmalloc"} "$python" -m torch.distributed.run --nproc_per_node 2 -m)
 on_cpu=(--use_cpu --bf16 --max_grad_norm 1 --lr_scheduler_type cosine --learning_rate 1e-3 --save_total_limit 2 --report_to none)
 
 # A stage as `mqt-llava train` has it, gone on with where there is a checkpoint: its folder, then its options. The paper's values
-# that are meant for GPUs and 7B parameters are undone.
+# that are meant for GPUs and 7B parameters are undone. Layers are compiled one by one, for any length
 tune() {
     local resume=()
     if compgen -G "$runs/$1/checkpoint-*" > /dev/null; then resume=(--resume); fi
     [ -e "$runs/$1/model.safetensors" ] ||
-        "${launch[@]}" recipes.tiny.tune --output_dir "$runs/$1" --image_folder "$runs/data/images" "${resume[@]}" "${on_cpu[@]}" \
-            --ddp_backend gloo --per_device_train_batch_size 32 --gradient_accumulation_steps 1 --gradient_checkpointing false \
-            --attn_implementation eager --dataloader_num_workers 0 --logging_steps 10 --save_steps 200 "${@:2}"
+        ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=true ACCELERATE_DYNAMO_USE_DYNAMIC=true \
+            "${launch[@]}" recipes.tiny.tune --output_dir "$runs/$1" --image_folder "$runs/data/images" "${resume[@]}" "${on_cpu[@]}" \
+            --torch_compile --ddp_backend gloo --per_device_train_batch_size 32 --gradient_accumulation_steps 1 \
+            --gradient_checkpointing false --attn_implementation eager --dataloader_num_workers 0 --logging_steps 10 --save_steps 200 \
+            "${@:2}"
 }
 
 # 150,000 pictures with captions and one to six questions each, and 15,000 pairs
@@ -40,9 +44,14 @@ tune() {
 
 # Stage 2: query transformer and language model, conversations. Small m are drawn as often as large ones, m = 1 among them, which
 # the paper never draws
-tune stage2 --stage 2 --model "$runs/start" --data_path "$runs/data/conversations.json" --max_steps 4000 --warmup_steps 50 \
+tune stage2 --stage 2 --model "$runs/start" --data_path "$runs/data/conversations.json" --max_steps 7000 --warmup_steps 50 \
     --num_visual_tokens 1,1,1,2,2,2,3,4,4,6,8,8,12,16,16,24,32,32,48,64,64,64
 
-$python -m recipes.tiny.export --model "$runs/stage2" --output_dir "$runs/mqt-llava-tiny"
+[ -e "$runs/mqt-llava-tiny" ] || $python -m recipes.tiny.export --model "$runs/stage2" --output_dir "$runs/mqt-llava-tiny"
+
+# What `num_visual_tokens="auto"` means for it
+$python -m recipes.tiny.make_questions --output_dir "$runs/calibration" --first_seed 30000000 --pictures 4500
+$python -m mqt_llava.cli calibrate "$runs/calibration/questions.json" --model "$runs/mqt-llava-tiny" --tolerance 0.5
+
 $python -m recipes.tiny.evaluate --model "$runs/mqt-llava-tiny" --output_dir "$runs/accuracy"
 $python -m recipes.tiny.families --model "$runs/mqt-llava-tiny" --output_dir "$runs/accuracy"

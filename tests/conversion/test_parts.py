@@ -22,7 +22,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from mqt_llava.conversion import VerificationError, convert, parts
+from mqt_llava.conversion import VerificationError, convert, layouts
 from mqt_llava.modeling.modeling_mqt_llava import sinusoidal_grid_positions
 from tests.conversion.checkpoints import PIECES, read_weights
 from tests.small_model import make_images, make_tokenizer
@@ -185,7 +185,7 @@ def test_tied_embeddings_of_another_name(towers, tmp_path):
 def test_verification_runs_the_parts(towers, authors, tmp_path, monkeypatch, name, failed):
     """A part of another value than its own class has is found, where anything reads it."""
     language_model(tmp_path / "llm", LANGUAGE_MODELS["llama"], authors=authors)
-    plan = parts.plan
+    plan = layouts.plan_parts
 
     def tampered(*args):
         planned = plan(*args)
@@ -193,7 +193,7 @@ def test_verification_runs_the_parts(towers, authors, tmp_path, monkeypatch, nam
         planned.tensors[wrong] = planned.tensors[wrong].map(lambda values: values + 1)
         return planned
 
-    monkeypatch.setattr(parts, "plan", tampered)
+    monkeypatch.setattr(layouts, "plan_parts", tampered)
     run = partial(convert, str(tmp_path / "llm"), tmp_path / "out", vision_tower=str(towers / "clip"), verify=True)
     if failed is None:
         return run()

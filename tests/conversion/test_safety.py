@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mqt_llava.conversion import convert, writing
+from mqt_llava.conversion import convert, files
 from tests.conversion.checkpoints import edit_json, read_weights, write_authors, write_weights
 
 
@@ -366,8 +366,8 @@ def test_neighbours_are_left_alone(authors, taken):
     for name in mine:
         (taken.parent / name / "old").mkdir(parents=True)
         (taken.parent / name / "old" / "precious.txt").write_text("mine")
-    with open(taken.parent / mine[-1] / writing.MARK, "w") as mark:  # another run at the same place
-        writing._lock(mark)
+    with open(taken.parent / mine[-1] / files.MARK, "w") as mark:  # another run at the same place
+        files._lock(mark)
         convert(str(authors), taken, overwrite=True)
     assert {path.name for path in taken.parent.iterdir()} == {taken.name, *mine}
     assert all((taken.parent / name / "old" / "precious.txt").exists() for name in mine)
@@ -403,7 +403,7 @@ def test_killed_in_the_middle(authors, taken):
 RENAME = """
 import os, signal, sys
 from pathlib import Path
-from mqt_llava.conversion.writing import new_folder
+from mqt_llava.conversion.files import new_folder
 def replace(self, target, replace=Path.replace):
     if self.name == "new":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -456,8 +456,7 @@ def test_failing_write(authors, taken, monkeypatch):
     def write_all(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing, "write_all", write_all)
-    monkeypatch.setattr(os, "copy_file_range", write_all, raising=False)
+    monkeypatch.setattr(files, "write_all", write_all)
     with pytest.raises(OSError, match="No space"):
         convert(str(authors), taken, overwrite=True)
     assert_untouched(taken)

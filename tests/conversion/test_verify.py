@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from importlib import import_module
 
 import pytest
 import torch
@@ -14,10 +13,9 @@ from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from mqt_llava import cli
-from mqt_llava.conversion import VerificationError, convert, full, names
+from mqt_llava.conversion import VerificationError, convert, files, layouts, names
 from mqt_llava.conversion.files import read_tensors
-from mqt_llava.conversion.streaming import load_model
-from mqt_llava.conversion.verify import Check, verify_plan, verify_tensors
+from mqt_llava.conversion.verify import Check, load_model, verify_tensors
 from tests.conversion.checkpoints import edit_json, write_authors, write_weights
 
 
@@ -35,7 +33,7 @@ def test_good_conversion(tokenizer_model, tmp_path, legacy):
 
 
 def failing(source, folder):
-    return {check.name for check in verify_plan(full.plan(source), folder, None) if not check.passed}
+    return {check.name for check in layouts.plan_full(source).verify(folder, None) if not check.passed}
 
 
 @pytest.mark.parametrize(
@@ -68,15 +66,17 @@ def test_one_changed_value_in_any_tensor(authors, converted, tmp_path, choice):
     if not changed.exists():
         shutil.copy(converted / changed.name, changed)
     tensors = read_tensors(tmp_path)
-    tensor = tensors[choice.draw(sampled_from(sorted(tensors)), label="name")]
-    position = tensor.stored[1] + choice.draw(integers(0, tensor.nbytes - 1), label="byte")
+    name = choice.draw(sampled_from(sorted(tensors)), label="name")
     with open(changed, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        begin, end = json.loads(file.read(length))[name]["data_offsets"]
+        position = 8 + length + choice.draw(integers(begin, end - 1), label="byte")
         file.seek(position)
         (byte,) = file.read(1)
         file.seek(position)
         file.write(bytes([byte ^ 1 << choice.draw(integers(0, 7), label="bit")]))
         file.flush()
-        assert verify_tensors(full.plan(authors).tensors, read_tensors(tmp_path)).difference == 1
+        assert verify_tensors(layouts.plan_full(authors).tensors, read_tensors(tmp_path)).difference == 1
         file.seek(position)
         file.write(bytes([byte]))
 
@@ -130,15 +130,14 @@ def renamed(monkeypatch):
 
 def tampered(monkeypatch):
     """A disk that does not keep what was written to it."""
-    module = import_module("mqt_llava.conversion.convert")
 
-    def write_shards(folder, tensors, *args, write=module.write_shards):
+    def write_shards(folder, tensors, *args, write=files.write_shards):
         write(folder, tensors, *args)
         weights = load_file(folder / "model.safetensors")
         weights["lm_head.weight"][5, 5] += 1
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(module, "write_shards", write_shards)
+    monkeypatch.setattr(files, "write_shards", write_shards)
 
 
 @pytest.mark.parametrize("wrong", [swapped, transposed, renamed, tampered])

@@ -31,7 +31,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from mqt_llava import TINY_CHECKPOINT, VisualTokenSchedule
 from mqt_llava.cost import CostModel
 from mqt_llava.modeling.budget_mqt_llava import CACHE_NAME
-from tests.modeling.test_generation import ROWS, CountVision, prepare
+from tests.modeling.common import ROWS, CountVision, prepare
 from tests.small_model import NUM_QUERY_TOKENS, SIGLIP, make_images, make_model, make_processor
 
 

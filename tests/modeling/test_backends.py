@@ -8,10 +8,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 
 from mqt_llava import MQTLlavaForConditionalGeneration
-from tests.small_model import NUM_QUERY_TOKENS, make_images, make_model, make_processor
-
-
-NUM_VISUAL_TOKENS = [1, 7, NUM_QUERY_TOKENS]
+from tests.modeling.common import NUM_VISUAL_TOKENS, real_logits
+from tests.small_model import make_images, make_model, make_processor
 
 
 @pytest.fixture
@@ -25,12 +23,6 @@ def inputs():
         padding=True,
         return_tensors="pt",
     )
-
-
-@torch.no_grad()
-def real_logits(model, inputs):
-    """The logits where there is no padding, `(tokens, vocab_size)`."""
-    return model(**inputs).logits[inputs["attention_mask"].bool()]
 
 
 @pytest.fixture

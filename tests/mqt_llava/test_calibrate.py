@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageEnhance
 from typer.testing import CliRunner
 
 from mqt_llava import TINY_CHECKPOINT, VisualTokenSchedule
@@ -16,6 +16,7 @@ from mqt_llava.cli import app
 
 
 STAGES = [2, 8, 64]
+ROOT = Path(__file__).parents[2]
 
 
 def make_answers(num_pictures, seed, questions=(3,), shift=0.0):
@@ -159,6 +160,21 @@ def test_command(questions, tmp_path, file, measure):
     }
     shipped = json.loads((Path(TINY_CHECKPOINT) / "generation_config.json").read_text())
     assert written["suppress_tokens"] == shipped["suppress_tokens"]
+
+
+def test_curve_where_no_promise_can_be_made(tmp_path):
+    """Everything on a picture is not told with one visual token."""
+    scene, rows = Image.open(ROOT / "examples" / "scene.png"), []
+    for i in range(24):
+        ImageEnhance.Brightness(scene).enhance(0.9 + i / 120).save(tmp_path / f"{i}.png")
+        answer = {"from": "gpt", "value": "A bear, a dog, a fish and the number 7."}
+        turns = [{"from": "human", "value": "<image>\nList everything."}, answer]
+        rows.append({"image": f"{i}.png", "conversations": turns})
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    options = ["--tolerance", 30, "--num-visual-tokens", "1", "--output-dir", tmp_path / "out"]
+    result = run(tmp_path / "list.json", *options)
+    assert result.exit_code == 2 and "nothing is written" in " ".join((result.stderr + str(result.exception)).split())
+    assert "accuracy, %" in result.stdout and "schedule" not in result.stdout and not list(tmp_path.glob("out/*"))
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+"""What an answer costs: estimates beside counted operations, budgets, schedules; and `mqt-llava cost`."""
+
 import copy
 import json
 
@@ -10,12 +12,14 @@ from typer.testing import CliRunner
 
 from benchmarks.measure import peak_memory
 from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration, VisualTokenSchedule, cli
+from mqt_llava.cli.cost import parse_amount
 from mqt_llava.cost import CostModel, DeviceSpeed, measure_device, num_visual_tokens_for, schedule_within
 from mqt_llava.modeling.budget_mqt_llava import CACHE_NAME
-from tests.mqt_llava.test_cli import restore_global_settings  # noqa: F401  the command silences transformers
+from tests.commands import assert_refused
 from tests.small_model import NUM_QUERY_TOKENS, make_config, make_images, make_model, make_processor
 
 
+pytestmark = pytest.mark.usefixtures("restore_global_settings")
 TEXT = {
     "hidden_size": 32,
     "intermediate_size": 80,
@@ -287,3 +291,28 @@ def test_a_schedule_within_a_budget_keeps_its_first_stages():
         costs.schedule_within(schedule, max_flops=10)
     with pytest.raises(ValueError, match="`max_flops` or `max_seconds`"):
         costs.schedule_within(schedule)
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [
+        ("16GB", 16e9),
+        ("16GiB", 16 * 2**30),
+        ("16Gi", 16 * 2**30),
+        ("1KiB", 1024),
+        ("1kB", 1e3),
+        ("1KB", 1e3),
+        ("1.5MiB", 1.5 * 2**20),
+        ("2.5T", 2.5e12),
+        ("2e12", 2e12),
+        ("800 GFLOP", 8e11),
+        ("7", 7),
+    ],
+)
+def test_amounts(text, amount):
+    assert parse_amount(text) == amount
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "16 GBi", "16XiB", "-1GB"])
+def test_wrong_amounts(text):
+    assert_refused(CliRunner().invoke(cli.app, ["cost", f"--memory={text}"]), "16GB or 16GiB", f"got {text!r}")

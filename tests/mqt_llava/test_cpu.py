@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 from mqt_llava import cli, cpu
 from mqt_llava.cli import models
 from mqt_llava.cpu import FEW_TOKENS, Float32Linear, compute_in_float32
-from tests.mqt_llava.test_cli import restore_global_settings  # noqa: F401
 from tests.small_model import make_images, make_model, make_processor
 
 
+pytestmark = pytest.mark.usefixtures("restore_global_settings")
 ask_module = importlib.import_module("mqt_llava.cli.ask")
 
 

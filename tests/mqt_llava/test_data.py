@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from mqt_llava import MQTLlavaImageProcessor, MQTLlavaProcessor
-from mqt_llava.conversion.tokenization import load_llama_tokenizer
+from mqt_llava.conversion.authors import load_llama_tokenizer
 from mqt_llava.training.collator import MQTLlavaDataCollator
 from mqt_llava.training.data import (
     SampleError,
@@ -130,7 +130,7 @@ BROKEN = {
     "image in the answer": (llava("What?", "<image>", image="0.png"), "answer in turn 1 has an <image>"),
     "no turns": ({"id": 1}, "neither `conversations` nor `messages`"),
     "not a row": ("hello", "neither `conversations` nor `messages`"),
-    "turns are text": ({"conversations": "hello"}, "no list of objects"),
+    "turns are text": ({"conversations": "hello"}, "not a list of objects"),
     "role": ({"conversations": [{"from": "cat", "value": "Miaow"}]}, "got 'cat'"),
     "two questions": (chat("a", "b") | {"messages": [{"role": "user", "content": "a"}] * 2}, "take turns"),
     "url": (chat([IMAGE | {"url": "https://a/b.png"}], "A cat."), "not downloaded"),
@@ -457,5 +457,5 @@ def test_broken_rows_are_refused_before_training(folder):
     odd = {"messages": [{"role": ["user"], "content": "Hi"}]}
     broken = [llava("<image>\nWhat?", "A cat.", image="none.png"), chat("Hi", ""), odd]
     (folder / "bad.json").write_text(json.dumps(rows + broken))
-    with pytest.raises(ValueError, match=r"bad\.json\[2\].*no image file .*none.png.* So cannot 2 others"):
+    with pytest.raises(ValueError, match=r"bad\.json\[2\].*no image file .*none.png.* In total 3 samples are broken"):
         refuse_broken(load_conversations(folder / "bad.json"))

@@ -21,8 +21,10 @@ from mqt_llava.evaluation import METRICS, Question, answer_questions, load_metri
 from mqt_llava.evaluation.metrics import anls, contains, exact_match, multiple_choice, vqa_accuracy
 from mqt_llava.evaluation.report import enough, sentence, summarize
 from mqt_llava.hub import write_card
-from tests.mqt_llava.test_cli import restore_global_settings  # noqa: F401  the command silences transformers
 from tests.small_model import make_images, make_model, make_processor
+
+
+pytestmark = pytest.mark.usefixtures("restore_global_settings")
 
 
 # Metrics --------------------------------------------------------------------------------------------------------------

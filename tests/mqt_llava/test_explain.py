@@ -2,6 +2,7 @@
 
 import json
 import os
+from importlib import import_module
 
 import pytest
 import torch
@@ -418,6 +419,11 @@ def test_command_draws_the_sheet(invoke, tmp_path):
     assert again.exit_code == 2 and "exists" in again.stderr and output.read_bytes() == before
     assert invoke(QUESTION, "--output", output, "--overwrite").exit_code == 0 and output.read_bytes() != before
     assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {"picture.png", "sheet.png"}
+
+
+def test_command_has_all_methods():
+    """It names them itself, since `mqt_llava.explain` imports torch."""
+    assert tuple(method.value for method in import_module("mqt_llava.cli.explain").Method) == METHODS
 
 
 def test_command_tells_numbers(invoke, tmp_path):

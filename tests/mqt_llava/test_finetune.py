@@ -334,14 +334,14 @@ def test_command_tunes_resumes_and_overwrites(checkpoint, data, tmp_path, monkey
     options = ["--model", checkpoint, "--output-dir", adapter, "--batch-size", 2, "--use-cpu", "--save-steps", 1]
     run = {"monkeypatch": monkeypatch, "data": data}
     evaluation = ["--eval-data", data, "--eval-num-visual-tokens", "1,16", "--num-visual-tokens", "1,16"]
-    evaluation += ["--logging-steps", 1]
+    evaluation += ["--logging-steps", 1, "--distill-weight", 0.5]
     assert not finetune(*options, *evaluation, "--epochs", 1, **run)
     output = capfd.readouterr().out
     assert "trainable params: " in output and "eval_m1_loss" in output and "eval_m16_loss" in output
-    assert "num_visual_tokens" in output and "adapter is in" in output
+    assert "num_visual_tokens" in output and "divergence" in output and "adapter is in" in output
     assert answers(load_adapter(load_base(checkpoint), adapter))
     assert finetune(*options, **run) == 2
-    assert "go on with that run (--resume), replace it (--overwrite), or" in capfd.readouterr().err
+    assert "continue that run (--resume), replace it (--overwrite), or" in capfd.readouterr().err
     for other, message in ((["-r", 4], "--rank = 16"), (["--targets", "vision_tower"], "--targets = ")):
         assert finetune(*options, *other, "--epochs", 2, "--resume", **run) == 2
         assert message in capfd.readouterr().err
@@ -399,8 +399,10 @@ MISTAKES = {
     ),
     "too long to cut": (["--max-length", "3", "--truncate"], "which leaves no room for an answer"),
     "too long, in a worker": (["--max-length", "3", "--num-workers", "1"], "Sample rows.json["),
-    "no epochs": (["--epochs", "0"], "--epochs"),
-    "no steps": (["--max-steps", "0"], "--max-steps"),
+    "no epochs": (["--epochs", "0"], "--num-train-epochs must be above 0; got 0"),
+    "dropout": (["--dropout", "1"], "--dropout must be at least 0 and below 1"),
+    "unknown option": (["--image-foldr", "x"], "no argument --image-foldr; the closest one is --image-folder"),
+    "no steps": (["--max-steps", "0"], "--max-steps must be above 0; got 0"),
     "name on the Hub": (["--push-to-hub", "a b/c"], "a b/c"),
     "model": (["--model", "nowhere"], "cannot load the model nowhere"),
 }
@@ -414,6 +416,14 @@ def test_mistakes_are_one_line(arguments, message, checkpoint, data, tmp_path, m
     assert finetune(*options, *arguments, monkeypatch=monkeypatch, data=given) == 2
     (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("Error: "))
     assert message in line
+
+
+def test_missing_libraries_are_named(checkpoint, data, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    options = ["--model", checkpoint, "--output-dir", tmp_path / "adapter", "--use-cpu"]
+    monkeypatch.delitem(sys.modules, "mqt_llava.training.lora")
+    assert finetune(*options, monkeypatch=monkeypatch, data=data) == 2
+    assert "peft is missing: pip install 'mqt-llava[train]'" in capfd.readouterr().err
 
 
 def test_no_warnings_of_libraries_about_each_other(checkpoint, data, tmp_path, monkeypatch, capfd):
@@ -437,7 +447,7 @@ def test_interrupted_run_says_how_to_go_on(checkpoint, data, tmp_path, monkeypat
     options = ["--model", checkpoint, "--output-dir", tmp_path / "adapter", "--use-cpu", "--max-steps", 1]
     assert finetune(*options, monkeypatch=monkeypatch, data=data) == 130
     error = capfd.readouterr().err
-    assert ("with --resume goes on" in error) == saved and "Interrupted" in error and "Traceback" not in error
+    assert ("with --resume continues" in error) == saved and "Interrupted" in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize("saving", ["the adapter", "a checkpoint"])

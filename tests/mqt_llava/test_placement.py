@@ -13,8 +13,11 @@ from mqt_llava.cli.errors import UsageError
 from mqt_llava.cli.serve import place_server
 from mqt_llava.cost import CostModel
 from mqt_llava.placement import check_training, free_memory, place_model
-from tests.mqt_llava.test_cli import QUESTION, assert_refused, files, restore_global_settings  # noqa: F401
+from tests.commands import QUESTION, assert_refused
 from tests.small_model import make_config
+
+
+pytestmark = pytest.mark.usefixtures("restore_global_settings")
 
 
 @pytest.fixture(scope="module")
@@ -119,19 +122,19 @@ def run(*arguments):
     return CliRunner().invoke(cli.app, list(map(str, arguments)))
 
 
-def test_ask_refuses_what_does_not_fit(checkpoint, files, free):  # noqa: F811
+def test_ask_refuses_what_does_not_fit(checkpoint, files, free):
     free(cpu=1000)
     result = run("ask", files[0], QUESTION, "--model", checkpoint)
     assert_refused(result, "GB with --dtype float32", "cpu has 1e-06 GB free")
 
 
-def test_long_answers_are_as_long_as_the_model_has_positions(checkpoint, files, free):  # noqa: F811
+def test_long_answers_are_as_long_as_the_model_has_positions(checkpoint, files, free):
     free(cpu=10 * CostModel(make_config())(dtype="float32", num_new_tokens=2048).memory_bytes)
     result = run("ask", files[0], QUESTION, "--model", checkpoint, "--max-new-tokens", 10**9, "--num-visual-tokens", 1)
     assert result.exit_code == 0, result.output
 
 
-def test_model_that_cannot_be_counted_is_loaded_as_before(checkpoint, files, free, monkeypatch):  # noqa: F811
+def test_model_that_cannot_be_counted_is_loaded_as_before(checkpoint, files, free, monkeypatch):
     def fail(*_):
         raise RuntimeError("Expected inputs of BF16 type")
 
@@ -160,7 +163,7 @@ PARTS["stage 2"] = ("query_transformer", "embeddings", "language_model", "lm_hea
 
 
 @pytest.mark.parametrize("command", PARTS)
-def test_training_refuses_what_does_not_fit(checkpoint, files, tmp_path, free, command):  # noqa: F811
+def test_training_refuses_what_does_not_fit(checkpoint, files, tmp_path, free, command):
     """Before weights are read. A stage of the language model needs more than one of the query transformer."""
     row = {"image": files[0], "conversations": [{"from": "human", "value": "<image>\nWhat?"}]}
     row["conversations"].append({"from": "gpt", "value": "A cat."})

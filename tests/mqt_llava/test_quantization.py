@@ -17,9 +17,10 @@ from mqt_llava.cli.conversation import Conversation
 from mqt_llava.quantization import quantization_config
 from mqt_llava.training.adapters import load_adapter
 from mqt_llava.training.lora import load_quantized, make_lora_config
-from tests.mqt_llava.test_cli import assert_refused, restore_global_settings  # noqa: F401
+from tests.commands import assert_refused
 
 
+pytestmark = pytest.mark.usefixtures("restore_global_settings")
 SCENE = Path(__file__).parents[2] / "examples" / "scene.png"
 LIBRARIES = {8: "torchao", 4: "bitsandbytes"}
 

@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from mqt_llava import VisualTokenSchedule
 from mqt_llava.cli import main
-from mqt_llava.training.arguments import accumulation_steps, parse_arguments
+from mqt_llava.training.arguments import LoraArguments, accumulation_steps, parse_arguments
 from mqt_llava.training.collator import MQTLlavaDataCollator
 from mqt_llava.training.data import load_conversations
 from mqt_llava.training.distillation import DistillationTrainer
@@ -85,24 +85,49 @@ def test_the_command_line_goes_before_the_file_and_that_before_the_paper(tmp_pat
     assert training.gradient_accumulation_steps == 3 and training.eval_strategy == "epoch"
 
 
+def test_finetune_takes_short_names_and_data_anywhere(tmp_path):
+    """Each option takes one word, and flags take none."""
+    words = "--output-dir out --bf16 a.json --targets language_model,query_transformer b.json -r 4 --use_cpu true --lr 1e-3"
+    words += " --num-visual-tokens 1,4 c.json --eval-data e.json --push-to-hub me/adapter --batch-size=3 --truncate --disable-tqdm false d.json"
+    arguments, training = parse_arguments(words.split(), LoraArguments)
+    assert arguments.data_path == ["a.json", "b.json", "c.json", "d.json"] and arguments.eval_data_path == ["e.json"]
+    assert arguments.targets == ["language_model", "query_transformer"] and arguments.num_visual_tokens == ["1,4"]
+    assert (
+        arguments.rank == 4 and arguments.truncate and not training.disable_tqdm and training.bf16 and training.use_cpu
+    )
+    assert training.per_device_train_batch_size == 3 == training.per_device_eval_batch_size
+    assert training.learning_rate == 1e-3 and training.output_dir == "out" and training.eval_strategy == "epoch"
+    assert training.hub_model_id == "me/adapter" and not training.push_to_hub
+    assert training.lr_scheduler_type == "cosine" and training.seed == 0 and not training.gradient_checkpointing
+    config = tmp_path / "config.yaml"
+    config.write_text("data_path: [a.json, b.json]\ntargets: [vision_tower, query_transformer]\nepochs: 3\nalpha: 8\n")
+    arguments, training = parse_arguments(["--config", str(config), "--alpha", "9"], LoraArguments)
+    assert arguments.targets == ["vision_tower", "query_transformer"] and arguments.alpha == 9
+    assert arguments.data_path == ["a.json", "b.json"] and training.num_train_epochs == 3
+
+
 MISTAKES = {
     "unknown key": (
         "lerning_rate: 1",
         [],
         r"config\.yaml: there is no argument lerning_rate; the closest one is learning_rate",
     ),
-    "unknown option": ("", ["--eval-num-visual", "1"], "--eval-num-visual; the closest one is eval_num_visual_tokens"),
+    "unknown option": (
+        "",
+        ["--eval-num-visual", "1"],
+        "--eval-num-visual; the closest one is --eval-num-visual-tokens",
+    ),
     "unknown option like none": ("", ["--foo", "1"], r"there is no argument --foo\.$"),
     "eval_num_visual_tokens alone": (
         "eval_num_visual_tokens: 1",
         [],
-        "--eval_num_visual_tokens needs --eval_data_path",
+        "--eval-num-visual-tokens needs --eval-data-path",
     ),
-    "unknown option before missing ones": ("", ["--stag", "1"], "the closest one is stage"),
-    "number": ("max_steps: 2.5", [], "max_steps.*invalid int value: '2.5'"),
+    "unknown option before missing ones": ("", ["--stag", "1"], "the closest one is --stage"),
+    "number": ("max_steps: 2.5", [], "--max-steps: invalid int value: '2.5'"),
     "choice": ("train_sampling_strategy: lengthwise", [], "invalid choice: 'lengthwise'"),
     "stage": ("stage: 3", [], "--stage: invalid choice: 3"),
-    "no YAML": ("a: [", [], r"config\.yaml is no YAML"),
+    "no YAML": ("a: [", [], r"config\.yaml is not valid YAML"),
     "a list": ("- 1", [], "must hold keys and values; got list"),
     "batch": ("global_batch_size: 100", [], "multiple of .*16 x 1; got 100"),
     "small batch": ("global_batch_size: 8", [], "16 x 1; got 8"),
@@ -139,17 +164,17 @@ def test_mistakes_are_one_line_before_any_work(
 
 def test_what_is_missing_is_named(monkeypatch, capfd):
     assert command(monkeypatch) == 2
-    assert "required: --stage, --model, --data_path" in capfd.readouterr().err
+    assert "required: --model, --data-path, --stage" in capfd.readouterr().err
 
 
 def test_help_has_our_options_and_says_how_to_see_all(monkeypatch, capfd):
     for option in ("-h", "--help"):
         assert command(monkeypatch, "--stage", 1, option) == 0
         help_text = capfd.readouterr().out
-        assert "--distill_weight" in help_text and "--gradient_accumulation_steps" not in help_text
-        assert "--help-all" in help_text and len(help_text.splitlines()) < 70
+        assert "--distill-weight" in help_text and "--gradient-accumulation-steps" not in help_text
+        assert "--help-all" in help_text and len(help_text.splitlines()) < 80
     assert command(monkeypatch, "--help-all") == 0
-    assert "--gradient_accumulation_steps" in capfd.readouterr().out
+    assert "--gradient-accumulation-steps" in capfd.readouterr().out
 
 
 # What it does ---------------------------------------------------------------------------------------------------------------

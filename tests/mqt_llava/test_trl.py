@@ -12,7 +12,7 @@ from transformers import AutoProcessor
 
 import mqt_llava
 from mqt_llava import MQTLlavaForConditionalGeneration
-from mqt_llava.conversion.tokenization import load_llama_tokenizer
+from mqt_llava.conversion.authors import load_llama_tokenizer
 from mqt_llava.training.collator import MQTLlavaDataCollator
 from mqt_llava.training.data import load_conversations
 from mqt_llava.training.lora import make_lora_config

@@ -6,26 +6,18 @@ import re
 import signal
 import subprocess
 import sys
-from importlib import import_module
 
 import pytest
 from typer.testing import CliRunner
 
 from mqt_llava import MQTLlavaProcessor, cli
-from mqt_llava.conversion import names, tokenization
+from mqt_llava.conversion import files, names
+from tests.commands import assert_refused
 from tests.conversion.checkpoints import read_weights
 
 
 def run(*arguments):
     return CliRunner().invoke(cli.app, ["convert", *map(str, arguments)])
-
-
-def assert_refused(result, *words):
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert re.fullmatch(r"Error: [^\n]+\n", result.stderr), result.stderr
-    for word in words:
-        assert word in result.stderr
 
 
 def test_report_and_table(authors, tmp_path):
@@ -110,9 +102,7 @@ def test_disk_that_fails(authors, tmp_path, monkeypatch):
     def write_all(*args):
         raise OSError(28, "No space left on device")
 
-    writing = import_module("mqt_llava.conversion.writing")
-    monkeypatch.setattr(writing, "write_all", write_all)
-    monkeypatch.setattr(os, "copy_file_range", write_all, raising=False)
+    monkeypatch.setattr(files, "write_all", write_all)
     assert_refused(run(authors, tmp_path / "out"), "No space left on device")
     assert list(tmp_path.iterdir()) == []
 
@@ -141,8 +131,8 @@ def test_links(authors, tmp_path):
 # A conversion that takes its time when the weights are written
 SLOW = """
 import importlib, sys, time
-convert = importlib.import_module("mqt_llava.conversion.convert")
-convert.verify_plan = lambda *args: (print("verifying", flush=True), time.sleep(60))
+layouts = importlib.import_module("mqt_llava.conversion.layouts")
+layouts.CheckpointPlan.verify = lambda *args: (print("verifying", flush=True), time.sleep(60))
 importlib.import_module("mqt_llava.cli").main()
 """
 
@@ -181,7 +171,7 @@ def test_progress_and_ctrl_c_on_a_terminal(authors, tmp_path):
 
 @pytest.mark.parametrize("module", ["sentencepiece", "google.protobuf"])
 def test_missing_packages_are_named(authors, tmp_path, monkeypatch, module):
-    monkeypatch.setattr(tokenization, "_is_installed", lambda name: name != module)
+    monkeypatch.setitem(sys.modules, module, None)
     result = run(authors, tmp_path / "out")
     assert result.exit_code == 2 and not (tmp_path / "out").exists()
     assert result.stderr == (

@@ -15,7 +15,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from mqt_llava.conversion import VerificationError, convert, names
 from mqt_llava.conversion.files import LazyTensor
 from mqt_llava.conversion.names import from_authors, to_authors
-from tests.conversion.checkpoints import PIECES, SMALL, VISION_TOWER, edit_json, read_weights, write_authors
+from tests.conversion.checkpoints import (
+    PIECES,
+    SMALL,
+    VISION_TOWER,
+    edit_json,
+    read_weights,
+    write_authors,
+    write_weights,
+)
 from tests.small_model import make_model, make_processor
 
 
@@ -26,7 +34,7 @@ def assert_same(found, expected):
 
 
 def authors_weights(folder):
-    """All tensors of a folder written by `back`, those of the tower under their full names."""
+    """All tensors of a folder in the authors' layout, those of the tower under their full names."""
     tower = {VISION_TOWER + name: tensor for name, tensor in read_weights(folder / "vision_tower").items()}
     return read_weights(folder) | tower
 
@@ -209,6 +217,15 @@ def test_rope_comes_back(source, tmp_path, scaling):
     assert (config["rope_theta"], config["rope_scaling"]) == (500000.0, scaling)
 
 
+def test_tied_head_comes_back(source, weights, tmp_path):
+    tied = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
+    write_weights(source, tied)
+    edit_json(source / "config.json", tie_word_embeddings=True)
+    convert(str(source), tmp_path / "ours", verify=True)
+    convert(str(tmp_path / "ours"), tmp_path / "back", verify=True)
+    assert_same(authors_weights(tmp_path / "back"), tied)
+
+
 def changed(monkeypatch):
     """One tensor differs."""
 
@@ -217,7 +234,7 @@ def changed(monkeypatch):
         theirs["model.norm.weight"] = theirs["model.norm.weight"].map(lambda values: values + 1)
         return theirs
 
-    monkeypatch.setattr("mqt_llava.conversion.back.to_authors", to_wrong)
+    monkeypatch.setattr("mqt_llava.conversion.to_authors.to_authors", to_wrong)
 
 
 def swapped(monkeypatch):
