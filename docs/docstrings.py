@@ -28,15 +28,30 @@ class Docstrings(griffe.Extension):
             module = griffe.visit(file.stem, file, file.read_text(encoding="utf-8"), parent=folder, **shared)
             folder.set_member(file.stem, module)
 
-    def on_object(self, *, obj, loader, **kwargs):
-        if obj.docstring:
-            obj.docstring.value = google_style(obj.docstring.value)
+        rewrite(pkg)
 
 
-def google_style(text: str) -> str:
-    """A docstring of transformers' style as griffe reads it, with types as plain text."""
+def rewrite(parent):
+    """The docstrings of a module or class and of everything in it."""
+    for child in parent.members.values():
+        if child.is_alias:
+            continue
+        if child.docstring:
+            function = child.members.get("__init__", child)
+            defaults = {p.name for p in getattr(function, "parameters", ()) if p.default not in (None, "None")}
+            child.docstring.value = google_style(child.docstring.value, defaults)
+        rewrite(child)
+
+
+def google_style(text: str, defaults: set[str]) -> str:
+    """A docstring of transformers' style as griffe reads it, with types as plain text. `defaults` are shown from the signature."""
+
+    def argument(match):
+        kind = plain(match[2])
+        return f"    {match[1]} ({kind.partition(', optional')[0] if match[1] in defaults else kind}):"
+
     text = RAISES.sub(lambda match: re.sub(r"^    (?! |\[?`\w+`\]?:)", " " * 8, match[0], flags=re.MULTILINE), text)
-    text = ARGUMENT.sub(lambda match: f"    {match[1]} ({plain(match[2])}):", text)
+    text = ARGUMENT.sub(argument, text)
     text = RESULT.sub(lambda match: f"    {plain(match[1])}: ", text)
     return REFERENCE.sub(r"`\1`", text)
 
