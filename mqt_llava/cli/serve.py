@@ -1,4 +1,4 @@
-"""`mqt-llava serve`: transformers' own server. For many clients, use vLLM: see the README."""
+"""`mqt-llava serve`: transformers' own server. For many clients, use vLLM: see docs/serve.md."""
 
 from importlib.util import find_spec
 from itertools import pairwise
