@@ -4,8 +4,6 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from .. import __version__
-
 
 REQUIRED = ("transformers", "torch", "tokenizers", "safetensors", "huggingface_hub", "accelerate", "numpy", "pillow")
 OPTIONAL = (
@@ -29,7 +27,9 @@ def env():
 
 
 def environment() -> dict[str, str]:
-    """The versions and devices that matter here, by name. Packages are not imported, except torch."""
+    """The versions and devices that matter here, by name. Only our own package and torch are imported."""
+    from .. import __version__
+
     packages = {name: installed_version(name) for name in (*REQUIRED, *OPTIONAL)}
     return {
         "mqt-llava": __version__,

@@ -29,7 +29,9 @@ def main():
         model = MQTLlavaForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.bfloat16)
         text = model.config.text_config
         special = {name: getattr(text, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        model.generation_config = GenerationConfig(**special, suppress_tokens=[model.config.image_token_id])
+        model.generation_config = GenerationConfig(
+            **special, suppress_tokens=[model.config.image_token_id], use_cache=True
+        )
         model.save_pretrained(partial)
         MQTLlavaProcessor.from_pretrained(arguments.model).save_pretrained(partial)
         for code in partial.glob("*.py"):  # the repository has one copy of the code; a wheel has the files

@@ -58,7 +58,7 @@ def test_a_picture_is_encoded_once_whatever_is_asked(answers, monkeypatch):
     assert encoded == [1]
     assert [row["num_visual_tokens"] for row in rows] == [1, 4, 16, 64]
     assert sorted(row["flops"] for row in rows) == [row["flops"] for row in rows]
-    assert rows[-1]["kv_cache_bytes"] == answers.costs_of(64, 11, rows[-1]["new_tokens"]).kv_cache_bytes
+    assert rows[-1]["kv_cache_bytes"] == answers.costs_of(64, 10, rows[-1]["new_tokens"]).kv_cache_bytes
     for m in (64, 4):
         answers.explain(SCENE, "List everything.", m)
     assert encoded == [1, 2]  # with the grey one
