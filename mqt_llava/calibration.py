@@ -1,4 +1,4 @@
-"""Choose when an answer with few visual tokens is sure enough, with a promise: the loss against all M visual tokens is at most a
+"""Choose when an answer with few visual tokens is sure enough, with a guarantee: the loss against all M visual tokens is at most a
 tolerance, by a stated confidence.
 
 The questions are asked once with each number of visual tokens. Any schedule with any thresholds can be judged from that, since
@@ -145,7 +145,7 @@ def calibrate(answers: Answers, tolerance: float, confidence: float, seed: int =
         answers (`Answers`): to questions about pictures that are drawn at random from those that will come.
         tolerance (`float`): as a share of 1.
         confidence (`float`): of 0.95, at most one calibration in twenty chooses a schedule that loses more.
-        seed (`int`): of the split. To try several and take the one that is liked best voids the promise.
+        seed (`int`): of the split. To try several and take the one that is liked best voids the guarantee.
 
     Returns:
         `VisualTokenSchedule`: the largest number of visual tokens alone, where nothing cheaper can be shown.

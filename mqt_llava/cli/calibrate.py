@@ -118,7 +118,7 @@ def calibrate(
     needed = pictures_needed(tolerance / 100, confidence, counts.mean() / counts.max())
     if number - number // 3 < needed:
         raise UsageError(
-            f"{number} pictures are too few to promise a loss of at most {tolerance:g} points with a confidence of "
+            f"{number} pictures are too few to guarantee a loss of at most {tolerance:g} points with a confidence of "
             f"{confidence:g}: two thirds of them test, and at least {needed} are needed for that even if no answer changes. "
             "Use more pictures, or a larger --tolerance"
         )

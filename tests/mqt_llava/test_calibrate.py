@@ -180,7 +180,7 @@ def test_curve_where_no_promise_can_be_made(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["questions.json"], "24 pictures are too few to promise a loss of at most 0.5 points"),
+        (["questions.json"], "24 pictures are too few to guarantee a loss of at most 0.5 points"),
         (["questions.json", "--num-visual-tokens", "2,65", "--tolerance", 30], "from 1 to 64"),
         (["questions.json", "--tolerance", 60], "less than or equal to 50"),
         (["text.json", "--tolerance", 30], "no question is about an image"),
