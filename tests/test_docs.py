@@ -16,7 +16,6 @@ from tests.documentation import PAGES, ROOT, blocks, run_python, text_of
 
 SCENE = "A bear, a dog, a fish and the number 7."  # what examples/scene.png shows
 ELSEWHERE = {"docs/demo.md", "docs/trl.md"}  # run by tests/demo/test_api.py and tests/mqt_llava/test_trl.py
-GONE = {"examples/train_tiny.sh", "docs/benchmarks/explain.md"}  # the first edition's, and one to come
 RUN = r"mqt-llava (ask examples|cost|evaluate questions.json|explain examples)"
 
 
@@ -104,7 +103,7 @@ def test_paths_and_extras_are_there():
     folders = "benchmarks|conversion|docs|examples|modeling|mqt_llava|recipes|tests"
     for page in PAGES:
         text = text_of(page)
-        for path in set(re.findall(rf"[` ]((?:{folders})/[\w./-]*\w)", text)) - GONE:
+        for path in set(re.findall(rf"[` ]((?:{folders})/[\w./-]*\w)", text)):
             assert (ROOT / path).exists(), f"{page} names {path}"
         for extra in re.findall(r'"\.\[([\w,]+)\]"', text):
             assert set(extra.split(",")) <= set(config["options.extras_require"]), f"{page} installs [{extra}]"

@@ -25,7 +25,7 @@ def test_lora_on_the_language_model(tiny, pictures, tmp_path):
     tuned = get_peft_model(model, make_lora_config(model, ["language_model"], r=8, lora_alpha=16))
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:  # as if trained
-            torch.nn.init.normal_(weight, std=0.2)
+            torch.nn.init.normal_(weight, std=0.4)
     save_adapter(tuned, tmp_path)
     adapted = answer_with_transformers(tiny, requests, adapter=tmp_path)
     assert sum(map(list.__ne__, adapted, answer_with_transformers(tiny, requests))) > len(requests) // 3

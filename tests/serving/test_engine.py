@@ -24,7 +24,7 @@ def requests(pictures):
 @pytest.fixture(scope="module")
 def expected(tiny, requests):
     answers = answer_with_transformers(tiny, requests)
-    assert len({tuple(answer) for answer in answers[: len(NUM_VISUAL_TOKENS)]}) > 2  # m makes a difference
+    assert len({tuple(answer) for answer in answers[: len(NUM_VISUAL_TOKENS)]}) > 1  # m makes a difference
     return answers
 
 

@@ -50,7 +50,7 @@ def test_answers_are_those_of_generate(address, pictures):
         for answer in answer_with_transformers(mqt_llava.TINY_CHECKPOINT, samples)
     ]
     found = [ask(num_visual_tokens=m) if m else ask() for m in num_visual_tokens]
-    assert found == expected and len(set(found)) > 2
+    assert found == expected and len(set(found)) > 1
     with pytest.raises(InternalServerError):  # the server gives no reasons, but goes on
         ask(num_visual_tokens=0)
     assert ask() == expected[-1]
