@@ -47,6 +47,8 @@ def browser():
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
     assert chromium, "no chromium: install it, or let CHROMIUM name it"
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
         yield browser
         browser.close()

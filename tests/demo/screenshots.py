@@ -55,7 +55,9 @@ def main(folder: Path):
     _, address, _ = launched.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, **settings())
     with sync_playwright() as playwright:
         chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        browser = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
         take(browser.new_page(viewport={"width": 1280, "height": 900}), address, folder, "demo")
         browser.close()
 
