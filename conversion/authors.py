@@ -157,10 +157,10 @@ def read_vision_tower(name: str, near: Path | None = None) -> VisionTower:
         near (`Path`, *optional*): Where a relative folder may start from.
     """
     folder = fetch(name, near)
-    whole = read_config(folder)
-    config = getattr(whole, "vision_config", whole)
+    full_config = read_config(folder)
+    config = getattr(full_config, "vision_config", full_config)
     if not hasattr(config, "image_size"):
-        raise ValueError(f"{name} is no vision tower: its model type is {whole.model_type!r}")
+        raise ValueError(f"{name} is no vision tower: its model type is {full_config.model_type!r}")
     path = folder / "preprocessor_config.json"
     if not path.exists() and "clip" not in config.model_type:
         raise ValueError(f"{name} has no preprocessor_config.json, to say how images are scaled")

@@ -234,8 +234,8 @@ class EncodedImages:
     def __init__(self, model, processor, images, num_visual_tokens: int | list[int] | None = None):
         model, image_processor = base_model(model), processor.image_processor
         self.images = flat_list(image_processor, images)
-        most = resolve_visual_token_counts(num_visual_tokens, len(self.images), model.config.num_query_tokens)
-        self.num_visual_tokens = max(most)
+        counts = resolve_visual_token_counts(num_visual_tokens, len(self.images), model.config.num_query_tokens)
+        self.num_visual_tokens = max(counts)
         pixel_values = image_processor(self.images, return_tensors="pt")["pixel_values"]
         blank = Image.new("RGB", tuple(pixel_values.shape[:-3:-1]), padding_colour(image_processor))
         grey = image_processor(blank, return_tensors="pt")["pixel_values"]
@@ -644,8 +644,8 @@ def sheet(explanations: list[Explanation], max_words: int = 7):
         axes, tokens = figure.add_subplot(grid[-1, column]), one.importance(word) or []
         for of_image in tokens:  # images over each other
             axes.bar(range(1, len(of_image) + 1), of_image.tolist(), width=1.0, alpha=1 / len(tokens) ** 0.5)
-        most = max(one.visual_token_counts)
-        axes.set(xlim=(0.25, most + 0.75), xticks=sorted({1, most}))
+        num_visual_tokens = max(one.visual_token_counts)
+        axes.set(xlim=(0.25, num_visual_tokens + 0.75), xticks=sorted({1, num_visual_tokens}))
         axes.axhline(0, color="grey", linewidth=0.5)
         axes.tick_params(labelsize=7)
         axes.set_xlabel("visual token", fontsize=8)

@@ -98,7 +98,7 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
         answers ([`Answers`]): of the model.
         gpu (`Callable`, *optional*): decorates what computes, as `spaces.GPU` does.
     """
-    most = answers.num_query_tokens
+    num_query_tokens = answers.num_query_tokens
     is_tiny = Path(answers.checkpoint).exists() and Path(answers.checkpoint).samefile(TINY_CHECKPOINT)
     model = {"concurrency_id": "model", "concurrency_limit": 1}
     page_only = {"api_visibility": "private"}
@@ -127,7 +127,7 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
         rows = []
         for row in answers.compare(picture, question or last_question(chat)):
             rows.append(row)
-            yield markup.comparison(rows, len(answers.compared), m, most)
+            yield markup.comparison(rows, len(answers.compared), m, num_query_tokens)
 
     @computes
     def show_heat(picture, question, m, chat):
@@ -198,7 +198,7 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
     with gr.Blocks(title="MQT-LLaVA", analytics_enabled=False, delete_cache=(KEEP_SECONDS, KEEP_SECONDS)) as page:
         gr.Markdown(
             f"# MQT-LLaVA: choose how many visual tokens an answer gets\n\n"
-            f"Ask about a picture. The slider sets how many visual tokens, 1 to {most}, represent the picture. "
+            f"Ask about a picture. The slider sets how many visual tokens, 1 to {num_query_tokens}, represent the picture. "
             f"Few are cheap and coarse, many are exact. Model: **{escape(answers.name)}**, on {escape(place_of(answers.model))}."
         )
         with gr.Row():
@@ -218,7 +218,14 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
                     elem_id="question",
                 )
                 m = gr.Slider(
-                    1, most, value=most, step=1, precision=0, label="Visual tokens (m)", buttons=[], elem_id="m"
+                    1,
+                    num_query_tokens,
+                    value=num_query_tokens,
+                    step=1,
+                    precision=0,
+                    label="Visual tokens (m)",
+                    buttons=[],
+                    elem_id="m",
                 )
                 auto = gr.Checkbox(
                     False,
@@ -226,7 +233,7 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
                     visible=answers.schedule is not None,
                     elem_id="auto",
                 )
-                meaning = gr.HTML(describe(most)[0], elem_id="meaning")
+                meaning = gr.HTML(describe(num_query_tokens)[0], elem_id="meaning")
                 gr.Examples(
                     [[text] for text in (TINY_QUESTIONS if is_tiny else QUESTIONS)],
                     question,
@@ -261,7 +268,7 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
                         gr.Markdown(
                             "## How often it is right\n\nThis checkpoint, on its own test questions, by the number of visual tokens."
                         )
-                        chart = gr.HTML(describe(most)[1], elem_id="chart")
+                        chart = gr.HTML(describe(num_query_tokens)[1], elem_id="chart")
                     with gr.Tab("What it looks at", id="look"):
                         gr.Markdown(
                             "Which parts of the picture the answer rests on, for all of it and word by word. It is evidence, not proof. With few "

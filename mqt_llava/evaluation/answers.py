@@ -74,12 +74,12 @@ def answer_questions(
 def _answer_batch(model, processor, asked, num_visual_tokens, max_new_tokens, window) -> list[Answer]:
     """All answers to `(index, question, prompt)`s."""
     schedules = [VisualTokenSchedule([m], [], window) if isinstance(m, int) else m for m in num_visual_tokens]
-    most = max(schedule.num_visual_tokens[-1] for schedule in schedules)
+    max_num_visual_tokens = max(schedule.num_visual_tokens[-1] for schedule in schedules)
     images = [image for _, question, _ in asked for image in question.open_images()]
     inputs = processor(
         images=images or None,
         text=[prompt for *_, prompt in asked],
-        num_visual_tokens=most,
+        num_visual_tokens=max_num_visual_tokens,
         padding=True,
         padding_side="left",
         add_special_tokens=False,  # the chat template writes the BOS
@@ -89,7 +89,7 @@ def _answer_batch(model, processor, asked, num_visual_tokens, max_new_tokens, wi
     if limit is not None and length >= limit:
         raise ValueError(f"The prompt has {length} tokens, the model takes {limit}.")
     if images:
-        features = model.get_image_features(inputs.pop("pixel_values"), most, return_dict=True)
+        features = model.get_image_features(inputs.pop("pixel_values"), max_num_visual_tokens, return_dict=True)
         inputs["mm_encoder_outputs"] = {"image": features}
     is_text = inputs["attention_mask"].bool() & (inputs["input_ids"] != model.config.image_token_id)
     num_text_tokens, answers = is_text.sum(-1).tolist(), []
