@@ -41,7 +41,7 @@ def test_answers_are_those_of_generate(address, pictures):
         )
         return completion.choices[0].message.content
 
-    num_visual_tokens = (1, 7, 64, None)
+    num_visual_tokens = (1, 4, 64, None)
     prompt = f"USER: <image>\n{QUESTION} ASSISTANT:"
     samples = [{"prompt": prompt, "images": pictures[:1], "num_visual_tokens": m} for m in num_visual_tokens]
     processor = AutoProcessor.from_pretrained(mqt_llava.TINY_CHECKPOINT)
@@ -50,7 +50,7 @@ def test_answers_are_those_of_generate(address, pictures):
         for answer in answer_with_transformers(mqt_llava.TINY_CHECKPOINT, samples)
     ]
     found = [ask(num_visual_tokens=m) if m else ask() for m in num_visual_tokens]
-    assert found == expected and len(set(found)) > 1
+    assert found == expected and len(set(found)) > 2
     with pytest.raises(InternalServerError):  # the server gives no reasons, but goes on
         ask(num_visual_tokens=0)
     assert ask() == expected[-1]
