@@ -2,10 +2,10 @@
 
     python -m benchmarks.adaptive --output_dir docs/benchmarks
 
-A schedule is calibrated on pictures of its own (`--calibration_pictures`) and then asked, for real, about those of the published
-accuracy table (`--pictures`), beside every fixed number of visual tokens. Tokens and passes are those that the language model was
-given, text, repeats and drafts counted, padding not. Times are of batches and of single questions, interleaved, with images
-encoded in each.
+The checkpoint's schedule is asked about the pictures of the published accuracy table (`--pictures`), beside every fixed number of
+visual tokens. Tokens and passes are those that the language model was given: text, repeats and drafts are counted, padding is not.
+Times are of batches and of single questions, interleaved, and include encoding the images. That calibration keeps its promise is
+simulated on these and as many other pictures (`--calibration_pictures`), with a larger tolerance, which needs fewer pictures.
 """
 
 import argparse
@@ -28,9 +28,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import mqt_llava
 from benchmarks.measure import interleave, machine, seconds
+from examples import lora_new_skill
 from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration, VisualTokenSchedule
 from mqt_llava.calibration import Answers, calibrate, collect, doubling, propose
 from mqt_llava.evaluation import Question, answer_questions
+from mqt_llava.training.adapters import load_adapter
 from recipes.tiny import evaluate, families, make_data, scenes
 
 
@@ -55,12 +57,12 @@ class Asked:
         self.passes += int((new > 0).sum())
 
 
-def table_of(model, processor, samples, picture, sizes, window=32):
+def table_of(model, processor, samples, picture, sizes):
     questions = [
         Question(str(i), [{"role": "user", "content": "<image>\n" * len(pictures) + question}], pictures, [answer])
         for i, (pictures, _, question, answer) in enumerate(samples)
     ]
-    answers = answer_questions(model, processor, questions, sizes, 80, 96, window)
+    answers = answer_questions(model, processor, questions, sizes, 80, 96)
     answers = tqdm(answers, total=len(questions) * len(sizes), unit="answer", mininterval=10)
     expected = [evaluate.read_answer(answer) for *_, answer in samples]
 
@@ -115,58 +117,161 @@ def main():
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--calibration_pictures", type=int, default=1000)
-    parser.add_argument("--tolerance", type=float, default=0.005)
+    parser.add_argument("--tolerance", type=float, default=0.02, help="of the simulated calibrations, as a share of 1")
     parser.add_argument("--timed", type=int, default=384, help="questions that times are taken of")
+    parser.add_argument("--caption_adapter", help="tuned on `captions.json` of recipes/tiny: long answers")
+    parser.add_argument("--new_skill_adapter", help="the elastic one of examples/lora_new_skill.py")
     parser.add_argument("--rounds", type=int, default=5, help="of the times at full size")
     arguments = parser.parse_args()
-    model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=torch.float32, trust_remote_code=False)
-    processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=False)
+    load = partial(AutoModelForImageTextToText.from_pretrained, arguments.model, dtype=torch.float32)
+    model = load()
+    processor = AutoProcessor.from_pretrained(arguments.model)
     sizes = doubling(model.config.num_query_tokens)
 
     samples, picture = questions(arguments.calibration_pictures, CALIBRATION_SEED)
     calibrating = table_of(model, processor, samples, picture, sizes)
-    schedule = calibrate(calibrating, arguments.tolerance, 0.95)
-    if schedule.num_visual_tokens == sizes[-1:]:
-        raise SystemExit(
-            "no schedule could be shown to be good enough: more --calibration_pictures, or a larger --tolerance"
-        )
+    schedule = VisualTokenSchedule(**model.generation_config.visual_token_schedule)
     samples, picture = questions(arguments.pictures, evaluate.EVALUATION_SEED)
     answers = table_of(model, processor, samples, picture, sizes)
-    lines = [machine(model.device), "", *promise(calibrating, answers, arguments.tolerance), ""]
-    lines += curve(model, processor, samples, answers, schedule, arguments.timed)
-    lines += ["", *full_size(arguments.rounds)]
-    lines += ["", *elsewhere(model, processor, samples[: len(samples) // 5], schedule)]
-    lines += ["", *long_answers(model, processor, arguments.pictures, sizes)]
+    long = [(model, "List everything.", scenes.list_all)]
+    if arguments.caption_adapter:
+        captioner = load_adapter(load(), arguments.caption_adapter).merge_and_unload()
+        long.append((captioner, "Describe the picture.", scenes.caption))
+    sections = [
+        lambda: curve(model, processor, samples, answers, schedule, arguments.timed),
+        lambda: promise(calibrating, answers, arguments.tolerance),
+        lambda: elsewhere(model, processor, samples[: len(samples) // 5], schedule),
+        lambda: long_answers(long, processor, arguments.pictures, sizes),
+        lambda: full_size(arguments.rounds),
+    ]
+    if arguments.new_skill_adapter:
+        skilled = load_adapter(load(), arguments.new_skill_adapter).merge_and_unload()
+        sections.append(
+            lambda: tuned(skilled, processor, schedule, 2 * arguments.pictures, arguments.tolerance, sizes)
+        )
+    lines = [machine(model.device)]
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    (arguments.output_dir / "adaptive.md").write_text("\n".join(lines) + "\n")
+    for section in sections:
+        lines += ["", *section()]
+        (arguments.output_dir / "adaptive.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
-def long_answers(model, processor, num_pictures, sizes):
-    """Lists and descriptions by the confidence of several windows: the cheapest schedule that loses nothing on one half of the
-    pictures, on the other."""
+def sliding(window):
+    def confidence(log_probs, _):
+        total = np.cumsum(log_probs)
+        total[window:] -= total[:-window].copy()
+        return np.exp(total.min())
+
+    return confidence
+
+
+def of_sentences(log_probs, ends):
+    return np.exp(min(part.sum() for part in np.split(log_probs, np.flatnonzero(ends)[:-1] + 1)))
+
+
+MEASURES = {f"least product of {n} in a row": sliding(n) for n in (1, 4, 8, 16, 32)}
+MEASURES |= {
+    "product of all": lambda log_probs, _: np.exp(log_probs.sum()),
+    "product of the first 8": lambda log_probs, _: np.exp(log_probs[:8].sum()),
+    "least product of a sentence": of_sentences,
+    "geometric mean of all": lambda log_probs, _: np.exp(log_probs.mean()),
+}
+
+
+@torch.no_grad()
+def say(model, processor, samples, m, batch_size=96):
+    """`(text, log-probabilities of its tokens, whether each ends a sentence)` of the answers with m visual tokens, and how many
+    tokens of text the prompts have."""
+    said, counts = [], []
+    for first in range(0, len(samples), batch_size):
+        rows = samples[first : first + batch_size]
+        turns = [[{"role": "user", "content": f"<image>\n{question}"}] for _, _, question, _ in rows]
+        prompts = processor.apply_chat_template(turns, add_generation_prompt=True)
+        options = {"padding": True, "padding_side": "left", "add_special_tokens": False, "return_tensors": "pt"}
+        inputs = processor(images=[pictures[0] for pictures, *_ in rows], text=prompts, num_visual_tokens=m, **options)
+        outputs = model.generate(
+            **inputs, max_new_tokens=80, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+        scores = model.compute_transition_scores(outputs.sequences, outputs.logits, normalize_logits=True)
+        counts += (inputs["attention_mask"].sum(-1) - m).tolist()
+        for tokens, log_probs in zip(outputs.sequences[:, inputs["input_ids"].shape[1] :].tolist(), scores.numpy()):
+            length = next((i + 1 for i, t in enumerate(tokens) if t == processor.tokenizer.eos_token_id), len(tokens))
+            ends = np.array(["." in processor.decode([token]) for token in tokens[:length]])
+            text = processor.decode(tokens[:length], skip_special_tokens=True).strip()
+            said.append((text, log_probs[:length].astype(float), ends))
+    return said, np.array(counts)
+
+
+def long_answers(ways, processor, num_pictures, sizes):
+    """Long answers by several measures of confidence: the cheapest schedule that loses at most half a point on one half of the pictures,
+    on the other. `ways` are `(model, question, what is right of a scene)`."""
     lines = [
-        "| question | tokens of an answer | window | loss, points | language model tokens | always M |",
-        "| --- |" + " ---: |" * 5,
+        "| question | tokens of an answer | always M, % | confidence | AUROC at m = 4 | auto, % | visual tokens | language model tokens "
+        "| always M |",
+        "| --- | ---: | ---: | --- |" + " ---: |" * 5,
     ]
-    for question, tell in (("List everything.", scenes.list_all), ("Describe the picture.", scenes.caption)):
+    for model, question, tell in ways:
         samples = []
         for seed in range(CALIBRATION_SEED + 1_000_000, CALIBRATION_SEED + 1_000_000 + num_pictures):
             scene = scenes.make_scene(seed)
             if len(scene.things) > 2:
                 picture = make_data.prepare(scenes.draw(scene), processor.image_processor.side)
                 samples.append(([picture], "list", question, tell(scene)))
+        said, counts = zip(*(say(model, processor, samples, m) for m in sizes))
+        expected = [evaluate.read_answer(answer) for *_, answer in samples]
+        right = [[evaluate.read_answer(text) == e for (text, *_), e in zip(row, expected)] for row in said]
+        lengths = np.array([[len(log_probs) for _, log_probs, _ in row] for row in said])
         half = np.arange(len(samples)) % 2 == 0
-        for window in (1, 4, 8, 16, 80):
-            answers = table_of(model, processor, samples, np.arange(len(samples)), sizes, window)
+        for name, measure in MEASURES.items():
+            confidence = np.array([[measure(*rest) for _, *rest in row] for row in said])
+            answers = Answers(sizes, confidence, np.array(right, float), counts[0], lengths, np.arange(len(samples)))
             proposer, tester = answers.select(half), answers.select(~half)
             kept = [s for s in propose(proposer) if proposer.loss(proposer.stops(s)) <= 0.005]
             stop, every = tester.stops(kept[-1]), np.full((~half).sum(), len(sizes) - 1)
             always = tester.language_model_tokens(VisualTokenSchedule([sizes[-1]], []), every).mean()
-            cells = [f"{answers.new_tokens[-1].mean():.1f}", window, f"{100 * tester.loss(stop):+.2f}"]
+            cells = [f"{lengths[-1].mean():.1f}", f"{100 * tester.right[-1].mean():.1f}", name]
+            cells += [f"{auroc(confidence[sizes.index(4)], answers.right[sizes.index(4)]):.3f}"]
+            cells += [f"{100 * tester.accuracy(stop).mean():.1f}", f"{tester.visual_tokens(stop).mean():.1f}"]
             cells += [f"{tester.language_model_tokens(kept[-1], stop).mean():.1f}", f"{always:.1f}"]
-            lines.append(f"| {question} | " + " | ".join(map(str, cells)) + " |")
+            lines.append(f"| {question} | " + " | ".join(cells) + " |")
             print(lines[-1], flush=True)
+    return lines
+
+
+def auroc(confidence, right):
+    """How likely a right answer is surer than a wrong one."""
+    order = np.unique(confidence, return_inverse=True)[1]
+    counts = np.bincount(order)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[order]
+    positive = right > 0.5
+    number = positive.sum()
+    return (ranks[positive].sum() - number * (number + 1) / 2) / max(1, number * (~positive).sum())
+
+
+def tuned(model, processor, schedule, num_pictures, tolerance, sizes):
+    """A new skill's adapter with the schedule of the checkpoint, and calibrated on questions about the new skill."""
+
+    def ask(first_seed):
+        samples = lora_new_skill.evaluation_of_new(num_pictures, first_seed)
+        return table_of(model, processor, samples, np.arange(len(samples)) // 2, sizes)
+
+    answers, calibrating = ask(evaluate.EVALUATION_SEED), ask(CALIBRATION_SEED + 2_000_000)
+    recalibrated = calibrate(calibrating, tolerance, 0.95)
+    lines = [
+        "| new kinds, after LoRA | right, % | visual tokens | language model tokens | mean confidence, % |",
+        "| --- |" + " ---: |" * 4,
+    ]
+    ways = {"always M": VisualTokenSchedule(sizes[-1:], []), "schedule of the checkpoint": schedule}
+    ways[f"calibrated anew, tolerance {100 * tolerance:g}"] = recalibrated
+    for name, way in ways.items():
+        stop = answers.stops(way)
+        confidence = answers.confidence[stop, np.arange(len(stop))].mean()
+        stages = ", ".join(f"{m} ({t:g})" for m, t in zip(way.num_visual_tokens, way.thresholds))
+        stages += (", " if stages else "") + str(way.num_visual_tokens[-1])
+        figures = [f"{100 * answers.accuracy(stop).mean():.1f}", f"{answers.visual_tokens(stop).mean():.1f}"]
+        figures += [f"{answers.language_model_tokens(way, stop).mean():.1f}", f"{100 * confidence:.1f}"]
+        lines.append(f"| {name}: {stages} | " + " | ".join(figures) + " |")
     return lines
 
 
@@ -191,7 +296,7 @@ def full_size(rounds):
         intermediate_size=4096,
         num_hidden_layers=24,
         num_attention_heads=16,
-        vocab_size=32000,
+        vocab_size=32064,
         pad_token_id=0,
     )
     vision = CLIPVisionConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -301,8 +406,7 @@ def curve(model, processor, samples, answers, schedule, timed):
             taken.append(ask_for_real(model, processor, some, ways[name], size)[1])
     stages = " -> ".join(map(str, schedule.num_visual_tokens))
     lines = [
-        f"{number} questions about {len(np.unique(answers.picture))} pictures. Schedule {stages}, thresholds {schedule.thresholds}, "
-        f"calibrated on {schedule.calibration or 'other pictures'}.",
+        f"{number} questions about {len(np.unique(answers.picture))} pictures. Schedule {stages}, thresholds {schedule.thresholds}.",
         "",
         "| m | accuracy, % | against M, 95 % interval | visual tokens | language model tokens | passes | ms, batch of 48 | ms, one by one |",
         "| --- |" + " ---: |" * 7,

@@ -99,10 +99,10 @@ class NewSkill(torch.utils.data.Dataset):
         return {"id": f"seed {seed}", "messages": messages, "images": [make_data.paint(scene, make_data.IMAGE_SIZE)]}
 
 
-def evaluation_of_new(num_pictures):
+def evaluation_of_new(num_pictures, first_seed=EVALUATION_SEED):
     """`[(pictures, type, question, answer), ...]`: two questions about each picture, seeds never trained on."""
     samples = []
-    for seed in range(EVALUATION_SEED, EVALUATION_SEED + num_pictures):
+    for seed in range(first_seed, first_seed + num_pictures):
         scene, rng = new_scene(seed), np.random.default_rng([seed, 8])
         pictures = [make_data.prepare(scenes.draw(scene), make_data.IMAGE_SIZE)]
         samples += [(pictures, *ask_about_new(scene, rng)) for _ in range(2)]
