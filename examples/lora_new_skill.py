@@ -53,6 +53,9 @@ scenes.PLURALS["cherry"] = "cherries"
 def new_scene(seed):
     """A scene in which one object or more is of a new kind."""
     scene, rng = scenes.make_scene(seed), np.random.default_rng([seed, 5])
+    while not scene.things:  # some have nothing on them
+        seed += 100_000_000  # which no other scene has
+        scene = scenes.make_scene(seed)
     things = list(scene.things)
     for i in rng.permutation(len(things))[: rng.integers(1, len(things) + 1)]:
         things[i] = dataclasses.replace(things[i], name=NEW_KINDS[rng.integers(len(NEW_KINDS))], is_line_drawing=False)

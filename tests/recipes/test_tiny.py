@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, LlamaConfig
 
+from examples import lora_new_skill
 from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration
 from mqt_llava.training import train
 from mqt_llava.training.data import load_conversations, open_image
@@ -153,6 +154,15 @@ def test_pictures_show_the_scene(seed):
     assert shown <= names and {pretrain_vision.NAMES[i - 1] for i in centres.flatten() if i} <= names
     assert (centres > 0).sum() == len(scene.things)
     assert max(scenes.draw(scene).size) == scene.pixels
+
+
+@given(seed=seeds)
+def test_questions_about_a_new_skill_name_a_new_kind(seed):
+    """Of examples/lora_new_skill.py, whatever the scene has, which may be nothing at all."""
+    scene, kinds = lora_new_skill.new_scene(seed), [*lora_new_skill.NEW_KINDS, "cherries"]
+    assert any(thing.name in kinds for thing in scene.things)
+    _, question, answer = lora_new_skill.ask_about_new(scene, np.random.default_rng(seed))
+    assert any(kind in f"{question} {answer}".lower() for kind in kinds)
 
 
 @needs_fonts
