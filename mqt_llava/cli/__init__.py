@@ -86,9 +86,9 @@ def main():
 
 def print_version(wanted: bool):
     if wanted:
-        from .. import __version__
+        from importlib.metadata import version
 
-        print(f"mqt-llava {__version__}")
+        print(f"mqt-llava {version('mqt-llava')}")  # `__version__` would import torch
         raise typer.Exit
 
 
