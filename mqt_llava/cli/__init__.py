@@ -93,7 +93,7 @@ def print_version(wanted: bool):
 
 
 @app.callback()
-def options(
+def program(
     context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")

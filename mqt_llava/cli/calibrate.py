@@ -7,21 +7,10 @@ from typing import Annotated
 
 import typer
 
-from .errors import UsageError
-from .models import (
-    Dtype,
-    ModelOption,
-    check_num_visual_tokens,
-    load_config,
-    load_costs,
-    load_model,
-    name_base,
-    name_checkpoint,
-    parse_num_visual_tokens,
-    place,
-    resolve_device,
-    silence_libraries,
-)
+from . import options
+from .errors import UsageError, requiring
+from .models import load_config, load_costs, name_checkpoint, place_and_load, silence_libraries
+from .options import Dtype, check_num_visual_tokens, parse_num_visual_tokens
 
 
 TIMED = 256  # questions that measure the time of the schedule
@@ -36,11 +25,9 @@ def calibrate(
             help="LLaVA conversations or chat messages: JSON or JSON Lines. The last question of each row is asked.",
         ),
     ],
-    image_folder: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the images. Default: that of each data file.")
-    ] = None,
-    model: ModelOption = None,
-    adapter: Annotated[str | None, typer.Option(metavar="DIR_OR_REPO", help="LoRA adapter to merge.")] = None,
+    image_folder: options.ImageFolder = None,
+    model: options.Model = None,
+    adapter: options.Adapter = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(
@@ -65,12 +52,10 @@ def calibrate(
         bool,
         typer.Option("--agreement", help="Compare with the answers at all visual tokens instead of the references."),
     ] = False,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Maximum length of an answer in tokens.")
-    ] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 16,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Data type of the weights. auto: as for `ask`.")] = Dtype.auto,
+    max_new_tokens: options.MaxNewTokens = 64,
+    batch_size: options.BatchSize = 16,
+    device: options.Device = "auto",
+    dtype: options.WeightsDtype = Dtype.auto,
     seed: Annotated[
         int,
         typer.Option(
@@ -87,17 +72,15 @@ def calibrate(
     mqt-llava calibrate questions.json --image-folder images --model my-mqt-llava
     mqt-llava calibrate questions.jsonl --tolerance 2 --output-dir calibrated
     """
-    checkpoint = name_base(adapter) if adapter and model is None else name_checkpoint(model)
+    checkpoint = name_checkpoint(model, adapter)
     if output_dir is None and not Path(checkpoint if adapter is None else adapter).is_dir():
         raise UsageError("cannot write to a repository on the Hub: choose a folder with --output-dir DIR")
-    try:
+    with requiring("evaluate"):
         import numpy as np
         from tqdm import tqdm
 
         from ..calibration import calibrate, collect, doubling, pictures_needed, split
         from ..evaluation import answer_questions, load_metric, read_questions
-    except ImportError as error:
-        raise UsageError(f"{error.name} is missing: pip install 'mqt-llava[evaluate]'") from None
     silence_libraries()
     config = load_config(checkpoint)
     sizes = doubling(config.num_query_tokens)
@@ -127,12 +110,9 @@ def calibrate(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
-    device = resolve_device(device)
-    costs = load_costs(checkpoint, config)
     request = {"num_images": max(len(question.images) for question in questions), "num_text_tokens": 256}
     request |= {"num_new_tokens": max_new_tokens, "batch_size": batch_size}
-    placement = place(checkpoint, config, costs, device, dtype, None, **request)
-    processor, model = load_model(checkpoint, device, placement, adapter)
+    processor, model = place_and_load(checkpoint, config, load_costs(config), device, dtype, adapter, **request)
 
     has_references = not agreement and all(question.references for question in questions)
     measure = "accuracy" if has_references else "agreement"

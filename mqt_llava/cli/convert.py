@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from .errors import UsageError
-from .models import Dtype, load_config, silence_libraries
+from .models import load_config, silence_libraries
+from .options import Dtype
 
 
 def convert(

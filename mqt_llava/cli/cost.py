@@ -8,18 +8,10 @@ from typing import Annotated
 
 import typer
 
-from .errors import UsageError
-from .models import (
-    Dtype,
-    ModelOption,
-    check_num_visual_tokens,
-    load_config,
-    loading,
-    name_checkpoint,
-    parse_num_visual_tokens,
-    resolve_device,
-    silence_libraries,
-)
+from . import options
+from .errors import UsageError, requiring
+from .models import load_config, loading, name_checkpoint, resolve_device, silence_libraries
+from .options import Dtype, check_num_visual_tokens, parse_num_visual_tokens
 
 
 PREFIXES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
@@ -38,7 +30,7 @@ def parse_amount(text: str) -> float:
 
 
 def cost(
-    model: ModelOption = None,
+    model: options.Model = None,
     num_visual_tokens: Annotated[
         str | None, typer.Option(metavar="M,M,...", help="Numbers of visual tokens per image, one row each.")
     ] = None,
@@ -47,7 +39,7 @@ def cost(
     new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of an answer.")] = 1,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts per batch.")] = 1,
     device: Annotated[str, typer.Option(help="Device to measure: auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Data type of the weights. auto: as for `ask`.")] = Dtype.auto,
+    dtype: options.WeightsDtype = Dtype.auto,
     flops: Annotated[
         float | None,
         typer.Option(metavar="AMOUNT", parser=parse_amount, help="Budget of FLOPs for the batch, such as 2.5T."),
@@ -203,10 +195,8 @@ def print_table(rows: list[dict], full_flops: int, fitting: int | None):
 
 def draw(rows: list[dict], path: Path, name: str):
     """Plot accuracy against the compute of an answer, with m at the points."""
-    try:
+    with requiring("plot"):
         import matplotlib
-    except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -8,27 +8,18 @@ from typing import Annotated
 
 import typer
 
-from .errors import UsageError
-from .models import (
-    Dtype,
-    ModelOption,
-    load_config,
-    load_costs,
-    load_model,
-    name_base,
-    name_checkpoint,
-    place,
-    resolve_device,
-    silence_libraries,
-)
+from . import options
+from .errors import UsageError, requiring
+from .models import load_config, load_costs, name_checkpoint, place_and_load, silence_libraries
+from .options import Dtype, number_of_bits
 
 
 PROMPT_TOKENS = 512  # text tokens to expect, before a question is known
 
 
 def demo(
-    model: ModelOption = None,
-    adapter: Annotated[str | None, typer.Option(metavar="DIR_OR_REPO", help="LoRA adapter to merge.")] = None,
+    model: options.Model = None,
+    adapter: options.Adapter = None,
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port to listen on. Default: the first free one from 7860 on.")
     ] = None,
@@ -41,13 +32,11 @@ def demo(
     share: Annotated[
         bool, typer.Option("--share", help="Create a public address for a week, through Gradio's server.")
     ] = False,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Maximum length of an answer in tokens.")
-    ] = 256,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Data type of the weights. auto: as for `ask`.")] = Dtype.auto,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Load the language model in 4 bits.")] = False,
-    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Load the language model in 8 bits.")] = False,
+    max_new_tokens: options.MaxNewTokens = 256,
+    device: options.Device = "auto",
+    dtype: options.WeightsDtype = Dtype.auto,
+    load_in_4bit: options.LoadIn4bit = False,
+    load_in_8bit: options.LoadIn8bit = False,
     space: Annotated[
         Path | None,
         typer.Option(
@@ -64,8 +53,7 @@ def demo(
     mqt-llava demo --model ORG/REPO --port 8000
     mqt-llava demo --space my-space --model ORG/REPO
     """
-    if load_in_4bit and load_in_8bit:
-        raise UsageError("--load-in-4bit and --load-in-8bit exclude each other")
+    num_bits = number_of_bits(load_in_4bit, load_in_8bit)
     if space is not None:
         from ..demo.space import write_space
 
@@ -75,25 +63,18 @@ def demo(
         except ValueError as error:
             raise UsageError(str(error)) from None
         return
-    checkpoint = name_base(adapter) if adapter and model is None else name_checkpoint(model)
+    checkpoint = name_checkpoint(model, adapter)
     if port is not None:
         check_free(host, port)
     silence_libraries()
-    try:
+    with requiring("demo"):
         from ..demo.app import build, settings
-    except ImportError as error:
-        if not (error.name or "").startswith("gradio"):
-            raise
-        raise UsageError("gradio is missing: pip install 'mqt-llava[demo]'") from None
     from ..demo.answers import Answers
 
-    num_bits = 4 if load_in_4bit else 8 if load_in_8bit else None
     config = load_config(checkpoint)
-    device = resolve_device(device)
-    costs = load_costs(checkpoint, config)
+    costs = load_costs(config)
     request = {"num_images": 1, "num_text_tokens": PROMPT_TOKENS, "num_new_tokens": max_new_tokens}
-    placement = place(checkpoint, config, costs, device, dtype, num_bits, **request)
-    processor, model = load_model(checkpoint, device, placement, adapter, num_bits)
+    processor, model = place_and_load(checkpoint, config, costs, device, dtype, adapter, num_bits, **request)
     page = build(Answers(processor, model, checkpoint, costs, max_new_tokens))
     try:
         _, address, public = page.launch(

@@ -9,23 +9,12 @@ from typing import Annotated
 
 import typer
 
+from . import options
 from .ask import check_quoted, split_question
-from .errors import UsageError
+from .errors import UsageError, requiring
 from .images import load_image
-from .models import (
-    Dtype,
-    ModelOption,
-    check_num_visual_tokens,
-    load_config,
-    load_costs,
-    load_model,
-    name_base,
-    name_checkpoint,
-    parse_num_visual_tokens,
-    place,
-    resolve_device,
-    silence_libraries,
-)
+from .models import load_config, load_costs, load_model, name_checkpoint, place, resolve_device, silence_libraries
+from .options import IMAGES_HELP, Dtype, check_num_visual_tokens, parse_num_visual_tokens
 
 
 NUM_TEXT_TOKENS = 256  # of the prompt, for the estimate of memory
@@ -42,19 +31,11 @@ class Method(str, Enum):  # as `mqt_llava.explain.METHODS`
 
 def explain(
     images_and_question: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="IMAGE... QUESTION",
-            show_default=False,
-            help="Files, http(s) URLs or - for stdin, then the question.",
-        ),
+        list[str], typer.Argument(metavar="IMAGE... QUESTION", show_default=False, help=IMAGES_HELP)
     ],
     output: Annotated[Path, typer.Option(metavar="FILE", help=f"Picture to write: {', '.join(FORMATS)}.")],
-    model: ModelOption = None,
-    adapter: Annotated[
-        str | None,
-        typer.Option(metavar="DIR_OR_REPO", help="LoRA adapter to merge. --model defaults to its base model."),
-    ] = None,
+    model: options.Model = None,
+    adapter: options.Adapter = None,
     num_visual_tokens: Annotated[
         str | None,
         typer.Option(
@@ -66,14 +47,12 @@ def explain(
     method: Annotated[
         Method, typer.Option(help="Method. docs/explain.md compares them.")
     ] = Method.integrated_gradients,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Maximum length of an answer in tokens.")
-    ] = 64,
+    max_new_tokens: options.MaxNewTokens = 64,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Rows per batch of the language model. A smaller batch needs less memory.")
     ] = 16,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Data type of the weights. auto: as for `ask`.")] = Dtype.auto,
+    device: options.Device = "auto",
+    dtype: options.WeightsDtype = Dtype.auto,
     as_json: Annotated[
         bool,
         typer.Option(
@@ -104,21 +83,19 @@ def explain(
         sizes = [parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")]
     check_quoted(images_and_question, sources)
     images = [load_image(source) for source in sources]
-    try:
+    with requiring("plot"):
         import matplotlib  # noqa: F401
-    except ImportError:
-        raise UsageError("matplotlib is missing: pip install 'mqt-llava[plot]'") from None
 
     silence_libraries()
     from .. import explain as explaining
     from ..placement import free_memory, gigabytes
 
-    checkpoint = name_base(adapter) if adapter and model is None else name_checkpoint(model)
+    checkpoint = name_checkpoint(model, adapter)
     config = load_config(checkpoint)
     sizes = [check_num_visual_tokens(m, config.num_query_tokens) for m in sizes]
     device = resolve_device(device)
     request = {"num_images": len(images), "num_text_tokens": NUM_TEXT_TOKENS, "num_new_tokens": max_new_tokens}
-    costs = load_costs(checkpoint, config)
+    costs = load_costs(config)
     placement = place(checkpoint, config, costs, device, dtype, **request)
     per_word = len(sizes) == 1
     if costs is not None:

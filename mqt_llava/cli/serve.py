@@ -7,7 +7,8 @@ import typer
 
 from .. import TINY_CHECKPOINT
 from .errors import UsageError
-from .models import Dtype, load_config, load_costs, loading, place, resolve_device
+from .models import load_config, load_costs, loading, place, resolve_device
+from .options import Dtype, number_of_bits
 
 
 def serve(context: typer.Context):
@@ -50,11 +51,8 @@ def serve(context: typer.Context):
 
 def place_server(arguments: list[str]) -> list[str]:
     """Arguments for `transformers serve` with a placement that fits. Quantization is ours: the server's own leaves no part out."""
-    num_bits = [bits for bits in (4, 8) if f"--load-in-{bits}bit" in arguments]
-    if len(num_bits) == 2:
-        raise UsageError("--load-in-4bit and --load-in-8bit exclude each other")
+    num_bits = number_of_bits("--load-in-4bit" in arguments, "--load-in-8bit" in arguments)
     arguments = [argument for argument in arguments if not argument.startswith("--load-in-")]
-    num_bits = num_bits[0] if num_bits else None
     checkpoint, options = arguments[0].partition("@")[0], dict(pairwise(arguments))
     options |= dict(argument.split("=", 1) for argument in arguments if argument.startswith("--") and "=" in argument)
     config = load_config(checkpoint)
@@ -70,7 +68,7 @@ def place_server(arguments: list[str]) -> list[str]:
 
         dtype = str(stored_dtype(config)).removeprefix("torch.")
     device = resolve_device(device)
-    placement = place(checkpoint, config, load_costs(checkpoint, config), device, Dtype(dtype), num_bits)
+    placement = place(checkpoint, config, load_costs(config), device, Dtype(dtype), num_bits)
     if placement.options:  # the last one counts
         arguments = [*arguments, "--device", "auto"]
     if num_bits is not None:

@@ -136,7 +136,7 @@ def check_memory(arguments, training, config):
     distributed = (
         training.world_size > 1 or training.fsdp or training.deepspeed or any(map(os.environ.get, environment))
     )
-    costs = load_costs(arguments.model, config)
+    costs = load_costs(config)
     if distributed or costs is None:
         return
     if isinstance(arguments, LoraArguments):

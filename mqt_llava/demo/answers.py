@@ -16,7 +16,8 @@ from PIL import Image
 from ..cli.conversation import Conversation
 from ..cli.errors import UsageError
 from ..cli.images import load_image
-from ..cli.models import AUTO, check_num_visual_tokens, load_schedule
+from ..cli.models import load_schedule
+from ..cli.options import AUTO, check_num_visual_tokens
 from ..explain import EncodedImages, Explanation, explain, token_maps
 
 
@@ -74,7 +75,7 @@ class Answers:
         processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
         dtype = torch.float32 if device.type == "cpu" else "auto"
         model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=dtype, trust_remote_code=False)
-        costs = load_costs(checkpoint, model.config)
+        costs = load_costs(model.config)
         return cls(processor, model.to(device).eval(), checkpoint, costs, **settings)
 
     @property

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -709,6 +710,12 @@ def test_checkpoint_with_damaged_or_missing_weights(ask, files, tmp_path):
     assert_refused(ask(files[0], QUESTION, model=tmp_path / "model"), "no weights for", "query_transformer.query")
     path.write_bytes(path.read_bytes()[:1000])
     assert_refused(ask(files[0], QUESTION, model=tmp_path / "model"), "cannot load the model")
+
+
+def test_adapter_without_base_model(ask, files, tmp_path):
+    LoraConfig().save_pretrained(tmp_path)
+    result = ask(files[0], QUESTION, "--adapter", tmp_path, model=None)
+    assert_refused(result, f"cannot load the adapter {tmp_path}", "names no base model", "--model")
 
 
 def test_missing_shipped_checkpoint(ask, files, tmp_path, monkeypatch):
