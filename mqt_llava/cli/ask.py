@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from PIL import Image
@@ -90,57 +90,57 @@ def ask(
     if compare is not None and question is None:
         raise UsageError("--compare needs a question as an argument")
     num_bits = number_of_bits(load_in_4bit, load_in_8bit)
-    if num_visual_tokens is not None:
-        num_visual_tokens = parse_num_visual_tokens_or_auto(num_visual_tokens)
-    compared = [] if compare is None else [parse_num_visual_tokens_or_auto(text) for text in compare.split(",")]
+    m: Any = None if num_visual_tokens is None else parse_num_visual_tokens_or_auto(num_visual_tokens)
+    compared: list[Any] = (
+        [] if compare is None else [parse_num_visual_tokens_or_auto(text) for text in compare.split(",")]
+    )
     check_quoted(images_and_question, sources)
     images = [load_image(source) for source in sources]
 
     silence_libraries()
     checkpoint = name_checkpoint(model, adapter)
     config = load_config(checkpoint)
-    given = num_visual_tokens is not None
-    for m in (num_visual_tokens, *compared):
-        if m != AUTO:
-            check_num_visual_tokens(m, config.num_query_tokens)
+    for given in (m, *compared):
+        if not isinstance(given, str):
+            check_num_visual_tokens(given, config.num_query_tokens)
     request = {"num_images": len(images), "num_text_tokens": PROMPT_TOKENS, "num_new_tokens": max_new_tokens}
     costs = load_costs(config)
-    processor, model = place_and_load(
+    processor, loaded = place_and_load(
         checkpoint, config, costs, device, dtype, adapter, num_bits, compute_dtype, **request
     )
-    if not given and compare is None:  # a checkpoint may have its own default
-        own = (model.generation_config, processor.image_processor)
-        own = [getattr(settings, "num_visual_tokens", None) for settings in own]
-        num_visual_tokens = next((m for m in own if m is not None), config.num_query_tokens)
-        if isinstance(num_visual_tokens, str):
-            num_visual_tokens = parse_num_visual_tokens_or_auto(num_visual_tokens)
+    if m is None and compare is None:  # a checkpoint may have its own default
+        own = [loaded.generation_config, processor.image_processor]
+        defaults = [getattr(settings, "num_visual_tokens", None) for settings in own]
+        m = next((default for default in defaults if default is not None), config.num_query_tokens)
+        if isinstance(m, str):
+            m = parse_num_visual_tokens_or_auto(m)
     budgets = {"max_flops": max_flops, "max_seconds": max_seconds}
     budgets = {name: budget for name, budget in budgets.items() if budget is not None}
     limit = None
-    if AUTO in (num_visual_tokens, *compared):
-        schedule = load_schedule(model)
-        num_visual_tokens, *compared = (schedule if m == AUTO else m for m in (num_visual_tokens, *compared))
+    if AUTO in (m, *compared):
+        schedule = load_schedule(loaded)
+        m, *compared = (schedule if given == AUTO else given for given in (m, *compared))
         if budgets:
-            limit = partial(limit_schedule, costs, with_speed(budgets, model), model.dtype, len(images))
+            limit = partial(limit_schedule, costs, with_speed(budgets, loaded), loaded.dtype, len(images))
     elif budgets:
         raise UsageError("--max-flops and --max-seconds are for --num-visual-tokens auto")
     setting = {
         "model": checkpoint,
         **({"adapter": adapter} if adapter else {}),
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(loaded.device),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
         "images": sources,
     }
 
     if compare is not None:
-        rows = compare_answers(processor, model, costs, images, question, compared, max_new_tokens, limit)
+        rows = compare_answers(processor, loaded, costs, images, question, compared, max_new_tokens, limit)
         if as_json:
             print(json.dumps({"question": question, "compare": rows, **setting}))
         else:
             print_table(rows)
         return
 
-    conversation = Conversation(processor, model, images, num_visual_tokens, max_new_tokens, limit=limit)
+    conversation = Conversation(processor, loaded, images, m, max_new_tokens, limit=limit)
     if question is not None:
         answer_one(conversation, question, setting if as_json else None)
     else:

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -85,9 +85,8 @@ def calibrate(
     config = load_config(checkpoint)
     sizes = doubling(config.num_query_tokens)
     if num_visual_tokens is not None:
-        sizes = {parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")}
-        for m in sizes:
-            check_num_visual_tokens(m, config.num_query_tokens)
+        parsed = [parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")]
+        sizes = [check_num_visual_tokens(m, config.num_query_tokens) for m in parsed]
         sizes = sorted({*sizes, config.num_query_tokens})  # others are compared with all
     try:
         score = load_metric(metric)
@@ -110,9 +109,12 @@ def calibrate(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
-    request = {"num_images": max(len(question.images) for question in questions), "num_text_tokens": 256}
+    request: dict[str, Any] = {
+        "num_images": max(len(question.images) for question in questions),
+        "num_text_tokens": 256,
+    }
     request |= {"num_new_tokens": max_new_tokens, "batch_size": batch_size}
-    processor, model = place_and_load(checkpoint, config, load_costs(config), device, dtype, adapter, **request)
+    processor, loaded = place_and_load(checkpoint, config, load_costs(config), device, dtype, adapter, **request)
 
     has_references = not agreement and all(question.references for question in questions)
     measure = "accuracy" if has_references else "agreement"
@@ -120,12 +122,12 @@ def calibrate(
     def right(i, text, with_all):
         return score(text, questions[i].references) if has_references else text == with_all
 
-    seconds = dict.fromkeys(sizes, 0.0)
+    seconds: dict[int | str, float] = dict.fromkeys(sizes, 0.0)
     try:
         with tqdm(total=len(questions) * len(sizes), unit="answer") as progress:
 
             def answers_with_progress():
-                for answer in answer_questions(model, processor, questions, sizes, max_new_tokens, batch_size):
+                for answer in answer_questions(loaded, processor, questions, sizes, max_new_tokens, batch_size):
                     seconds[answer.num_visual_tokens] += answer.seconds / len(questions)
                     progress.update()
                     yield answer
@@ -155,13 +157,13 @@ def calibrate(
         "num_pictures": number,
         "num_visual_tokens": sizes[-1],
         "max_new_tokens": max_new_tokens,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
     }
     some = [question for question, i in zip(questions, picture) if i in set(tested.picture)][:TIMED]
-    asked = list(answer_questions(model, processor, some, [schedule], max_new_tokens, batch_size))
+    asked = list(answer_questions(loaded, processor, some, [schedule], max_new_tokens, batch_size))
     seconds["auto"] = sum(answer.seconds for answer in asked) / len(asked)
     print_curve(tested, schedule, seconds, measure)
-    settings = model.generation_config
+    settings = loaded.generation_config
     settings.visual_token_schedule = schedule.to_dict()
     write_settings(settings, folder)
     stages = " -> ".join(map(str, schedule.num_visual_tokens))
@@ -172,7 +174,7 @@ def calibrate(
 
 def number_pictures(questions) -> list[int]:
     """An integer for each question, the same for questions that share an image, directly or through others."""
-    group = {}
+    group: dict[int | str, int | str] = {}
 
     def find(name):
         while group[name] != name:

@@ -89,7 +89,7 @@ def convert(
 
     def prepare(report):
         nonlocal license
-        if push_to_hub is not None and keep_adapter:
+        if push_to_hub is not None and keep_adapter and base_model is not None:
             check_base_is_on_hub(base_model)
         if push_to_hub is not None and license is None:
             license = license_of([name for name in report.base_models if is_repository(name)])
@@ -100,7 +100,7 @@ def convert(
     def finish(folder, report):
         origin = f"Converted from `{Path(source).name}` ({report.layout}) with `mqt-llava convert`."
         repo_id = push_to_hub or str(destination)
-        if keep_adapter:
+        if keep_adapter and base_model is not None:
             num_query_tokens = load_config(base_model).num_query_tokens
             write_adapter_card(folder, repo_id, num_query_tokens, license, dataset, language, origin)
         else:

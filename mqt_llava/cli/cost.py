@@ -4,13 +4,13 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from . import options
 from .errors import UsageError, requiring
-from .models import load_config, loading, name_checkpoint, resolve_device, silence_libraries
+from .models import find_file, load_config, loading, name_checkpoint, resolve_device, silence_libraries
 from .options import Dtype, check_num_visual_tokens, parse_num_visual_tokens
 
 
@@ -67,8 +67,7 @@ def cost(
     mqt-llava cost --model DIR --num-visual-tokens 1,16,256 --batch-size 8 --device cuda
     mqt-llava cost --model DIR --flops 2.5T --memory 16GB
     """
-    if num_visual_tokens is not None:
-        num_visual_tokens = [parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")]
+    sizes = [] if num_visual_tokens is None else [parse_num_visual_tokens(m) for m in num_visual_tokens.split(",")]
     silence_libraries()
     checkpoint = name_checkpoint(model)
     config = load_config(checkpoint)
@@ -76,28 +75,20 @@ def cost(
     if plot is not None and accuracy is None:
         raise UsageError(f"no accuracy to draw: the model {checkpoint} carries no readable accuracy.json")
     num_query_tokens = config.num_query_tokens
-    num_visual_tokens = num_visual_tokens or list(
-        accuracy
-        or [2**i for i in range(num_query_tokens.bit_length()) if 2**i < num_query_tokens] + [num_query_tokens]
-    )
-    num_visual_tokens = [check_num_visual_tokens(m, num_query_tokens) for m in num_visual_tokens]
+    powers = [2**i for i in range(num_query_tokens.bit_length()) if 2**i < num_query_tokens]
+    sizes = [check_num_visual_tokens(m, num_query_tokens) for m in sizes or accuracy or [*powers, num_query_tokens]]
 
     from ..cost import CostModel, measure_device
     from ..placement import choose_dtype
 
-    device = resolve_device(device)
+    measured = resolve_device(device)
     with loading(checkpoint):
         costs = CostModel(config)
-    request = {
-        "num_text_tokens": text_tokens,
-        "num_images": images,
-        "batch_size": batch_size,
-        "num_new_tokens": new_tokens,
-    }
-    chosen = dtype.value if dtype is not Dtype.auto else str(choose_dtype(costs, device, **request))
-    dtype = chosen.removeprefix("torch.")
-    request["dtype"] = dtype
-    speed = measure_device(device, dtype)
+    request: dict[str, Any] = {"num_text_tokens": text_tokens, "num_images": images}
+    request |= {"batch_size": batch_size, "num_new_tokens": new_tokens}
+    chosen = dtype.value if dtype is not Dtype.auto else str(choose_dtype(costs, measured, **request))
+    request["dtype"] = chosen.removeprefix("torch.")
+    speed = measure_device(measured, request["dtype"])
     budgets = {"flops": flops, "memory_bytes": memory, "latency_s": latency}
     budgets = {name: budget for name, budget in budgets.items() if budget is not None}
     fitting = None
@@ -106,17 +97,17 @@ def cost(
             fitting = costs.num_visual_tokens_for(**budgets, speed=speed, **request)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        num_visual_tokens = sorted({*num_visual_tokens, fitting})
-    rows = [describe(costs(m, **request), speed, (accuracy or {}).get(m)) for m in num_visual_tokens]
+        sizes = sorted({*sizes, fitting})
+    rows = [describe(costs(m, **request), speed, (accuracy or {}).get(m)) for m in sizes]
 
     if as_json:
-        result = {"model": checkpoint, "device": str(device), **request, **vars(speed), **budgets}
+        result = {"model": checkpoint, "device": str(measured), **request, **vars(speed), **budgets}
         print(json.dumps(result | {"largest_num_visual_tokens": fitting, "costs": rows}))
     else:
         print_table(rows, full_flops=costs(num_query_tokens, **request).flops, fitting=fitting)
         print(
             f"Prompts: {batch_size} of {text_tokens} text tokens and {images} image{'s' * (images > 1)}. Answers of "
-            f"{new_tokens} token{'s' * (new_tokens > 1)}. {dtype} on {device}.\nTimes are predicted "
+            f"{new_tokens} token{'s' * (new_tokens > 1)}. {request['dtype']} on {measured}.\nTimes are predicted "
             f"from layers of a 7B model, measured now at up to {speed.flops_per_second / 1e12:.3g} TFLOP/s and "
             f"{speed.bytes_per_second / 1e9:.3g} GB/s;\nsmall models take longer than their share."
         )
@@ -128,10 +119,8 @@ def cost(
 
 def load_accuracy(checkpoint: str) -> dict[int, dict[str, float]] | None:
     """The checkpoint's accuracy.json: percentages of right answers by kind of question, for each m that was evaluated."""
-    from transformers.utils import cached_file
-
     try:
-        table = json.loads(Path(cached_file(checkpoint, "accuracy.json")).read_text())
+        table = json.loads(find_file(checkpoint, "accuracy.json").read_text())
         # other rows, such as `64, blank picture`, are controls
         return {int(m): row for m, row in table.items() if m.isdecimal()} or None
     except (OSError, ValueError, AttributeError):
@@ -159,7 +148,7 @@ def describe(cost, speed, accuracy: dict[str, float] | None) -> dict:
 
 def with_prefix(number: float, unit: str) -> str:
     """Three digits with an SI prefix: `1.74 TFLOP`."""
-    prefix = max((p for p, size in PREFIXES.items() if number >= size), key=PREFIXES.get, default="")
+    prefix = max((p for p, size in PREFIXES.items() if number >= size), key=PREFIXES.__getitem__, default="")
     return f"{number / PREFIXES[prefix]:.3g} {prefix}{unit}"
 
 

@@ -4,7 +4,7 @@ import os
 import socket
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -73,7 +73,7 @@ def demo(
 
     config = load_config(checkpoint)
     costs = load_costs(config)
-    request = {"num_images": 1, "num_text_tokens": PROMPT_TOKENS, "num_new_tokens": max_new_tokens}
+    request: dict[str, Any] = {"num_images": 1, "num_text_tokens": PROMPT_TOKENS, "num_new_tokens": max_new_tokens}
     processor, model = place_and_load(checkpoint, config, costs, device, dtype, adapter, num_bits, **request)
     page = build(Answers(processor, model, checkpoint, costs, max_new_tokens))
     try:

@@ -7,7 +7,7 @@ import typer
 
 
 # Not `click.UsageError`: newer releases of typer have their own copy of click
-UsageError = typer.BadParameter.__base__
+UsageError: type[typer.BadParameter] = typer.BadParameter.__base__  # type: ignore[assignment]  # a base has no name in typer
 
 
 @contextlib.contextmanager

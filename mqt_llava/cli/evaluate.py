@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -78,9 +78,8 @@ def evaluate(
     num_query_tokens = config.num_query_tokens
     sizes = [4**i for i in range(5) if 4**i < num_query_tokens] + [num_query_tokens]
     if num_visual_tokens is not None:
-        sizes = sorted({parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")})
-        for m in sizes:
-            check_num_visual_tokens(m, num_query_tokens)
+        parsed = [parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")]
+        sizes = sorted({check_num_visual_tokens(m, num_query_tokens) for m in parsed})
     try:
         score = load_metric(metric)
         questions = read_questions(data, image_folder)
@@ -108,7 +107,10 @@ def evaluate(
     left = [question for question in questions if question.id not in complete]
     costs = load_costs(config)
     if left:
-        request = {"num_images": max(len(question.images) for question in left), "num_text_tokens": 256}
+        request: dict[str, Any] = {
+            "num_images": max(len(question.images) for question in left),
+            "num_text_tokens": 256,
+        }
         request |= {"num_new_tokens": max_new_tokens, "batch_size": batch_size}
         processor, model = place_and_load(checkpoint, config, costs, device, dtype, adapter, **request)
         right, number = sum(row["score"] for row in done), len(done)

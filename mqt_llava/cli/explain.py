@@ -5,7 +5,7 @@ import os
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -78,9 +78,9 @@ def explain(
         raise UsageError(f"{output} exists: choose another file, or use --overwrite")
     if not output.parent.is_dir():
         raise UsageError(f"there is no folder {output.parent}")
-    sizes = [None]
+    asked: list[int | None] = [None]
     if num_visual_tokens is not None:
-        sizes = [parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")]
+        asked = [parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")]
     check_quoted(images_and_question, sources)
     images = [load_image(source) for source in sources]
     with requiring("plot"):
@@ -92,28 +92,32 @@ def explain(
 
     checkpoint = name_checkpoint(model, adapter)
     config = load_config(checkpoint)
-    sizes = [check_num_visual_tokens(m, config.num_query_tokens) for m in sizes]
-    device = resolve_device(device)
-    request = {"num_images": len(images), "num_text_tokens": NUM_TEXT_TOKENS, "num_new_tokens": max_new_tokens}
+    sizes = [check_num_visual_tokens(m, config.num_query_tokens) for m in asked]
+    chosen = resolve_device(device)
+    request: dict[str, Any] = {
+        "num_images": len(images),
+        "num_text_tokens": NUM_TEXT_TOKENS,
+        "num_new_tokens": max_new_tokens,
+    }
     costs = load_costs(config)
-    placement = place(checkpoint, config, costs, device, dtype, **request)
+    placement = place(checkpoint, config, costs, chosen, dtype, **request)
     per_word = len(sizes) == 1
     if costs is not None:
         request |= {"num_words": max_new_tokens if per_word else 1, "method": method.value, "batch_size": batch_size}
         extra = explaining.extra_bytes(costs, max(sizes), dtype=placement.dtype, **request)
         weights = sum(costs(dtype=placement.dtype).weight_bytes.values())
         print(
-            f"needs up to {gigabytes(extra)} beside the weights' {gigabytes(weights)}, less with a smaller --batch-size; {device} "
-            f"has {gigabytes(free_memory(device))} free",
+            f"needs up to {gigabytes(extra)} beside the weights' {gigabytes(weights)}, less with a smaller --batch-size; {chosen} "
+            f"has {gigabytes(free_memory(chosen))} free",
             file=sys.stderr,
         )
-    processor, model = load_model(checkpoint, device, placement, adapter)
+    processor, loaded = load_model(checkpoint, chosen, placement, adapter)
+    settings: dict[str, Any] = {"per_word": per_word, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     explanations = []
     try:
-        encoded = explaining.EncodedImages(model, processor, images, max(sizes))
+        encoded = explaining.EncodedImages(loaded, processor, images, max(sizes))
         for m in sizes:
-            settings = {"per_word": per_word, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-            one = explaining.explain(model, processor, encoded, question, m, method.value, **settings)
+            one = explaining.explain(loaded, processor, encoded, question, m, method.value, **settings)
             print(json.dumps(as_numbers(one)) if as_json else f"m = {m}: {one.answer}", flush=True)
             explanations.append(one)
     except ValueError as error:

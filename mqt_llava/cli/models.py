@@ -8,6 +8,7 @@ import sys
 import warnings
 from logging import getLogger
 from pathlib import Path
+from typing import Any
 
 from .. import TINY_CHECKPOINT
 from .errors import UsageError
@@ -29,11 +30,8 @@ def load_schedule(model):
         raise UsageError(
             f"this checkpoint has no schedule for {AUTO}: choose one with `mqt-llava calibrate`"
         ) from None
-    if schedule.calibration is None:
-        print(
-            f"{AUTO} was not calibrated for this checkpoint: see `mqt-llava calibrate`",
-            file=sys.stderr,
-        )
+    if schedule is not None and schedule.calibration is None:
+        print(f"{AUTO} was not calibrated for this checkpoint: see `mqt-llava calibrate`", file=sys.stderr)
     return schedule
 
 
@@ -113,13 +111,19 @@ def load_config(checkpoint: str):
         return MQTLlavaConfig.from_pretrained(checkpoint)
 
 
+def find_file(checkpoint: str, name: str) -> Path:
+    """A file of a folder or repository. An `OSError` if there is none."""
+    from transformers.utils import cached_file
+
+    return Path(cached_file(checkpoint, name))  # type: ignore[arg-type]  # None only if asked not to raise
+
+
 def load_processor(checkpoint: str):
     from transformers import AutoProcessor
-    from transformers.utils import cached_file
 
     with loading(checkpoint, "tokenizer of"):
         # without this file transformers would build a tokenizer with other ids from another one
-        path = Path(cached_file(checkpoint, "tokenizer.json"))
+        path = find_file(checkpoint, "tokenizer.json")
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
@@ -178,7 +182,7 @@ def place_and_load(
     adapter: str | None = None,
     num_bits: int | None = None,
     compute_dtype: Dtype = Dtype.auto,
-    **request,
+    **request: Any,
 ):
     """
     Load processor and model as the options of a command say, if they fit into free memory. See [`place`] and [`load_model`].
@@ -224,7 +228,9 @@ def load_model(
 
             quantization = quantization_config(num_bits, device, placement.dtype)
             options = {"device_map": {"": device}, "quantization_config": quantization}
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        model: Any
+        report: Any
+        model, report = AutoModelForImageTextToText.from_pretrained(  # type: ignore[misc]  # a pair, with the loading info
             checkpoint, dtype=placement.dtype, trust_remote_code=False, output_loading_info=True, **options
         )
         if report["missing_keys"]:  # transformers would warn and use random weights

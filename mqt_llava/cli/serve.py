@@ -78,5 +78,5 @@ def place_server(arguments: list[str]) -> list[str]:
 
         with loading(checkpoint):
             quantization = quantization_config(num_bits, device, placement.dtype)
-        ModelManager.get_quantization_config = lambda self: quantization
+        ModelManager.get_quantization_config = lambda self: quantization  # type: ignore[method-assign]  # no option takes ours
     return arguments

@@ -8,6 +8,7 @@ import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -112,8 +113,8 @@ def as_options(message: str) -> str:
     """A message with options in place of the Python arguments that it names."""
     from transformers import TrainingArguments
 
-    names = {argument.name for kind in (StageArguments, LoraArguments, TrainingArguments) for argument in fields(kind)}
-    names = {name: name for name in names} | ARGUMENT_NAMES
+    kinds = (StageArguments, LoraArguments, TrainingArguments)
+    names = {argument.name: argument.name for kind in kinds for argument in fields(kind)} | ARGUMENT_NAMES
 
     def option(match):
         return f"--{names[match[1]].replace('_', '-')}" if match[1] in names else match[0]
@@ -140,7 +141,8 @@ def check_memory(arguments, training, config):
     if distributed or costs is None:
         return
     if isinstance(arguments, LoraArguments):
-        trained, less = {"num_bits": 4 if arguments.load_in_4bit else None}, "--bf16, --load-in-4bit"
+        trained: dict[str, Any] = {"num_bits": 4 if arguments.load_in_4bit else None}
+        less = "--bf16, --load-in-4bit"
     else:
         parts = ("query_transformer", "embeddings", "language_model", "lm_head")
         num_moments = 2 if training.optim in ("adamw_torch", "adamw_torch_fused") else 0

@@ -60,9 +60,9 @@ class Answers:
         has_schedule = getattr(model.generation_config, "visual_token_schedule", None) is not None
         self.schedule = load_schedule(model) if has_schedule else None
         self.accuracy = read_accuracy(checkpoint)
-        self.pictures = OrderedDict()
+        self.pictures: OrderedDict = OrderedDict()
         self.lock = threading.Lock()
-        self.maps = None
+        self.maps: torch.Tensor | None = None
 
     @classmethod
     def from_pretrained(cls, checkpoint: str, device=None, **settings) -> "Answers":
@@ -217,7 +217,8 @@ class Answers:
     def stream(self, work):
         """Yield what `work(write)` writes, all of it so far each time, and at last what it returns. It works in a thread of its own,
         while the lock is held; who stops iterating ends it at the next token."""
-        news, left = SimpleQueue(), threading.Event()
+        news: SimpleQueue = SimpleQueue()
+        left = threading.Event()
 
         def write(piece):
             if left.is_set():
@@ -260,7 +261,7 @@ def check_question(question: str | None) -> str:
 
 def as_messages(history, image_token: str) -> list[dict]:
     """Earlier turns as the chat template takes them, the picture in the first."""
-    messages = []
+    messages: list[dict] = []
     for index, turn in enumerate(history or ()):
         role = ("user", "assistant")[index % 2]
         if not isinstance(turn, dict) or turn.get("role") != role or not isinstance(turn.get("content"), str):
