@@ -59,16 +59,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command()(ask)
-app.command()(demo)
-app.command()(convert)
-app.command()(cost)
-app.command()(evaluate)
-app.command()(explain)
-app.command()(calibrate)
-app.command()(card)
-app.command()(update)
-app.command()(env)
+for command in (ask, demo, convert, cost, evaluate, explain, calibrate, card, update, env):
+    app.command()(command)
 for command, usage in (
     (finetune, "DATA... [OPTIONS]"),
     (train, "--stage 1|2 [OPTIONS]"),

@@ -22,7 +22,7 @@ def calibrate(
         list[Path],
         typer.Argument(
             metavar="DATA...",
-            help="LLaVA conversations or chat messages: JSON or JSON Lines. The last question of each row is asked.",
+            help="LLaVA conversations or chat messages, as JSON or JSON Lines. The last question of each row is asked.",
         ),
     ],
     image_folder: options.ImageFolder = None,
@@ -59,14 +59,15 @@ def calibrate(
     seed: Annotated[
         int,
         typer.Option(
-            help="Seed of the split into pictures that propose and pictures that test. Trying several voids the guarantee."
+            help="Seed of the split of the pictures into some that choose schedules and others that test them. Trying several seeds "
+            "voids the guarantee."
         ),
     ] = 0,
 ):
-    """Choose the schedule of `--num-visual-tokens auto` on your own questions, with a guarantee.
+    """Calibrate `--num-visual-tokens auto` on your own questions.
 
-    The result is the cheapest schedule that is shown to lose at most --tolerance points against all visual tokens: in accuracy if every
-    question has an answer, otherwise in agreement. The guarantee holds for pictures and questions like those in DATA.
+    The result is the cheapest schedule that loses at most --tolerance points against all visual tokens, guaranteed with --confidence: in
+    accuracy if every question has an answer, otherwise in agreement. The guarantee holds for pictures and questions like those in DATA.
 
     \b
     mqt-llava calibrate questions.json --image-folder images --model my-mqt-llava
@@ -231,4 +232,4 @@ def print_curve(answers, schedule, seconds: dict, measure: str):
         add("the same at random", np.random.default_rng(0).permutation(stop))
     add("oracle", (answers.right >= answers.right[-1]).argmax(0))
     Console().print(table)
-    print("On the pictures that test, without the cost of encoding images.")
+    print("Measured on the test pictures, without the cost of encoding images.")

@@ -184,7 +184,7 @@ def count_common(ids, others) -> int:
 
 
 def is_text(question: str) -> bool:
-    """Whether all of it could be decoded: Python represents other bytes by surrogates."""
+    """Whether all bytes could be decoded. Python represents the others by surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in question)
 
 
@@ -193,10 +193,9 @@ def print_now(text: str):
 
 
 class AnswerStreamer:
-    """Takes tokens from `generate` and writes the text as soon as it is settled, a line's end behind it; `text` is the whole
-    answer.
+    """Streams tokens from `generate` as text, and ends it with a newline. `text` is the answer so far.
 
-    transformers' `TextStreamer` keeps no text, and prints the space with which an answer begins.
+    transformers' `TextStreamer` does not keep the text, and prints the space before an answer.
 
     Args:
         write (`Callable`, *optional*): takes each piece.

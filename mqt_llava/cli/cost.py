@@ -1,4 +1,4 @@
-"""`mqt-llava cost`: what an answer costs at each number of visual tokens, without loading weights."""
+"""`mqt-llava cost`: what an answer costs at each number of visual tokens. No weights are loaded."""
 
 import json
 import re
@@ -42,14 +42,14 @@ def cost(
     dtype: options.WeightsDtype = Dtype.auto,
     flops: Annotated[
         float | None,
-        typer.Option(metavar="AMOUNT", parser=parse_amount, help="Budget of FLOPs for the batch, such as 2.5T."),
+        typer.Option(metavar="AMOUNT", parser=parse_amount, help="Maximum FLOPs of the batch, such as 2.5T."),
     ] = None,
     memory: Annotated[
         float | None,
-        typer.Option(metavar="BYTES", parser=parse_amount, help="Budget of memory, such as 16GB or 16GiB."),
+        typer.Option(metavar="BYTES", parser=parse_amount, help="Maximum memory, such as 16GB or 16GiB."),
     ] = None,
     latency: Annotated[
-        float | None, typer.Option(metavar="SECONDS", min=0, help="Budget of time up to the last token.")
+        float | None, typer.Option(metavar="SECONDS", min=0, help="Maximum time to the last token.")
     ] = None,
     plot: Annotated[
         Path | None,
@@ -57,10 +57,11 @@ def cost(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ):
-    """Show what an answer costs at each number of visual tokens m: compute, memory and time.
+    """Estimate the compute, memory and time of an answer.
 
-    Compute and memory follow from the checkpoint's config. Times are predicted from them and from the speed of the device, which is
-    measured now: linear layers and memory reads. With a budget, the largest m within it is shown.
+    The table has a row for each number of visual tokens m. Compute and memory follow from the checkpoint's config. Times are predicted from them and from the speed of the device, which is
+    measured now: linear layers and memory reads. With --flops, --memory or --latency, the largest m
+    within these limits is shown.
 
     \b
     mqt-llava cost --new-tokens 100

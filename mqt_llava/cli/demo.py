@@ -1,4 +1,4 @@
-"""`mqt-llava demo`: a page in the browser to ask questions about pictures."""
+"""`mqt-llava demo`: a page in the browser to ask questions about images."""
 
 import os
 import socket
@@ -26,11 +26,11 @@ def demo(
     host: Annotated[
         str,
         typer.Option(
-            metavar="ADDRESS", help="Address to listen on. 0.0.0.0 admits everybody who can reach this machine."
+            metavar="ADDRESS", help="Address to listen on. With 0.0.0.0, other machines can open the page, too."
         ),
     ] = "127.0.0.1",
     share: Annotated[
-        bool, typer.Option("--share", help="Create a public address for a week, through Gradio's server.")
+        bool, typer.Option("--share", help="Create a public link through Gradio's server, valid for a week.")
     ] = False,
     max_new_tokens: options.MaxNewTokens = 256,
     device: options.Device = "auto",
@@ -40,13 +40,14 @@ def demo(
     space: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Write the page to a new folder, as a Space for the Hub, without starting it."
+            metavar="DIR", help="Write the page to a new folder as a Space for the Hub, and do not serve it."
         ),
     ] = None,
 ):
-    """Open a page in the browser: ask about pictures, choose m, compare answers and see what they depend on.
+    """Serve a page to ask about images in the browser.
 
-    The page is served to this machine only, sends nothing to other machines and works offline.
+    Choose m, compare answers and see what they depend on. By default only this machine can open the page, which works
+    offline and sends nothing to other machines.
 
     \b
     mqt-llava demo
@@ -82,9 +83,9 @@ def demo(
         )
     except OSError as error:
         raise UsageError(f"cannot listen on {host}: {error}") from None
-    print(f"Open {address} in a browser. Ctrl-C ends it.", flush=True)
+    print(f"Open {address} in a browser. Ctrl-C stops the server.", flush=True)
     if public:
-        print(f"For a week, anybody can open {public}", flush=True)
+        print(f"Public link, valid for a week: {public}", flush=True)
     elif share:
         print("Gradio's server gave no public address", file=sys.stderr)
     page.block_thread()

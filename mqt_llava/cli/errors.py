@@ -1,4 +1,4 @@
-"""Bad input is reported in one line on stderr, with exit code 2."""
+"""Errors of one line on stderr, with exit code 2."""
 
 import contextlib
 import sys

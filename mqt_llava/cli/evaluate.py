@@ -17,7 +17,8 @@ def evaluate(
     data: Annotated[
         list[Path],
         typer.Argument(
-            metavar="DATA...", help="LLaVA conversations or chat messages (JSON, JSON Lines), VLMEvalKit's TSV."
+            metavar="DATA...",
+            help="LLaVA conversations or chat messages, as JSON or JSON Lines, or a TSV of VLMEvalKit.",
         ),
     ],
     output_dir: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")],
@@ -38,7 +39,7 @@ def evaluate(
         typer.Option(
             min=0,
             metavar="POINTS",
-            help="How far below the best accuracy is good enough. Default: any difference that is not significant.",
+            help="Accepted loss against the best accuracy, in percentage points. Default: any difference that is not significant.",
         ),
     ] = None,
     model: options.Model = None,
@@ -57,7 +58,9 @@ def evaluate(
     task_id: Annotated[str, typer.Option(help="Task of the data on the Hub.")] = "default",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in the folder.")] = False,
 ):
-    """Measure accuracy against the number of visual tokens, compute and time, on your own questions.
+    """Measure accuracy against the number of visual tokens.
+
+    The questions are your own. The report also has the compute and time of each number of visual tokens.
 
     Results are written after every answer. If the command is interrupted, run it again to continue.
 

@@ -45,7 +45,7 @@ def explain(
         ),
     ] = None,
     method: Annotated[
-        Method, typer.Option(help="Method. docs/explain.md compares them.")
+        Method, typer.Option(help="Attribution method. docs/explain.md compares them.")
     ] = Method.integrated_gradients,
     max_new_tokens: options.MaxNewTokens = 64,
     batch_size: Annotated[
@@ -61,7 +61,9 @@ def explain(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
 ):
-    """Show what an answer depends on: heat maps over the image, and the effect of each visual token.
+    """Show which parts of an image an answer depends on.
+
+    The picture has heat maps over the image, and the effect of each visual token.
 
     \b
     mqt-llava explain photo.jpg "What is this?" --num-visual-tokens 16 --output words.png

@@ -28,7 +28,7 @@ Adapter = Annotated[
     str | None,
     typer.Option(metavar="DIR_OR_REPO", help="LoRA adapter to merge. --model defaults to its base model."),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
+Device = Annotated[str, typer.Option(help="Device to run on: auto, cpu, cuda, cuda:1, mps ...")]
 WeightsDtype = Annotated[
     Dtype,
     typer.Option(help="Data type of the weights. auto: the checkpoint's, or float32 on a CPU with enough memory."),
@@ -43,7 +43,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Questions per batch.")]
 
 
 def number_of_bits(load_in_4bit: bool, load_in_8bit: bool) -> int | None:
-    """4 or 8, as the options say, or `None` for weights that are not quantized."""
+    """4, 8, or `None` if the weights are not quantized."""
     if load_in_4bit and load_in_8bit:
         raise UsageError("--load-in-4bit and --load-in-8bit exclude each other")
     return 4 if load_in_4bit else 8 if load_in_8bit else None

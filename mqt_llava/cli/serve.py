@@ -12,9 +12,9 @@ from .options import Dtype, number_of_bits
 
 
 def serve(context: typer.Context):
-    """Serve a model with `transformers serve`, which by itself finds only models that are part of transformers.
+    """Serve a model with `transformers serve`.
 
-    The first argument is the checkpoint, a folder or a Hub repository. It defaults to the shipped one. --load-in-4bit and
+    On its own, `transformers serve` finds only models that are part of transformers. The first argument is the checkpoint, a folder or a Hub repository. It defaults to the shipped one. --load-in-4bit and
     --load-in-8bit quantize its language model. Other options are passed on to `transformers serve`: --help-all shows them.
 
     \b
@@ -59,7 +59,7 @@ def place_server(arguments: list[str]) -> list[str]:
     device, dtype = options.get("--device", "auto"), options.get("--dtype", "auto")
     if "--quantization" in options or not device.startswith(("auto", "cpu", "cuda", "mps")):
         if num_bits is not None:
-            raise UsageError(f"--load-in-{num_bits}bit goes neither with --quantization nor with --device {device}")
+            raise UsageError(f"--load-in-{num_bits}bit cannot be combined with --quantization or --device {device}")
         return arguments  # checked by the server
     if dtype not in list(Dtype):
         raise UsageError(f"--dtype is one of {', '.join(Dtype)}; got {dtype}")

@@ -29,7 +29,7 @@ ARGUMENT_NAMES = {  # of the Python names that are not those of the options
 
 
 def train(context: typer.Context):
-    """Train in the paper's two stages, with the paper's hyperparameters.
+    """Train in the two stages of the paper.
 
     The command line takes precedence over --config FILE.yaml, and that over the paper's hyperparameters. On several GPUs: accelerate launch
     -m mqt_llava.cli train ...
@@ -42,9 +42,9 @@ def train(context: typer.Context):
 
 
 def finetune(context: typer.Context):
-    """Tune a LoRA adapter on conversations about images, with m drawn anew at every step.
+    """Fine-tune a LoRA adapter on conversations about images.
 
-    The command line takes precedence over --config FILE.yaml. On several GPUs: accelerate launch -m mqt_llava.cli finetune ...
+    A new m is drawn at every step. The command line takes precedence over --config FILE.yaml. On several GPUs: accelerate launch -m mqt_llava.cli finetune ...
 
     \b
     mqt-llava finetune data.json --image-folder images --output-dir adapter
