@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -59,7 +60,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (ask, demo, convert, cost, evaluate, explain, calibrate, card, update, env):
+COMMANDS: tuple[Callable, ...] = (ask, demo, convert, cost, evaluate, explain, calibrate, card, update, env)
+for command in COMMANDS:
     app.command()(command)
 for command, usage in (
     (finetune, "DATA... [OPTIONS]"),

@@ -159,7 +159,7 @@ def progress_bar():
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    tasks = {}
+    tasks: dict = {}
 
     def update(phase: str, done: int, total: int):
         if phase not in tasks:
