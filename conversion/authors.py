@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoTokenizer,
+    CLIPVisionConfig,
     LlamaTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
@@ -147,6 +148,7 @@ class VisionTower:
         """By the names of `AutoModel`'s class."""
         with torch.device("meta"):
             expected = AutoModel.from_config(self.config).state_dict()
+        assert self.folder is not None  # only OpenAI's CLIP has none, and its tensors are in the checkpoint
         return without_prefix(read_tensors(self.folder), list(expected), self.name)
 
 
@@ -170,7 +172,7 @@ def read_vision_tower(name: str, near: Path | None = None) -> VisionTower:
 def openai_clip(name: str, inside: dict[str, LazyTensor]) -> VisionTower:
     """OpenAI's CLIP, whose folder is out of reach but whose tensors are in the checkpoint. The authors' code fixes its sizes."""
     widths = [tensor.shape[0] for name, tensor in inside.items() if name.endswith("mlp.fc1.weight") and tensor.shape]
-    config = CONFIG_MAPPING["clip_vision_model"](
+    config = CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=widths[0] if widths else 4096,
         num_hidden_layers=num_vision_layers(inside),

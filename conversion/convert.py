@@ -108,8 +108,9 @@ def convert(
     check_free(destination, overwrite)
     max_shard_size = parse_size(max_shard_size)
     path = Path(source) if Path(source).is_file() else fetch(source)
-    for used in filter(None, (path, vision_tower, base_model)):
-        if Path(used).exists() and Path(used).resolve().is_relative_to(destination.resolve()):
+    used: str | Path | None
+    for used in (path, vision_tower, base_model):
+        if used and Path(used).exists() and Path(used).resolve().is_relative_to(destination.resolve()):
             raise ValueError(f"{destination} is or holds the source {used}; choose another folder")
     layout = layout or recognise(path)
     for option, given, allowed in (
@@ -123,6 +124,7 @@ def convert(
     if keep_adapter and vision_tower:
         raise ValueError("--keep-adapter takes the vision tower of the MQT-LLaVA checkpoint, and no --vision-tower")
 
+    plan: layouts.Plan
     if layout == "full":
         plan = layouts.plan_full(path, vision_tower)
     elif layout == "stage-1":

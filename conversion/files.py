@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import convert_file_size_to_int
@@ -162,7 +163,8 @@ def read_tensors(folder: Path) -> dict[str, LazyTensor]:
         `ValueError`: for files that are missing or cannot be read, and where the index and its files disagree.
     """
     for single in ("model.safetensors", "pytorch_model.bin"):
-        index, listed, files = folder / f"{single}.index.json", {}, [single]
+        index, files = folder / f"{single}.index.json", [single]
+        listed: Any = {}
         if index.exists():
             listed = read_json(check_inside(folder, index.name)).get("weight_map")
             if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
@@ -210,7 +212,7 @@ def check_inside(folder: Path, name: str) -> Path:
     return path
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What went wrong, without the traceback or the advice that a library puts around it."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
@@ -265,8 +267,8 @@ def new_folder(destination: Path, overwrite: bool = False) -> Iterator[Path]:
     destination.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
     try:
-        with open(aside / MARK, "w") as mark:
-            _lock(mark)
+        with open(aside / MARK, "w") as lock:
+            _lock(lock)
             (aside / "new").mkdir()
             yield aside / "new"
             check_free(destination, overwrite)  # of others, meanwhile
@@ -380,7 +382,8 @@ def write_safetensors(path: Path, tensors: dict[str, LazyTensor]):
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     # wide types first, as that library orders them: each tensor begins at a multiple of its item's size
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}

@@ -3,9 +3,10 @@
 import math
 import re
 import shutil
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoProcessor, GenerationConfig
@@ -40,7 +41,7 @@ FOLDER_FILES = (  # beside the weights and the code
 
 
 @dataclass(kw_only=True)
-class Plan:
+class Plan(ABC):
     """A result that is not computed yet. Each kind can `write` itself to a folder and `verify` what is there.
 
     Args:
@@ -56,11 +57,20 @@ class Plan:
 
     layout: str
     config: MQTLlavaConfig
-    settings: dict | None
+    settings: Any
     sources: dict[str, LazyTensor]
     tensors: dict[str, LazyTensor]
     vision_source: str
     base_models: list[str] = field(default_factory=list)
+
+    @abstractmethod
+    def file_names(self, max_shard_size: int) -> list[str]: ...
+
+    @abstractmethod
+    def write(self, folder: Path, max_shard_size: int): ...
+
+    @abstractmethod
+    def verify(self, folder: Path, dtype: torch.dtype | None) -> list[Check]: ...
 
 
 @dataclass(kw_only=True)
@@ -146,7 +156,7 @@ class AdapterPlan(Plan):
         return ["adapter_config.json", "adapter_model.safetensors"]
 
     def write(self, folder: Path, max_shard_size: int):
-        self.peft_config.save_pretrained(folder)
+        self.peft_config.save_pretrained(str(folder))
         files.write_safetensors(folder / "adapter_model.safetensors", self.tensors)
 
     def verify(self, folder: Path, dtype: torch.dtype | None) -> list[Check]:
@@ -172,7 +182,7 @@ def check_tensors(config: MQTLlavaConfig, tensors: dict[str, LazyTensor]):
     """
     model = empty_model(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    unused = re.compile("|".join(model._keys_to_ignore_on_load_unexpected) or "(?!)")
+    unused = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ()) or "(?!)")
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight")
         tensors.pop("lm_head.weight", None)
@@ -369,7 +379,7 @@ def plan_adapter(source: Path, base_model: str | None) -> AdapterPlan:
     from peft import LoraConfig
 
     base = None if base_model is None else fetch(base_model)
-    if base is None or read_json(base / "config.json").get("model_type") != "mqt_llava":
+    if base_model is None or base is None or read_json(base / "config.json").get("model_type") != "mqt_llava":
         raise ValueError(
             "--keep-adapter needs --base-model: the MQT-LLaVA checkpoint, converted already, it will go on"
         )
@@ -477,7 +487,7 @@ def plan_parts(language_model: str, vision_tower: str | None) -> NewModelPlan:
         tokenizer_folder=folder,
         extra_files=extra_files,
         language_model={prefix + name: tensor for name, tensor in base.items()} | heads,
-        tower_folder=tower.folder,
+        tower_folder=tower.folder,  # type: ignore[arg-type]  # a tower that was read has one
     )
 
 
@@ -489,6 +499,6 @@ def fresh_query_transformer(config: MQTLlavaConfig) -> dict[str, LazyTensor]:
         torch.manual_seed(0)
         query_transformer.apply(model._init_weights)
     return {
-        "model.query_transformer." + name: LazyTensor(tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor)
+        "model.query_transformer." + name: LazyTensor(tuple(tensor.shape), tensor.dtype, tensor.detach)
         for name, tensor in query_transformer.state_dict().items()
     }

@@ -67,12 +67,12 @@ def to_authors(tensors: dict[str, LazyTensor], vocab_size: int) -> dict[str, Laz
         part, _, kind = name.removeprefix("model.query_transformer.").partition(".")
         if part in PACKED:
             if part == PACKED[0]:
-                parts = [tensors[f"model.query_transformer.{part}.{kind}"] for part in PACKED]
-                theirs[AUTHORS_PACKED + kind] = LazyTensor(
-                    (3 * tensor.shape[0], *tensor.shape[1:]),
-                    tensor.dtype,
-                    lambda parts=parts: torch.cat([part.load() for part in parts]),
-                )
+
+                def packed(parts=[tensors[f"model.query_transformer.{part}.{kind}"] for part in PACKED]):
+                    return torch.cat([part.load() for part in parts])
+
+                shape = (3 * tensor.shape[0], *tensor.shape[1:])
+                theirs[AUTHORS_PACKED + kind] = LazyTensor(shape, tensor.dtype, packed)
             continue
         official = rename(name, reverse)
         if official == TRANSPOSED:

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import cpu_offload, init_empty_weights
@@ -350,7 +351,7 @@ def load_model(folder: Path, adapter: Path | None = None):
     Args:
         adapter (`Path`, *optional*): a PEFT adapter to put on it.
     """
-    model = AutoModelForImageTextToText.from_pretrained(
+    model: Any = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float32, device_map=DEVICE_MAP, trust_remote_code=False
     )
     if adapter is None:
@@ -360,9 +361,9 @@ def load_model(folder: Path, adapter: Path | None = None):
     del model.hf_device_map  # else PEFT would move the layers into memory
     model = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True, torch_device="cpu")
     # PEFT puts LoRA where the layer's weights are, which is nowhere now
-    weights = load_peft_weights(str(adapter), device="cpu").items()
+    stored = load_peft_weights(str(adapter), device="cpu")
     pattern = re.compile(r"\.(lora_[AB])\.")
-    weights = {pattern.sub(r".\1.default.", name): tensor for name, tensor in weights if pattern.search(name)}
+    weights = {pattern.sub(r".\1.default.", name): tensor for name, tensor in stored.items() if pattern.search(name)}
     if unknown := model.load_state_dict(weights, strict=False, assign=True).unexpected_keys:
         raise ValueError(f"{adapter} has weights for what the model has not: {first(unknown)}")
     for parameter in model.parameters():

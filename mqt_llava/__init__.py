@@ -23,7 +23,10 @@ __all__ = [
     "rebudget",
 ]
 
-if "mqt_llava_cli" in sys.modules:  # the command line shows its help without waiting for torch
+# As `mqt-llava` or as `python -m mqt_llava.cli`: while Python looks for a module to run, `sys.argv[0]` is "-m"
+RUN_AS_PROGRAM = "mqt_llava_cli" in sys.modules or (sys.argv[:1] == ["-m"] and "mqt_llava.cli" in sys.orig_argv)
+
+if RUN_AS_PROGRAM:  # help and version do not wait for torch
 
     def __getattr__(name):
         if name not in __all__:

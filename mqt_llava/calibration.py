@@ -121,11 +121,11 @@ def propose(answers: Answers) -> list[VisualTokenSchedule]:
                 found.append((cost, loss, schedule))
     found.sort(key=lambda entry: entry[:2])
     frontier, least = [], np.inf
-    for cost, loss, schedule in found:
+    for _, loss, schedule in found:
         if loss < least:
-            frontier.append((loss, schedule))
+            frontier.append(schedule)
             least = loss
-    frontier = [schedule for _, schedule in reversed(frontier)]
+    frontier.reverse()
     chosen = np.unique(np.linspace(0, len(frontier) - 1, NUM_PROPOSALS).round().astype(int))
     return [frontier[i] for i in chosen]
 

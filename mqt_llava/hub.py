@@ -142,8 +142,8 @@ def write_adapter_card(
     """
     adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     base = adapter["base_model_name_or_path"]
-    parts = ("language_model", "query_transformer", "vision_tower")
-    parts = [part for part in parts if part in str(adapter["target_modules"])]
+    names = ("language_model", "query_transformer", "vision_tower")
+    parts = [name for name in names if name in str(adapter["target_modules"])]
     methods = [f"LoRA of rank {adapter['r']} on {' and '.join(parts)}"] if parts else []
     if not parts and adapter["target_modules"]:
         methods = [f"{adapter['peft_type']} on {adapter['target_modules']}"]

@@ -33,7 +33,7 @@ def stored_dtype(config) -> torch.dtype:
     return config.dtype or config.text_config.dtype or torch.float32
 
 
-def free_memory(device, cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> int:
+def free_memory(device, cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> float:
     """Bytes that a device has free for this process: of a CPU, what the machine has available and the container, by its
     cgroups' limits, allows. Infinite for a kind of device that cannot be asked here."""
     device = torch.device(device)
@@ -120,10 +120,13 @@ def place_model(
     )
     # What bitsandbytes has quantized for a GPU, it does not compute on a CPU
     if device.type == "cuda" and num_bits is None:
-        gpus = {index: free_memory(f"cuda:{index}") for index in range(torch.cuda.device_count())}
-        options = {"device_map": "auto", "max_memory": gpus | {"cpu": free_memory("cpu")}}
-        if need <= sum(options["max_memory"].values()):
+        gpus: dict[int | str, float] = {
+            index: free_memory(f"cuda:{index}") for index in range(torch.cuda.device_count())
+        }
+        max_memory = gpus | {"cpu": free_memory("cpu")}
+        if need <= sum(max_memory.values()):
             rest = "other GPUs" if need <= sum(gpus.values()) else "the CPU, which is slow"
+            options = {"device_map": "auto", "max_memory": max_memory}
             return Placement(dtype, options, f"{words}: the rest goes to {rest} (device_map='auto')")
     others = dict.fromkeys([(own, num_bits), (torch.bfloat16, num_bits), (own, 8), (own, 4)])
     fitting = [f"{as_options(*other)} needs {gigabytes(needed(*other))}" for other in others if needed(*other) <= free]
@@ -157,7 +160,7 @@ def check_training(
     Raises:
         `ValueError`: with what is needed and what is free.
     """
-    weights = costs(1, dtype=dtype).weight_bytes
+    weights: dict[str, float] = dict(costs(1, dtype=dtype).weight_bytes)
     trained = sum(weights[part] for part in parts)
     if num_bits is not None:
         weights["language_model"] *= QUANTIZED_ITEMSIZE[num_bits] / dtype.itemsize

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -59,16 +60,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command()(ask)
-app.command()(demo)
-app.command()(convert)
-app.command()(cost)
-app.command()(evaluate)
-app.command()(explain)
-app.command()(calibrate)
-app.command()(card)
-app.command()(update)
-app.command()(env)
+COMMANDS: tuple[Callable, ...] = (ask, demo, convert, cost, evaluate, explain, calibrate, card, update, env)
+for command in COMMANDS:
+    app.command()(command)
 for command, usage in (
     (finetune, "DATA... [OPTIONS]"),
     (train, "--stage 1|2 [OPTIONS]"),
@@ -86,14 +80,14 @@ def main():
 
 def print_version(wanted: bool):
     if wanted:
-        from .. import __version__
+        from importlib.metadata import version
 
-        print(f"mqt-llava {__version__}")
+        print(f"mqt-llava {version('mqt-llava')}")  # `__version__` would import torch
         raise typer.Exit
 
 
 @app.callback()
-def options(
+def program(
     context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")

@@ -8,31 +8,18 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from PIL import Image
 
+from . import options
 from .conversation import Conversation, is_text, print_now
 from .cost import parse_amount
 from .errors import UsageError, print_error
 from .images import is_url, load_image
-from .models import (
-    AUTO,
-    Dtype,
-    ModelOption,
-    check_num_visual_tokens,
-    load_config,
-    load_costs,
-    load_model,
-    load_schedule,
-    name_base,
-    name_checkpoint,
-    parse_num_visual_tokens_or_auto,
-    place,
-    resolve_device,
-    silence_libraries,
-)
+from .models import load_config, load_costs, load_schedule, name_checkpoint, place_and_load, silence_libraries
+from .options import AUTO, IMAGES_HELP, Dtype, check_num_visual_tokens, number_of_bits, parse_num_visual_tokens_or_auto
 
 
 PROMPT_TOKENS = 256  # text tokens to expect, before the question is known
@@ -40,18 +27,10 @@ PROMPT_TOKENS = 256  # text tokens to expect, before the question is known
 
 def ask(
     images_and_question: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="IMAGE... [QUESTION]",
-            show_default=False,
-            help="Files, http(s) URLs or - for stdin, then the question.",
-        ),
+        list[str], typer.Argument(metavar="IMAGE... [QUESTION]", show_default=False, help=IMAGES_HELP)
     ],
-    model: ModelOption = None,
-    adapter: Annotated[
-        str | None,
-        typer.Option(metavar="DIR_OR_REPO", help="LoRA adapter to merge. --model defaults to its base model."),
-    ] = None,
+    model: options.Model = None,
+    adapter: options.Adapter = None,
     num_visual_tokens: Annotated[
         str | None,
         typer.Option(
@@ -76,22 +55,17 @@ def ask(
         float | None,
         typer.Option(metavar="S", min=0, help="With auto: maximum time of an answer, as estimated by `cost`."),
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Maximum length of an answer in tokens.")
-    ] = 512,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    dtype: Annotated[
-        Dtype,
-        typer.Option(help="Data type of the weights. auto: the checkpoint's, or float32 on a CPU with enough memory."),
-    ] = Dtype.auto,
+    max_new_tokens: options.MaxNewTokens = 512,
+    device: options.Device = "auto",
+    dtype: options.WeightsDtype = Dtype.auto,
     compute_dtype: Annotated[
         Dtype,
         typer.Option(
             help="Data type in which a CPU multiplies many tokens. auto: float32 if that is faster than --dtype."
         ),
     ] = Dtype.auto,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Load the language model in 4 bits.")] = False,
-    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Load the language model in 8 bits.")] = False,
+    load_in_4bit: options.LoadIn4bit = False,
+    load_in_8bit: options.LoadIn8bit = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object for each question instead of streaming.")
     ] = False,
@@ -115,68 +89,58 @@ def ask(
         raise UsageError("--compare and --num-visual-tokens exclude each other")
     if compare is not None and question is None:
         raise UsageError("--compare needs a question as an argument")
-    if load_in_4bit and load_in_8bit:
-        raise UsageError("--load-in-4bit and --load-in-8bit exclude each other")
-    num_bits = 4 if load_in_4bit else 8 if load_in_8bit else None
-    if num_visual_tokens is not None:
-        num_visual_tokens = parse_num_visual_tokens_or_auto(num_visual_tokens)
-    compared = [] if compare is None else [parse_num_visual_tokens_or_auto(text) for text in compare.split(",")]
+    num_bits = number_of_bits(load_in_4bit, load_in_8bit)
+    m: Any = None if num_visual_tokens is None else parse_num_visual_tokens_or_auto(num_visual_tokens)
+    compared: list[Any] = (
+        [] if compare is None else [parse_num_visual_tokens_or_auto(text) for text in compare.split(",")]
+    )
     check_quoted(images_and_question, sources)
     images = [load_image(source) for source in sources]
 
     silence_libraries()
-    import torch
-
-    checkpoint = name_base(adapter) if adapter and model is None else name_checkpoint(model)
+    checkpoint = name_checkpoint(model, adapter)
     config = load_config(checkpoint)
-    given = num_visual_tokens is not None
-    for m in (num_visual_tokens, *compared):
-        if m != AUTO:
-            check_num_visual_tokens(m, config.num_query_tokens)
-    device = resolve_device(device)
-    if compute_dtype is not Dtype.auto and device.type != "cpu":
-        raise UsageError(f"--compute-dtype is for a CPU; the model would be on {device}")
-    longest = getattr(config.text_config, "max_position_embeddings", None) or max_new_tokens
-    request = {"num_images": len(images), "num_text_tokens": PROMPT_TOKENS}
-    request["num_new_tokens"] = min(max_new_tokens, longest)
-    costs = load_costs(checkpoint, config)
-    placement = place(checkpoint, config, costs, device, dtype, num_bits, **request)
-    if compute_dtype not in (Dtype.auto, Dtype.float32) and getattr(torch, compute_dtype.value) != placement.dtype:
-        raise UsageError(f"--compute-dtype is float32 or that of the weights; got {compute_dtype.value}")
-    processor, model = load_model(checkpoint, device, placement, adapter, num_bits, compute_dtype.value)
-    if not given and compare is None:  # a checkpoint may have its own default
-        own = (model.generation_config, processor.image_processor)
-        own = [getattr(settings, "num_visual_tokens", None) for settings in own]
-        num_visual_tokens = next((m for m in own if m is not None), config.num_query_tokens)
-        if isinstance(num_visual_tokens, str):
-            num_visual_tokens = parse_num_visual_tokens_or_auto(num_visual_tokens)
+    for given in (m, *compared):
+        if not isinstance(given, str):
+            check_num_visual_tokens(given, config.num_query_tokens)
+    request = {"num_images": len(images), "num_text_tokens": PROMPT_TOKENS, "num_new_tokens": max_new_tokens}
+    costs = load_costs(config)
+    processor, loaded = place_and_load(
+        checkpoint, config, costs, device, dtype, adapter, num_bits, compute_dtype, **request
+    )
+    if m is None and compare is None:  # a checkpoint may have its own default
+        own = [loaded.generation_config, processor.image_processor]
+        defaults = [getattr(settings, "num_visual_tokens", None) for settings in own]
+        m = next((default for default in defaults if default is not None), config.num_query_tokens)
+        if isinstance(m, str):
+            m = parse_num_visual_tokens_or_auto(m)
     budgets = {"max_flops": max_flops, "max_seconds": max_seconds}
     budgets = {name: budget for name, budget in budgets.items() if budget is not None}
     limit = None
-    if AUTO in (num_visual_tokens, *compared):
-        schedule = load_schedule(model)
-        num_visual_tokens, *compared = (schedule if m == AUTO else m for m in (num_visual_tokens, *compared))
+    if AUTO in (m, *compared):
+        schedule = load_schedule(loaded)
+        m, *compared = (schedule if given == AUTO else given for given in (m, *compared))
         if budgets:
-            limit = partial(limit_schedule, costs, with_speed(budgets, model), model.dtype, len(images))
+            limit = partial(limit_schedule, costs, with_speed(budgets, loaded), loaded.dtype, len(images))
     elif budgets:
         raise UsageError("--max-flops and --max-seconds are for --num-visual-tokens auto")
     setting = {
         "model": checkpoint,
         **({"adapter": adapter} if adapter else {}),
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(loaded.device),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
         "images": sources,
     }
 
     if compare is not None:
-        rows = compare_answers(processor, model, costs, images, question, compared, max_new_tokens, limit)
+        rows = compare_answers(processor, loaded, costs, images, question, compared, max_new_tokens, limit)
         if as_json:
             print(json.dumps({"question": question, "compare": rows, **setting}))
         else:
             print_table(rows)
         return
 
-    conversation = Conversation(processor, model, images, num_visual_tokens, max_new_tokens, limit=limit)
+    conversation = Conversation(processor, loaded, images, m, max_new_tokens, limit=limit)
     if question is not None:
         answer_one(conversation, question, setting if as_json else None)
     else:

@@ -3,25 +3,14 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .errors import UsageError
-from .models import (
-    Dtype,
-    ModelOption,
-    check_num_visual_tokens,
-    load_config,
-    load_costs,
-    load_model,
-    name_base,
-    name_checkpoint,
-    parse_num_visual_tokens,
-    place,
-    resolve_device,
-    silence_libraries,
-)
+from . import options
+from .errors import UsageError, requiring
+from .models import load_config, load_costs, name_checkpoint, place_and_load, silence_libraries
+from .options import Dtype, check_num_visual_tokens, parse_num_visual_tokens
 
 
 TIMED = 256  # questions that measure the time of the schedule
@@ -33,14 +22,12 @@ def calibrate(
         list[Path],
         typer.Argument(
             metavar="DATA...",
-            help="LLaVA conversations or chat messages: JSON or JSON Lines. The last question of each row is asked.",
+            help="LLaVA conversations or chat messages, as JSON or JSON Lines. The last question of each row is asked.",
         ),
     ],
-    image_folder: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the images. Default: that of each data file.")
-    ] = None,
-    model: ModelOption = None,
-    adapter: Annotated[str | None, typer.Option(metavar="DIR_OR_REPO", help="LoRA adapter to merge.")] = None,
+    image_folder: options.ImageFolder = None,
+    model: options.Model = None,
+    adapter: options.Adapter = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(
@@ -65,46 +52,42 @@ def calibrate(
         bool,
         typer.Option("--agreement", help="Compare with the answers at all visual tokens instead of the references."),
     ] = False,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Maximum length of an answer in tokens.")
-    ] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 16,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Data type of the weights. auto: as for `ask`.")] = Dtype.auto,
+    max_new_tokens: options.MaxNewTokens = 64,
+    batch_size: options.BatchSize = 16,
+    device: options.Device = "auto",
+    dtype: options.WeightsDtype = Dtype.auto,
     seed: Annotated[
         int,
         typer.Option(
-            help="Seed of the split into pictures that propose and pictures that test. Trying several voids the guarantee."
+            help="Seed of the split of the pictures into some that choose schedules and others that test them. Trying several seeds "
+            "voids the guarantee."
         ),
     ] = 0,
 ):
-    """Choose the schedule of `--num-visual-tokens auto` on your own questions, with a guarantee.
+    """Calibrate `--num-visual-tokens auto` on your own questions.
 
-    The result is the cheapest schedule that is shown to lose at most --tolerance points against all visual tokens: in accuracy if every
-    question has an answer, otherwise in agreement. The guarantee holds for pictures and questions like those in DATA.
+    The result is the cheapest schedule that loses at most --tolerance points against all visual tokens, guaranteed with --confidence: in
+    accuracy if every question has an answer, otherwise in agreement. The guarantee holds for pictures and questions like those in DATA.
 
     \b
     mqt-llava calibrate questions.json --image-folder images --model my-mqt-llava
     mqt-llava calibrate questions.jsonl --tolerance 2 --output-dir calibrated
     """
-    checkpoint = name_base(adapter) if adapter and model is None else name_checkpoint(model)
+    checkpoint = name_checkpoint(model, adapter)
     if output_dir is None and not Path(checkpoint if adapter is None else adapter).is_dir():
         raise UsageError("cannot write to a repository on the Hub: choose a folder with --output-dir DIR")
-    try:
+    with requiring("evaluate"):
         import numpy as np
         from tqdm import tqdm
 
         from ..calibration import calibrate, collect, doubling, pictures_needed, split
         from ..evaluation import answer_questions, load_metric, read_questions
-    except ImportError as error:
-        raise UsageError(f"{error.name} is missing: pip install 'mqt-llava[evaluate]'") from None
     silence_libraries()
     config = load_config(checkpoint)
     sizes = doubling(config.num_query_tokens)
     if num_visual_tokens is not None:
-        sizes = {parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")}
-        for m in sizes:
-            check_num_visual_tokens(m, config.num_query_tokens)
+        parsed = [parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")]
+        sizes = [check_num_visual_tokens(m, config.num_query_tokens) for m in parsed]
         sizes = sorted({*sizes, config.num_query_tokens})  # others are compared with all
     try:
         score = load_metric(metric)
@@ -127,12 +110,12 @@ def calibrate(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}") from None
-    device = resolve_device(device)
-    costs = load_costs(checkpoint, config)
-    request = {"num_images": max(len(question.images) for question in questions), "num_text_tokens": 256}
+    request: dict[str, Any] = {
+        "num_images": max(len(question.images) for question in questions),
+        "num_text_tokens": 256,
+    }
     request |= {"num_new_tokens": max_new_tokens, "batch_size": batch_size}
-    placement = place(checkpoint, config, costs, device, dtype, None, **request)
-    processor, model = load_model(checkpoint, device, placement, adapter)
+    processor, loaded = place_and_load(checkpoint, config, load_costs(config), device, dtype, adapter, **request)
 
     has_references = not agreement and all(question.references for question in questions)
     measure = "accuracy" if has_references else "agreement"
@@ -140,12 +123,12 @@ def calibrate(
     def right(i, text, with_all):
         return score(text, questions[i].references) if has_references else text == with_all
 
-    seconds = dict.fromkeys(sizes, 0.0)
+    seconds: dict[int | str, float] = dict.fromkeys(sizes, 0.0)
     try:
         with tqdm(total=len(questions) * len(sizes), unit="answer") as progress:
 
             def answers_with_progress():
-                for answer in answer_questions(model, processor, questions, sizes, max_new_tokens, batch_size):
+                for answer in answer_questions(loaded, processor, questions, sizes, max_new_tokens, batch_size):
                     seconds[answer.num_visual_tokens] += answer.seconds / len(questions)
                     progress.update()
                     yield answer
@@ -175,13 +158,13 @@ def calibrate(
         "num_pictures": number,
         "num_visual_tokens": sizes[-1],
         "max_new_tokens": max_new_tokens,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
     }
     some = [question for question, i in zip(questions, picture) if i in set(tested.picture)][:TIMED]
-    asked = list(answer_questions(model, processor, some, [schedule], max_new_tokens, batch_size))
+    asked = list(answer_questions(loaded, processor, some, [schedule], max_new_tokens, batch_size))
     seconds["auto"] = sum(answer.seconds for answer in asked) / len(asked)
     print_curve(tested, schedule, seconds, measure)
-    settings = model.generation_config
+    settings = loaded.generation_config
     settings.visual_token_schedule = schedule.to_dict()
     write_settings(settings, folder)
     stages = " -> ".join(map(str, schedule.num_visual_tokens))
@@ -192,7 +175,7 @@ def calibrate(
 
 def number_pictures(questions) -> list[int]:
     """An integer for each question, the same for questions that share an image, directly or through others."""
-    group = {}
+    group: dict[int | str, int | str] = {}
 
     def find(name):
         while group[name] != name:
@@ -249,4 +232,4 @@ def print_curve(answers, schedule, seconds: dict, measure: str):
         add("the same at random", np.random.default_rng(0).permutation(stop))
     add("oracle", (answers.right >= answers.right[-1]).argmax(0))
     Console().print(table)
-    print("On the pictures that test, without the cost of encoding images.")
+    print("Measured on the test pictures, without the cost of encoding images.")

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import time
+from typing import Any
 
 from .errors import UsageError
 
@@ -40,9 +41,10 @@ class Conversation:
         self.schedule, self.limit = None if isinstance(num_visual_tokens, int) else num_visual_tokens, limit
         self.num_visual_tokens = num_visual_tokens if self.schedule is None else self.schedule.num_visual_tokens[-1]
         self.max_new_tokens = max_new_tokens
-        self.messages = []
+        self.messages: list[dict] = []
         self.image_features = image_features
-        self.cache = self.cached_ids = None  # keys and values, and their ids, of shape `(1, length)`
+        self.cache: Any = None  # keys and values
+        self.cached_ids: Any = None  # of the cache's tokens, of shape `(1, length)`
         if prefix is not None:
             self.cache, self.cached_ids = copy.deepcopy(prefix.cache), prefix.input_ids[None]
 
@@ -182,7 +184,7 @@ def count_common(ids, others) -> int:
 
 
 def is_text(question: str) -> bool:
-    """Whether all of it could be decoded: Python represents other bytes by surrogates."""
+    """Whether all bytes could be decoded. Python represents the others by surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in question)
 
 
@@ -191,10 +193,9 @@ def print_now(text: str):
 
 
 class AnswerStreamer:
-    """Takes tokens from `generate` and writes the text as soon as it is settled, a line's end behind it; `text` is the whole
-    answer.
+    """Streams tokens from `generate` as text, and ends it with a newline. `text` is the answer so far.
 
-    transformers' `TextStreamer` keeps no text, and prints the space with which an answer begins.
+    transformers' `TextStreamer` does not keep the text, and prints the space before an answer.
 
     Args:
         write (`Callable`, *optional*): takes each piece.

@@ -1,5 +1,6 @@
 """`mqt-llava convert SRC DST`: checkpoints of the authors' code to ours, and back."""
 
+import contextlib
 import json
 import sys
 from dataclasses import asdict
@@ -9,14 +10,16 @@ from typing import Annotated
 import typer
 
 from .errors import UsageError
-from .models import Dtype, load_config, silence_libraries
+from .models import load_config, silence_libraries
+from .options import Dtype
 
 
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A folder, a Hub repository, or query_abstractor.bin.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to create.")],
     layout: Annotated[
-        str | None, typer.Option(help="full, stage-1, lora, parts or back. Default: detected from the files.")
+        str | None,
+        typer.Option(help="Layout of SRC: full, stage-1, lora, parts or back. Default: detected from the files."),
     ] = None,
     vision_tower: Annotated[
         str | None,
@@ -32,7 +35,7 @@ def convert(
         ),
     ] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="Of the converted weights. auto keeps that of the source.")
+        Dtype, typer.Option(help="Data type of the converted weights. auto: that of the source.")
     ] = Dtype.auto,
     max_shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Maximum size of one weight file, for example 500MB.")
@@ -66,7 +69,9 @@ def convert(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ):
-    """Convert a checkpoint and print a report.
+    """Convert checkpoints from and to the layout of the authors' code.
+
+    A language model and a --vision-tower become a new model, with a fresh query transformer.
 
     \b
     mqt-llava convert MQT-LLaVA-7b mqt-llava-7b-hf --verify
@@ -88,7 +93,7 @@ def convert(
 
     def prepare(report):
         nonlocal license
-        if push_to_hub is not None and keep_adapter:
+        if push_to_hub is not None and keep_adapter and base_model is not None:
             check_base_is_on_hub(base_model)
         if push_to_hub is not None and license is None:
             license = license_of([name for name in report.base_models if is_repository(name)])
@@ -99,7 +104,7 @@ def convert(
     def finish(folder, report):
         origin = f"Converted from `{Path(source).name}` ({report.layout}) with `mqt-llava convert`."
         repo_id = push_to_hub or str(destination)
-        if keep_adapter:
+        if keep_adapter and base_model is not None:
             num_query_tokens = load_config(base_model).num_query_tokens
             write_adapter_card(folder, repo_id, num_query_tokens, license, dataset, language, origin)
         else:
@@ -145,30 +150,30 @@ def convert(
         print(f"pushed to {url}", file=sys.stderr)
 
 
-class progress_bar:
+@contextlib.contextmanager
+def progress_bar():
     """A bar on stderr for each phase of the work: `with progress_bar() as progress: progress(phase, done, total)`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    def __enter__(self):
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    tasks: dict = {}
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        console = Console(stderr=True)
-        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self.tasks = {}
-        return self.update
+    def update(phase: str, done: int, total: int):
+        if phase not in tasks:
+            bar.start()
+            for task in tasks.values():
+                bar.remove_task(task)
+            tasks[phase] = bar.add_task(phase, total=total)
+        bar.update(tasks[phase], completed=done)
 
-    def update(self, phase: str, done: int, total: int):
-        if phase not in self.tasks:
-            self.bar.start()
-            for task in self.tasks.values():
-                self.bar.remove_task(task)
-            self.tasks[phase] = self.bar.add_task(phase, total=total)
-        self.bar.update(self.tasks[phase], completed=done)
-
-    def __exit__(self, *error):
-        if self.tasks:
-            self.bar.stop()
+    try:
+        yield update
+    finally:
+        if tasks:
+            bar.stop()
 
 
 def print_report(report, dry_run: bool):

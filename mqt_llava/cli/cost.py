@@ -1,25 +1,17 @@
-"""`mqt-llava cost`: what an answer costs at each number of visual tokens, without loading weights."""
+"""`mqt-llava cost`: what an answer costs at each number of visual tokens. No weights are loaded."""
 
 import json
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .errors import UsageError
-from .models import (
-    Dtype,
-    ModelOption,
-    check_num_visual_tokens,
-    load_config,
-    loading,
-    name_checkpoint,
-    parse_num_visual_tokens,
-    resolve_device,
-    silence_libraries,
-)
+from . import options
+from .errors import UsageError, requiring
+from .models import find_file, load_config, loading, name_checkpoint, resolve_device, silence_libraries
+from .options import Dtype, check_num_visual_tokens, parse_num_visual_tokens
 
 
 PREFIXES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
@@ -38,7 +30,7 @@ def parse_amount(text: str) -> float:
 
 
 def cost(
-    model: ModelOption = None,
+    model: options.Model = None,
     num_visual_tokens: Annotated[
         str | None, typer.Option(metavar="M,M,...", help="Numbers of visual tokens per image, one row each.")
     ] = None,
@@ -47,17 +39,17 @@ def cost(
     new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of an answer.")] = 1,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Prompts per batch.")] = 1,
     device: Annotated[str, typer.Option(help="Device to measure: auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Data type of the weights. auto: as for `ask`.")] = Dtype.auto,
+    dtype: options.WeightsDtype = Dtype.auto,
     flops: Annotated[
         float | None,
-        typer.Option(metavar="AMOUNT", parser=parse_amount, help="Budget of FLOPs for the batch, such as 2.5T."),
+        typer.Option(metavar="AMOUNT", parser=parse_amount, help="Maximum FLOPs of the batch, such as 2.5T."),
     ] = None,
     memory: Annotated[
         float | None,
-        typer.Option(metavar="BYTES", parser=parse_amount, help="Budget of memory, such as 16GB or 16GiB."),
+        typer.Option(metavar="BYTES", parser=parse_amount, help="Maximum memory, such as 16GB or 16GiB."),
     ] = None,
     latency: Annotated[
-        float | None, typer.Option(metavar="SECONDS", min=0, help="Budget of time up to the last token.")
+        float | None, typer.Option(metavar="SECONDS", min=0, help="Maximum time to the last token.")
     ] = None,
     plot: Annotated[
         Path | None,
@@ -65,18 +57,18 @@ def cost(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ):
-    """Show what an answer costs at each number of visual tokens m: compute, memory and time.
+    """Estimate the compute, memory and time of an answer.
 
-    Compute and memory follow from the checkpoint's config. Times are predicted from them and from the speed of the device, which is
-    measured now: linear layers and memory reads. With a budget, the largest m within it is shown.
+    The table has a row for each number of visual tokens m. Compute and memory follow from the checkpoint's config. Times are predicted from them and from the speed of the device, which is
+    measured now: linear layers and memory reads. With --flops, --memory or --latency, the largest m
+    within these limits is shown.
 
     \b
     mqt-llava cost --new-tokens 100
     mqt-llava cost --model DIR --num-visual-tokens 1,16,256 --batch-size 8 --device cuda
     mqt-llava cost --model DIR --flops 2.5T --memory 16GB
     """
-    if num_visual_tokens is not None:
-        num_visual_tokens = [parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")]
+    sizes = [] if num_visual_tokens is None else [parse_num_visual_tokens(m) for m in num_visual_tokens.split(",")]
     silence_libraries()
     checkpoint = name_checkpoint(model)
     config = load_config(checkpoint)
@@ -84,28 +76,20 @@ def cost(
     if plot is not None and accuracy is None:
         raise UsageError(f"no accuracy to draw: the model {checkpoint} carries no readable accuracy.json")
     num_query_tokens = config.num_query_tokens
-    num_visual_tokens = num_visual_tokens or list(
-        accuracy
-        or [2**i for i in range(num_query_tokens.bit_length()) if 2**i < num_query_tokens] + [num_query_tokens]
-    )
-    num_visual_tokens = [check_num_visual_tokens(m, num_query_tokens) for m in num_visual_tokens]
+    powers = [2**i for i in range(num_query_tokens.bit_length()) if 2**i < num_query_tokens]
+    sizes = [check_num_visual_tokens(m, num_query_tokens) for m in sizes or accuracy or [*powers, num_query_tokens]]
 
     from ..cost import CostModel, measure_device
     from ..placement import choose_dtype
 
-    device = resolve_device(device)
+    measured = resolve_device(device)
     with loading(checkpoint):
         costs = CostModel(config)
-    request = {
-        "num_text_tokens": text_tokens,
-        "num_images": images,
-        "batch_size": batch_size,
-        "num_new_tokens": new_tokens,
-    }
-    chosen = dtype.value if dtype is not Dtype.auto else str(choose_dtype(costs, device, **request))
-    dtype = chosen.removeprefix("torch.")
-    request["dtype"] = dtype
-    speed = measure_device(device, dtype)
+    request: dict[str, Any] = {"num_text_tokens": text_tokens, "num_images": images}
+    request |= {"batch_size": batch_size, "num_new_tokens": new_tokens}
+    chosen = dtype.value if dtype is not Dtype.auto else str(choose_dtype(costs, measured, **request))
+    request["dtype"] = chosen.removeprefix("torch.")
+    speed = measure_device(measured, request["dtype"])
     budgets = {"flops": flops, "memory_bytes": memory, "latency_s": latency}
     budgets = {name: budget for name, budget in budgets.items() if budget is not None}
     fitting = None
@@ -114,17 +98,17 @@ def cost(
             fitting = costs.num_visual_tokens_for(**budgets, speed=speed, **request)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        num_visual_tokens = sorted({*num_visual_tokens, fitting})
-    rows = [describe(costs(m, **request), speed, (accuracy or {}).get(m)) for m in num_visual_tokens]
+        sizes = sorted({*sizes, fitting})
+    rows = [describe(costs(m, **request), speed, (accuracy or {}).get(m)) for m in sizes]
 
     if as_json:
-        result = {"model": checkpoint, "device": str(device), **request, **vars(speed), **budgets}
+        result = {"model": checkpoint, "device": str(measured), **request, **vars(speed), **budgets}
         print(json.dumps(result | {"largest_num_visual_tokens": fitting, "costs": rows}))
     else:
         print_table(rows, full_flops=costs(num_query_tokens, **request).flops, fitting=fitting)
         print(
             f"Prompts: {batch_size} of {text_tokens} text tokens and {images} image{'s' * (images > 1)}. Answers of "
-            f"{new_tokens} token{'s' * (new_tokens > 1)}. {dtype} on {device}.\nTimes are predicted "
+            f"{new_tokens} token{'s' * (new_tokens > 1)}. {request['dtype']} on {measured}.\nTimes are predicted "
             f"from layers of a 7B model, measured now at up to {speed.flops_per_second / 1e12:.3g} TFLOP/s and "
             f"{speed.bytes_per_second / 1e9:.3g} GB/s;\nsmall models take longer than their share."
         )
@@ -136,10 +120,8 @@ def cost(
 
 def load_accuracy(checkpoint: str) -> dict[int, dict[str, float]] | None:
     """The checkpoint's accuracy.json: percentages of right answers by kind of question, for each m that was evaluated."""
-    from transformers.utils import cached_file
-
     try:
-        table = json.loads(Path(cached_file(checkpoint, "accuracy.json")).read_text())
+        table = json.loads(find_file(checkpoint, "accuracy.json").read_text())
         # other rows, such as `64, blank picture`, are controls
         return {int(m): row for m, row in table.items() if m.isdecimal()} or None
     except (OSError, ValueError, AttributeError):
@@ -167,7 +149,7 @@ def describe(cost, speed, accuracy: dict[str, float] | None) -> dict:
 
 def with_prefix(number: float, unit: str) -> str:
     """Three digits with an SI prefix: `1.74 TFLOP`."""
-    prefix = max((p for p, size in PREFIXES.items() if number >= size), key=PREFIXES.get, default="")
+    prefix = max((p for p, size in PREFIXES.items() if number >= size), key=PREFIXES.__getitem__, default="")
     return f"{number / PREFIXES[prefix]:.3g} {prefix}{unit}"
 
 
@@ -203,10 +185,8 @@ def print_table(rows: list[dict], full_flops: int, fitting: int | None):
 
 def draw(rows: list[dict], path: Path, name: str):
     """Plot accuracy against the compute of an answer, with m at the points."""
-    try:
+    with requiring("plot"):
         import matplotlib
-    except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

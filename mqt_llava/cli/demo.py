@@ -1,71 +1,60 @@
-"""`mqt-llava demo`: a page in the browser to ask questions about pictures."""
+"""`mqt-llava demo`: a page in the browser to ask questions about images."""
 
 import os
 import socket
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .errors import UsageError
-from .models import (
-    Dtype,
-    ModelOption,
-    load_config,
-    load_costs,
-    load_model,
-    name_base,
-    name_checkpoint,
-    place,
-    resolve_device,
-    silence_libraries,
-)
+from . import options
+from .errors import UsageError, requiring
+from .models import load_config, load_costs, name_checkpoint, place_and_load, silence_libraries
+from .options import Dtype, number_of_bits
 
 
 PROMPT_TOKENS = 512  # text tokens to expect, before a question is known
 
 
 def demo(
-    model: ModelOption = None,
-    adapter: Annotated[str | None, typer.Option(metavar="DIR_OR_REPO", help="LoRA adapter to merge.")] = None,
+    model: options.Model = None,
+    adapter: options.Adapter = None,
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port to listen on. Default: the first free one from 7860 on.")
     ] = None,
     host: Annotated[
         str,
         typer.Option(
-            metavar="ADDRESS", help="Address to listen on. 0.0.0.0 admits everybody who can reach this machine."
+            metavar="ADDRESS", help="Address to listen on. With 0.0.0.0, other machines can open the page, too."
         ),
     ] = "127.0.0.1",
     share: Annotated[
-        bool, typer.Option("--share", help="Create a public address for a week, through Gradio's server.")
+        bool, typer.Option("--share", help="Create a public link through Gradio's server, valid for a week.")
     ] = False,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Maximum length of an answer in tokens.")
-    ] = 256,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Data type of the weights. auto: as for `ask`.")] = Dtype.auto,
-    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Load the language model in 4 bits.")] = False,
-    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Load the language model in 8 bits.")] = False,
+    max_new_tokens: options.MaxNewTokens = 256,
+    device: options.Device = "auto",
+    dtype: options.WeightsDtype = Dtype.auto,
+    load_in_4bit: options.LoadIn4bit = False,
+    load_in_8bit: options.LoadIn8bit = False,
     space: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Write the page to a new folder, as a Space for the Hub, without starting it."
+            metavar="DIR", help="Write the page to a new folder as a Space for the Hub, and do not serve it."
         ),
     ] = None,
 ):
-    """Open a page in the browser: ask about pictures, choose m, compare answers and see what they depend on.
+    """Serve a page to ask about images in the browser.
 
-    The page is served to this machine only, sends nothing to other machines and works offline.
+    Choose m, compare answers and see what they depend on. By default only this machine can open the page, which works
+    offline and sends nothing to other machines.
 
     \b
     mqt-llava demo
     mqt-llava demo --model ORG/REPO --port 8000
     mqt-llava demo --space my-space --model ORG/REPO
     """
-    if load_in_4bit and load_in_8bit:
-        raise UsageError("--load-in-4bit and --load-in-8bit exclude each other")
+    num_bits = number_of_bits(load_in_4bit, load_in_8bit)
     if space is not None:
         from ..demo.space import write_space
 
@@ -75,25 +64,18 @@ def demo(
         except ValueError as error:
             raise UsageError(str(error)) from None
         return
-    checkpoint = name_base(adapter) if adapter and model is None else name_checkpoint(model)
+    checkpoint = name_checkpoint(model, adapter)
     if port is not None:
         check_free(host, port)
     silence_libraries()
-    try:
+    with requiring("demo"):
         from ..demo.app import build, settings
-    except ImportError as error:
-        if not (error.name or "").startswith("gradio"):
-            raise
-        raise UsageError("gradio is missing: pip install 'mqt-llava[demo]'") from None
     from ..demo.answers import Answers
 
-    num_bits = 4 if load_in_4bit else 8 if load_in_8bit else None
     config = load_config(checkpoint)
-    device = resolve_device(device)
-    costs = load_costs(checkpoint, config)
-    request = {"num_images": 1, "num_text_tokens": PROMPT_TOKENS, "num_new_tokens": max_new_tokens}
-    placement = place(checkpoint, config, costs, device, dtype, num_bits, **request)
-    processor, model = load_model(checkpoint, device, placement, adapter, num_bits)
+    costs = load_costs(config)
+    request: dict[str, Any] = {"num_images": 1, "num_text_tokens": PROMPT_TOKENS, "num_new_tokens": max_new_tokens}
+    processor, model = place_and_load(checkpoint, config, costs, device, dtype, adapter, num_bits, **request)
     page = build(Answers(processor, model, checkpoint, costs, max_new_tokens))
     try:
         _, address, public = page.launch(
@@ -101,9 +83,9 @@ def demo(
         )
     except OSError as error:
         raise UsageError(f"cannot listen on {host}: {error}") from None
-    print(f"Open {address} in a browser. Ctrl-C ends it.", flush=True)
+    print(f"Open {address} in a browser. Ctrl-C stops the server.", flush=True)
     if public:
-        print(f"For a week, anybody can open {public}", flush=True)
+        print(f"Public link, valid for a week: {public}", flush=True)
     elif share:
         print("Gradio's server gave no public address", file=sys.stderr)
     page.block_thread()

@@ -1,4 +1,4 @@
-"""`mqt-llava env`: what an issue on GitHub has to say about the environment."""
+"""`mqt-llava env`: versions and devices, for bug reports."""
 
 import os
 import platform
@@ -22,12 +22,12 @@ OPTIONAL = (
 
 
 def env():
-    """Show the versions that an issue needs, as Markdown to paste."""
+    """Print versions and devices as Markdown, for bug reports."""
     print("\n".join(f"- {name}: {value}" for name, value in environment().items()))
 
 
 def environment() -> dict[str, str]:
-    """The versions and devices that matter here, by name. Only our own package and torch are imported."""
+    """Versions and devices by name. Of the libraries, only transformers and torch are imported."""
     from .. import __version__
 
     packages = {name: installed_version(name) for name in (*REQUIRED, *OPTIONAL)}
@@ -49,7 +49,7 @@ def installed_version(package: str) -> str | None:
 
 
 def devices() -> dict[str, str]:
-    """What torch computes on."""
+    """The devices that torch finds."""
     import torch
 
     found = {

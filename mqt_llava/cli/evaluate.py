@@ -3,38 +3,26 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .errors import UsageError
-from .models import (
-    Dtype,
-    ModelOption,
-    check_num_visual_tokens,
-    load_config,
-    load_costs,
-    load_model,
-    name_base,
-    name_checkpoint,
-    parse_num_visual_tokens,
-    place,
-    resolve_device,
-    silence_libraries,
-)
+from . import options
+from .errors import UsageError, requiring
+from .models import load_config, load_costs, name_checkpoint, place_and_load, silence_libraries
+from .options import Dtype, check_num_visual_tokens, parse_num_visual_tokens
 
 
 def evaluate(
     data: Annotated[
         list[Path],
         typer.Argument(
-            metavar="DATA...", help="LLaVA conversations or chat messages (JSON, JSON Lines), VLMEvalKit's TSV."
+            metavar="DATA...",
+            help="LLaVA conversations or chat messages, as JSON or JSON Lines, or a TSV of VLMEvalKit.",
         ),
     ],
     output_dir: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the results.")],
-    image_folder: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the images. Default: that of each data file.")
-    ] = None,
+    image_folder: options.ImageFolder = None,
     num_visual_tokens: Annotated[
         str | None,
         typer.Option(metavar="M,M,...", help="Numbers of visual tokens to evaluate. Default: 1, 4, 16, ..., M."),
@@ -51,17 +39,15 @@ def evaluate(
         typer.Option(
             min=0,
             metavar="POINTS",
-            help="How far below the best accuracy is good enough. Default: any difference that is not significant.",
+            help="Accepted loss against the best accuracy, in percentage points. Default: any difference that is not significant.",
         ),
     ] = None,
-    model: ModelOption = None,
-    adapter: Annotated[str | None, typer.Option(metavar="DIR_OR_REPO", help="LoRA adapter to merge.")] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Maximum length of an answer in tokens.")
-    ] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 16,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Data type of the weights. auto: as for `ask`.")] = Dtype.auto,
+    model: options.Model = None,
+    adapter: options.Adapter = None,
+    max_new_tokens: options.MaxNewTokens = 64,
+    batch_size: options.BatchSize = 16,
+    device: options.Device = "auto",
+    dtype: options.WeightsDtype = Dtype.auto,
     dataset_id: Annotated[
         str | None,
         typer.Option(
@@ -72,7 +58,9 @@ def evaluate(
     task_id: Annotated[str, typer.Option(help="Task of the data on the Hub.")] = "default",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in the folder.")] = False,
 ):
-    """Measure accuracy against the number of visual tokens, compute and time, on your own questions.
+    """Measure accuracy against the number of visual tokens.
+
+    The questions are your own. The report also has the compute and time of each number of visual tokens.
 
     Results are written after every answer. If the command is interrupted, run it again to continue.
 
@@ -80,24 +68,21 @@ def evaluate(
     mqt-llava evaluate questions.json --image-folder images --output-dir results
     mqt-llava evaluate MMBench_DEV_EN.tsv --metric multiple_choice --num-visual-tokens 1,4,16,64,256 --output-dir results
     """
-    checkpoint = name_base(adapter) if adapter and model is None else name_checkpoint(model)
-    try:
+    checkpoint = name_checkpoint(model, adapter)
+    with requiring("evaluate"):
         from tqdm import tqdm
 
         from ..evaluation import report
         from ..evaluation.answers import answer_questions
         from ..evaluation.metrics import load_metric
         from ..evaluation.questions import read_questions
-    except ImportError as error:
-        raise UsageError(f"{error.name} is missing: pip install 'mqt-llava[evaluate]'") from None
     silence_libraries()
     config = load_config(checkpoint)
     num_query_tokens = config.num_query_tokens
     sizes = [4**i for i in range(5) if 4**i < num_query_tokens] + [num_query_tokens]
     if num_visual_tokens is not None:
-        sizes = sorted({parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")})
-        for m in sizes:
-            check_num_visual_tokens(m, num_query_tokens)
+        parsed = [parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")]
+        sizes = sorted({check_num_visual_tokens(m, num_query_tokens) for m in parsed})
     try:
         score = load_metric(metric)
         questions = read_questions(data, image_folder)
@@ -119,21 +104,18 @@ def evaluate(
     }
     done = resume(output_dir, setting, overwrite)
     number_of = Counter(row["id"] for row in done)
-    done = [
-        row for row in done if number_of[row["id"]] == len(sizes)
-    ]  # the answers of a question are computed together
+    # The answers of a question are computed together
+    done = [row for row in done if number_of[row["id"]] == len(sizes)]
     complete = {row["id"] for row in done}
     left = [question for question in questions if question.id not in complete]
-    costs = load_costs(checkpoint, config)
+    costs = load_costs(config)
     if left:
-        place_on = resolve_device(device)
-        request = {
-            "num_images": max(len(q.images) for q in left),
+        request: dict[str, Any] = {
+            "num_images": max(len(question.images) for question in left),
             "num_text_tokens": 256,
-            "num_new_tokens": max_new_tokens,
         }
-        placement = place(checkpoint, config, costs, place_on, dtype, None, **request, batch_size=batch_size)
-        processor, model = load_model(checkpoint, place_on, placement, adapter)
+        request |= {"num_new_tokens": max_new_tokens, "batch_size": batch_size}
+        processor, model = place_and_load(checkpoint, config, costs, device, dtype, adapter, **request)
         right, number = sum(row["score"] for row in done), len(done)
         report.write_results(done, output_dir / "results.jsonl")
         with (

@@ -5,27 +5,16 @@ import os
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from . import options
 from .ask import check_quoted, split_question
-from .errors import UsageError
+from .errors import UsageError, requiring
 from .images import load_image
-from .models import (
-    Dtype,
-    ModelOption,
-    check_num_visual_tokens,
-    load_config,
-    load_costs,
-    load_model,
-    name_base,
-    name_checkpoint,
-    parse_num_visual_tokens,
-    place,
-    resolve_device,
-    silence_libraries,
-)
+from .models import load_config, load_costs, load_model, name_checkpoint, place, resolve_device, silence_libraries
+from .options import IMAGES_HELP, Dtype, check_num_visual_tokens, parse_num_visual_tokens
 
 
 NUM_TEXT_TOKENS = 256  # of the prompt, for the estimate of memory
@@ -42,19 +31,11 @@ class Method(str, Enum):  # as `mqt_llava.explain.METHODS`
 
 def explain(
     images_and_question: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="IMAGE... QUESTION",
-            show_default=False,
-            help="Files, http(s) URLs or - for stdin, then the question.",
-        ),
+        list[str], typer.Argument(metavar="IMAGE... QUESTION", show_default=False, help=IMAGES_HELP)
     ],
     output: Annotated[Path, typer.Option(metavar="FILE", help=f"Picture to write: {', '.join(FORMATS)}.")],
-    model: ModelOption = None,
-    adapter: Annotated[
-        str | None,
-        typer.Option(metavar="DIR_OR_REPO", help="LoRA adapter to merge. --model defaults to its base model."),
-    ] = None,
+    model: options.Model = None,
+    adapter: options.Adapter = None,
     num_visual_tokens: Annotated[
         str | None,
         typer.Option(
@@ -64,16 +45,14 @@ def explain(
         ),
     ] = None,
     method: Annotated[
-        Method, typer.Option(help="Method. docs/explain.md compares them.")
+        Method, typer.Option(help="Attribution method. docs/explain.md compares them.")
     ] = Method.integrated_gradients,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Maximum length of an answer in tokens.")
-    ] = 64,
+    max_new_tokens: options.MaxNewTokens = 64,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Rows per batch of the language model. A smaller batch needs less memory.")
     ] = 16,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")] = "auto",
-    dtype: Annotated[Dtype, typer.Option(help="Data type of the weights. auto: as for `ask`.")] = Dtype.auto,
+    device: options.Device = "auto",
+    dtype: options.WeightsDtype = Dtype.auto,
     as_json: Annotated[
         bool,
         typer.Option(
@@ -82,7 +61,9 @@ def explain(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
 ):
-    """Show what an answer depends on: heat maps over the image, and the effect of each visual token.
+    """Show which parts of an image an answer depends on.
+
+    The picture has heat maps over the image, and the effect of each visual token.
 
     \b
     mqt-llava explain photo.jpg "What is this?" --num-visual-tokens 16 --output words.png
@@ -99,44 +80,46 @@ def explain(
         raise UsageError(f"{output} exists: choose another file, or use --overwrite")
     if not output.parent.is_dir():
         raise UsageError(f"there is no folder {output.parent}")
-    sizes = [None]
+    asked: list[int | None] = [None]
     if num_visual_tokens is not None:
-        sizes = [parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")]
+        asked = [parse_num_visual_tokens(text) for text in num_visual_tokens.split(",")]
     check_quoted(images_and_question, sources)
     images = [load_image(source) for source in sources]
-    try:
+    with requiring("plot"):
         import matplotlib  # noqa: F401
-    except ImportError:
-        raise UsageError("matplotlib is missing: pip install 'mqt-llava[plot]'") from None
 
     silence_libraries()
     from .. import explain as explaining
     from ..placement import free_memory, gigabytes
 
-    checkpoint = name_base(adapter) if adapter and model is None else name_checkpoint(model)
+    checkpoint = name_checkpoint(model, adapter)
     config = load_config(checkpoint)
-    sizes = [check_num_visual_tokens(m, config.num_query_tokens) for m in sizes]
-    device = resolve_device(device)
-    request = {"num_images": len(images), "num_text_tokens": NUM_TEXT_TOKENS, "num_new_tokens": max_new_tokens}
-    costs = load_costs(checkpoint, config)
-    placement = place(checkpoint, config, costs, device, dtype, **request)
+    sizes = [check_num_visual_tokens(m, config.num_query_tokens) for m in asked]
+    chosen = resolve_device(device)
+    request: dict[str, Any] = {
+        "num_images": len(images),
+        "num_text_tokens": NUM_TEXT_TOKENS,
+        "num_new_tokens": max_new_tokens,
+    }
+    costs = load_costs(config)
+    placement = place(checkpoint, config, costs, chosen, dtype, **request)
     per_word = len(sizes) == 1
     if costs is not None:
         request |= {"num_words": max_new_tokens if per_word else 1, "method": method.value, "batch_size": batch_size}
         extra = explaining.extra_bytes(costs, max(sizes), dtype=placement.dtype, **request)
         weights = sum(costs(dtype=placement.dtype).weight_bytes.values())
         print(
-            f"needs up to {gigabytes(extra)} beside the weights' {gigabytes(weights)}, less with a smaller --batch-size; {device} "
-            f"has {gigabytes(free_memory(device))} free",
+            f"needs up to {gigabytes(extra)} beside the weights' {gigabytes(weights)}, less with a smaller --batch-size; {chosen} "
+            f"has {gigabytes(free_memory(chosen))} free",
             file=sys.stderr,
         )
-    processor, model = load_model(checkpoint, device, placement, adapter)
+    processor, loaded = load_model(checkpoint, chosen, placement, adapter)
+    settings: dict[str, Any] = {"per_word": per_word, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     explanations = []
     try:
-        encoded = explaining.EncodedImages(model, processor, images, max(sizes))
+        encoded = explaining.EncodedImages(loaded, processor, images, max(sizes))
         for m in sizes:
-            settings = {"per_word": per_word, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-            one = explaining.explain(model, processor, encoded, question, m, method.value, **settings)
+            one = explaining.explain(loaded, processor, encoded, question, m, method.value, **settings)
             print(json.dumps(as_numbers(one)) if as_json else f"m = {m}: {one.answer}", flush=True)
             explanations.append(one)
     except ValueError as error:

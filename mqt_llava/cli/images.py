@@ -23,10 +23,11 @@ def load_image(source: str) -> Image.Image:
     """Load an image from a file, an http(s) URL or stdin (`-`), and turn it upright."""
     name = "the image on stdin" if source == "-" else source
     try:
+        file: BytesIO | str = source
         if source == "-":
             file = BytesIO(sys.stdin.buffer.read())
-        else:
-            file = BytesIO(download(source)) if is_url(source) else source
+        elif is_url(source):
+            file = BytesIO(download(source))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata that does not matter
             warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -6,45 +6,16 @@ import os
 import re
 import sys
 import warnings
-from enum import Enum
 from logging import getLogger
 from pathlib import Path
-from typing import Annotated
-
-import typer
+from typing import Any
 
 from .. import TINY_CHECKPOINT
 from .errors import UsageError
-
-
-ModelOption = Annotated[
-    str | None,
-    typer.Option(metavar="DIR_OR_REPO", help="Checkpoint: a folder or a Hub repository. Default: the shipped one."),
-]
+from .options import AUTO, Dtype
 
 
 EXTRAS = {"peft": "train", "bitsandbytes": "quantize", "torchao": "quantize"}  # the extra that installs a library
-
-
-AUTO = "auto"
-
-
-class Dtype(str, Enum):
-    auto = "auto"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
-
-
-def parse_num_visual_tokens(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"a number of visual tokens is an integer; got {text!r}") from None
-
-
-def parse_num_visual_tokens_or_auto(text: str) -> int | str:
-    return AUTO if text == AUTO else parse_num_visual_tokens(text)
 
 
 def load_schedule(model):
@@ -59,23 +30,9 @@ def load_schedule(model):
         raise UsageError(
             f"this checkpoint has no schedule for {AUTO}: choose one with `mqt-llava calibrate`"
         ) from None
-    if schedule.calibration is None:
-        print(
-            f"{AUTO} was not calibrated for this checkpoint: see `mqt-llava calibrate`",
-            file=sys.stderr,
-        )
+    if schedule is not None and schedule.calibration is None:
+        print(f"{AUTO} was not calibrated for this checkpoint: see `mqt-llava calibrate`", file=sys.stderr)
     return schedule
-
-
-def check_num_visual_tokens(num_visual_tokens: int | None, num_query_tokens: int) -> int:
-    """m, checked to be from 1 to M. `None` stands for M."""
-    if num_visual_tokens is None:
-        return num_query_tokens
-    if not 1 <= num_visual_tokens <= num_query_tokens:
-        raise UsageError(
-            f"the number of visual tokens must be from 1 to {num_query_tokens} with this model; got {num_visual_tokens}"
-        )
-    return num_visual_tokens
 
 
 def silence_libraries():
@@ -111,13 +68,23 @@ def loading(checkpoint: str, kind: str = "model"):
         raise UsageError(f"cannot load the {kind} {checkpoint}: {reason}") from None
 
 
-def name_checkpoint(model: str | None) -> str:
-    """The folder or repository of `--model`. Defaults to the shipped checkpoint."""
-    if model is None and not os.path.isdir(TINY_CHECKPOINT):
+def name_checkpoint(model: str | None, adapter: str | None = None) -> str:
+    """The folder or repository of `--model`. Defaults to the base model of `--adapter`, or to the shipped checkpoint."""
+    if model is not None:
+        return model
+    if adapter is not None:
+        with loading(adapter, "adapter"):
+            from peft import PeftConfig
+
+            base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+            if not base:
+                raise ValueError("its adapter_config.json names no base model; name it with --model DIR_OR_REPO")
+            return base
+    if not os.path.isdir(TINY_CHECKPOINT):
         raise UsageError(
             f"the shipped checkpoint is missing ({TINY_CHECKPOINT}); choose another with --model DIR_OR_REPO"
         )
-    return TINY_CHECKPOINT if model is None else model
+    return TINY_CHECKPOINT
 
 
 def load_config(checkpoint: str):
@@ -144,21 +111,19 @@ def load_config(checkpoint: str):
         return MQTLlavaConfig.from_pretrained(checkpoint)
 
 
-def name_base(adapter: str) -> str:
-    """The folder or repository of the model that an adapter was trained on."""
-    with loading(adapter, "adapter"):
-        from peft import PeftConfig
+def find_file(checkpoint: str, name: str) -> Path:
+    """A file of a folder or repository. An `OSError` if there is none."""
+    from transformers.utils import cached_file
 
-        return PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    return Path(cached_file(checkpoint, name))  # type: ignore[arg-type]  # None only if asked not to raise
 
 
 def load_processor(checkpoint: str):
     from transformers import AutoProcessor
-    from transformers.utils import cached_file
 
     with loading(checkpoint, "tokenizer of"):
         # without this file transformers would build a tokenizer with other ids from another one
-        path = Path(cached_file(checkpoint, "tokenizer.json"))
+        path = find_file(checkpoint, "tokenizer.json")
         try:
             json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
@@ -167,8 +132,8 @@ def load_processor(checkpoint: str):
         return AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
 
 
-def load_costs(checkpoint: str, config):
-    """The [`CostModel`] of a checkpoint, without its weights. `None` for a language model that it does not support."""
+def load_costs(config):
+    """The [`CostModel`] of a checkpoint, by its config. `None` for a language model that it does not support."""
     from ..cost import CostModel
 
     with contextlib.suppress(Exception):  # models may raise anything on tensors without data
@@ -194,6 +159,9 @@ def place(checkpoint: str, config, costs, device, dtype: Dtype, num_bits: int | 
     from ..placement import Placement, place_model, stored_dtype
 
     chosen = None if dtype is Dtype.auto else getattr(torch, dtype.value)
+    longest = getattr(config.text_config, "max_position_embeddings", None)
+    if longest and "num_new_tokens" in request:
+        request["num_new_tokens"] = min(request["num_new_tokens"], longest)
     if costs is None:
         return Placement(chosen or (torch.float32 if device.type == "cpu" else stored_dtype(config)))
     try:
@@ -203,6 +171,37 @@ def place(checkpoint: str, config, costs, device, dtype: Dtype, num_bits: int | 
     if placement.note:
         print(placement.note, file=sys.stderr)
     return placement
+
+
+def place_and_load(
+    checkpoint: str,
+    config,
+    costs,
+    device: str,
+    dtype: Dtype,
+    adapter: str | None = None,
+    num_bits: int | None = None,
+    compute_dtype: Dtype = Dtype.auto,
+    **request: Any,
+):
+    """
+    Load processor and model as the options of a command say, if they fit into free memory. See [`place`] and [`load_model`].
+
+    Returns:
+        `tuple`: the processor and the model.
+
+    Raises:
+        `UsageError`: if they do not fit, if they cannot be loaded, and for a `compute_dtype` that does not go with the others.
+    """
+    import torch
+
+    chosen = resolve_device(device)
+    if compute_dtype is not Dtype.auto and chosen.type != "cpu":
+        raise UsageError(f"--compute-dtype is for a CPU; the model would be on {chosen}")
+    placement = place(checkpoint, config, costs, chosen, dtype, num_bits, **request)
+    if compute_dtype not in (Dtype.auto, Dtype.float32) and getattr(torch, compute_dtype.value) != placement.dtype:
+        raise UsageError(f"--compute-dtype is float32 or that of the weights; got {compute_dtype.value}")
+    return load_model(checkpoint, chosen, placement, adapter, num_bits, compute_dtype.value)
 
 
 def load_model(
@@ -229,7 +228,9 @@ def load_model(
 
             quantization = quantization_config(num_bits, device, placement.dtype)
             options = {"device_map": {"": device}, "quantization_config": quantization}
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        model: Any
+        report: Any
+        model, report = AutoModelForImageTextToText.from_pretrained(  # type: ignore[misc]  # a pair, with the loading info
             checkpoint, dtype=placement.dtype, trust_remote_code=False, output_loading_info=True, **options
         )
         if report["missing_keys"]:  # transformers would warn and use random weights

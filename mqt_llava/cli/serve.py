@@ -7,13 +7,14 @@ import typer
 
 from .. import TINY_CHECKPOINT
 from .errors import UsageError
-from .models import Dtype, load_config, load_costs, loading, place, resolve_device
+from .models import load_config, load_costs, loading, place, resolve_device
+from .options import Dtype, number_of_bits
 
 
 def serve(context: typer.Context):
-    """Serve a model with `transformers serve`, which by itself finds only models that are part of transformers.
+    """Serve a model with `transformers serve`.
 
-    The first argument is the checkpoint, a folder or a Hub repository. It defaults to the shipped one. --load-in-4bit and
+    On its own, `transformers serve` finds only models that are part of transformers. The first argument is the checkpoint, a folder or a Hub repository. It defaults to the shipped one. --load-in-4bit and
     --load-in-8bit quantize its language model. Other options are passed on to `transformers serve`: --help-all shows them.
 
     \b
@@ -50,18 +51,15 @@ def serve(context: typer.Context):
 
 def place_server(arguments: list[str]) -> list[str]:
     """Arguments for `transformers serve` with a placement that fits. Quantization is ours: the server's own leaves no part out."""
-    num_bits = [bits for bits in (4, 8) if f"--load-in-{bits}bit" in arguments]
-    if len(num_bits) == 2:
-        raise UsageError("--load-in-4bit and --load-in-8bit exclude each other")
+    num_bits = number_of_bits("--load-in-4bit" in arguments, "--load-in-8bit" in arguments)
     arguments = [argument for argument in arguments if not argument.startswith("--load-in-")]
-    num_bits = num_bits[0] if num_bits else None
     checkpoint, options = arguments[0].partition("@")[0], dict(pairwise(arguments))
     options |= dict(argument.split("=", 1) for argument in arguments if argument.startswith("--") and "=" in argument)
     config = load_config(checkpoint)
     device, dtype = options.get("--device", "auto"), options.get("--dtype", "auto")
     if "--quantization" in options or not device.startswith(("auto", "cpu", "cuda", "mps")):
         if num_bits is not None:
-            raise UsageError(f"--load-in-{num_bits}bit goes neither with --quantization nor with --device {device}")
+            raise UsageError(f"--load-in-{num_bits}bit cannot be combined with --quantization or --device {device}")
         return arguments  # checked by the server
     if dtype not in list(Dtype):
         raise UsageError(f"--dtype is one of {', '.join(Dtype)}; got {dtype}")
@@ -70,7 +68,7 @@ def place_server(arguments: list[str]) -> list[str]:
 
         dtype = str(stored_dtype(config)).removeprefix("torch.")
     device = resolve_device(device)
-    placement = place(checkpoint, config, load_costs(checkpoint, config), device, Dtype(dtype), num_bits)
+    placement = place(checkpoint, config, load_costs(config), device, Dtype(dtype), num_bits)
     if placement.options:  # the last one counts
         arguments = [*arguments, "--device", "auto"]
     if num_bits is not None:
@@ -80,5 +78,5 @@ def place_server(arguments: list[str]) -> list[str]:
 
         with loading(checkpoint):
             quantization = quantization_config(num_bits, device, placement.dtype)
-        ModelManager.get_quantization_config = lambda self: quantization
+        ModelManager.get_quantization_config = lambda self: quantization  # type: ignore[method-assign]  # no option takes ours
     return arguments

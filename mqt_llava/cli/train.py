@@ -8,6 +8,7 @@ import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -28,7 +29,7 @@ ARGUMENT_NAMES = {  # of the Python names that are not those of the options
 
 
 def train(context: typer.Context):
-    """Train in the paper's two stages, with the paper's hyperparameters.
+    """Train in the two stages of the paper.
 
     The command line takes precedence over --config FILE.yaml, and that over the paper's hyperparameters. On several GPUs: accelerate launch
     -m mqt_llava.cli train ...
@@ -41,9 +42,9 @@ def train(context: typer.Context):
 
 
 def finetune(context: typer.Context):
-    """Tune a LoRA adapter on conversations about images, with m drawn anew at every step.
+    """Fine-tune a LoRA adapter on conversations about images.
 
-    The command line takes precedence over --config FILE.yaml. On several GPUs: accelerate launch -m mqt_llava.cli finetune ...
+    A new m is drawn at every step. The command line takes precedence over --config FILE.yaml. On several GPUs: accelerate launch -m mqt_llava.cli finetune ...
 
     \b
     mqt-llava finetune data.json --image-folder images --output-dir adapter
@@ -112,8 +113,8 @@ def as_options(message: str) -> str:
     """A message with options in place of the Python arguments that it names."""
     from transformers import TrainingArguments
 
-    names = {argument.name for kind in (StageArguments, LoraArguments, TrainingArguments) for argument in fields(kind)}
-    names = {name: name for name in names} | ARGUMENT_NAMES
+    kinds = (StageArguments, LoraArguments, TrainingArguments)
+    names = {argument.name: argument.name for kind in kinds for argument in fields(kind)} | ARGUMENT_NAMES
 
     def option(match):
         return f"--{names[match[1]].replace('_', '-')}" if match[1] in names else match[0]
@@ -136,11 +137,12 @@ def check_memory(arguments, training, config):
     distributed = (
         training.world_size > 1 or training.fsdp or training.deepspeed or any(map(os.environ.get, environment))
     )
-    costs = load_costs(arguments.model, config)
+    costs = load_costs(config)
     if distributed or costs is None:
         return
     if isinstance(arguments, LoraArguments):
-        trained, less = {"num_bits": 4 if arguments.load_in_4bit else None}, "--bf16, --load-in-4bit"
+        trained: dict[str, Any] = {"num_bits": 4 if arguments.load_in_4bit else None}
+        less = "--bf16, --load-in-4bit"
     else:
         parts = ("query_transformer", "embeddings", "language_model", "lm_head")
         num_moments = 2 if training.optim in ("adamw_torch", "adamw_torch_fused") else 0

@@ -1,4 +1,4 @@
-"""`mqt-llava update DIR_OR_REPO`: replace older code in a checkpoint by that of this version."""
+"""`mqt-llava update DIR_OR_REPO`: update the code in a checkpoint to this version."""
 
 from typing import Annotated
 
@@ -14,9 +14,9 @@ def update(
     revision: Annotated[str | None, typer.Option(help="Branch of the repository.")] = None,
     commit_message: Annotated[str | None, typer.Option(help="Message of the commit to the repository.")] = None,
 ):
-    """Replace the code in a checkpoint, which `trust_remote_code=True` runs, by that of this version.
+    """Update the code in a checkpoint to this version.
 
-    Only code files and the `auto_map` of config.json and processor_config.json change. All changes are printed first.
+    This is the code that `trust_remote_code=True` runs. Only code files and the `auto_map` of config.json and processor_config.json change. All changes are printed first.
 
     \b
     mqt-llava update my-mqt-llava --dry-run

@@ -16,7 +16,8 @@ from PIL import Image
 from ..cli.conversation import Conversation
 from ..cli.errors import UsageError
 from ..cli.images import load_image
-from ..cli.models import AUTO, check_num_visual_tokens, load_schedule
+from ..cli.models import load_schedule
+from ..cli.options import AUTO, check_num_visual_tokens
 from ..explain import EncodedImages, Explanation, explain, token_maps
 
 
@@ -59,9 +60,9 @@ class Answers:
         has_schedule = getattr(model.generation_config, "visual_token_schedule", None) is not None
         self.schedule = load_schedule(model) if has_schedule else None
         self.accuracy = read_accuracy(checkpoint)
-        self.pictures = OrderedDict()
+        self.pictures: OrderedDict = OrderedDict()
         self.lock = threading.Lock()
-        self.maps = None
+        self.maps: torch.Tensor | None = None
 
     @classmethod
     def from_pretrained(cls, checkpoint: str, device=None, **settings) -> "Answers":
@@ -74,7 +75,7 @@ class Answers:
         processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False)
         dtype = torch.float32 if device.type == "cpu" else "auto"
         model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=dtype, trust_remote_code=False)
-        costs = load_costs(checkpoint, model.config)
+        costs = load_costs(model.config)
         return cls(processor, model.to(device).eval(), checkpoint, costs, **settings)
 
     @property
@@ -216,7 +217,8 @@ class Answers:
     def stream(self, work):
         """Yield what `work(write)` writes, all of it so far each time, and at last what it returns. It works in a thread of its own,
         while the lock is held; who stops iterating ends it at the next token."""
-        news, left = SimpleQueue(), threading.Event()
+        news: SimpleQueue = SimpleQueue()
+        left = threading.Event()
 
         def write(piece):
             if left.is_set():
@@ -259,7 +261,7 @@ def check_question(question: str | None) -> str:
 
 def as_messages(history, image_token: str) -> list[dict]:
     """Earlier turns as the chat template takes them, the picture in the first."""
-    messages = []
+    messages: list[dict] = []
     for index, turn in enumerate(history or ()):
         role = ("user", "assistant")[index % 2]
         if not isinstance(turn, dict) or turn.get("role") != role or not isinstance(turn.get("content"), str):

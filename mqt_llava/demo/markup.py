@@ -242,7 +242,7 @@ def accuracy_chart(accuracy: dict[int, float], m: int) -> str:
 
 def heat_maps(explanation) -> str:
     """The heat map of an answer and those of its words, one shown at a time; see `SHOW_WORDS`."""
-    entries = [("", "The whole answer", None)]
+    entries: list[tuple[str, str, int | None]] = [("", "The whole answer", None)]
     entries += [(str(index), word, index) for index, word in enumerate(explanation.words)]
     buttons, images = [], []
     for key, text, index in entries:

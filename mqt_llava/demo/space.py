@@ -95,7 +95,7 @@ def write_space(folder: Path, checkpoint: str | None = None) -> list[str]:
 def copy_package(target: Path, with_checkpoint: bool):
     """The package, wherever its parts lie."""
     parts = {"": Path(TINY_CHECKPOINT).parents[1]}
-    parts |= {part.__name__.rpartition(".")[2]: Path(part.__file__).parent for part in (modeling, conversion)}
+    parts |= {part.__name__.rpartition(".")[2]: Path(part.__path__[0]) for part in (modeling, conversion)}
     left_out = ["__pycache__", *([] if with_checkpoint else ["checkpoints"])]
     for name, source in parts.items():
         shutil.copytree(source, target / name, ignore=shutil.ignore_patterns(*left_out), dirs_exist_ok=True)

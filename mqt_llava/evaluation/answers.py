@@ -1,7 +1,7 @@
 """Answers of a model to questions about images, with several numbers of visual tokens: each image is encoded once."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,7 @@ def answer_questions(
     model,
     processor,
     questions: list[Question],
-    num_visual_tokens: list[int | VisualTokenSchedule],
+    num_visual_tokens: Sequence[int | VisualTokenSchedule],
     max_new_tokens: int = 64,
     batch_size: int = 16,
     window: int = 32,
@@ -56,7 +56,7 @@ def answer_questions(
     prompts = [processor.apply_chat_template(question.messages, add_generation_prompt=True) for question in questions]
     order = sorted(range(len(prompts)), key=lambda i: (len(questions[i].images), len(prompts[i])))
 
-    def answer(rows):
+    def answer(rows: list[int]) -> list[Answer]:
         asked = [(row, questions[row], prompts[row]) for row in rows]
         try:
             return _answer_batch(model, processor, asked, num_visual_tokens, max_new_tokens, window)
@@ -112,6 +112,7 @@ def _answer_batch(model, processor, asked, num_visual_tokens, max_new_tokens, wi
         behind_end = torch.isin(sequences, ends).cumsum(-1) - torch.isin(sequences, ends).long()
         num_new_tokens = (behind_end == 0).sum(-1).tolist()
         sizes = [schedule.num_visual_tokens[stage] for stage in outputs.stages.tolist()]
-        for (row, *_), m, text, *said in zip(asked, sizes, texts, confidence, num_text_tokens, num_new_tokens):
-            answers.append(Answer(row, m, text.strip(), *said, seconds))
+        told = zip(asked, sizes, texts, confidence, num_text_tokens, num_new_tokens)
+        for (row, *_), m, text, product, num_asked, num_said in told:
+            answers.append(Answer(row, m, text.strip(), product, num_asked, num_said, seconds))
     return answers

@@ -26,7 +26,8 @@ from transformers import GenerationConfig, StoppingCriteriaList, StopStringCrite
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..cli.errors import UsageError
-from ..cli.models import Dtype, load_config, load_model, name_base, resolve_device
+from ..cli.models import load_config, load_model, name_checkpoint, resolve_device
+from ..cli.options import Dtype
 from ..cost import CostModel
 from ..modeling.adaptive_mqt_llava import resolve_schedule
 from ..modeling.budget_mqt_llava import default_num_visual_tokens, resolve_visual_token_counts
@@ -121,7 +122,7 @@ class MQTLlavaLmms(lmms):
         if self._world_size > 1 and device_map is not None:
             raise ValueError("device_map spreads one model: start one process for it, not several.")
         try:
-            checkpoint = name_base(adapter) if pretrained is None else pretrained
+            checkpoint = name_checkpoint(pretrained, adapter)
             config = load_config(checkpoint)
             self.num_visual_tokens, self.schedule = _resolve_num_visual_tokens(num_visual_tokens, checkpoint, config)
             self.device = self.accelerator.device if self._world_size > 1 else resolve_device(device or "auto")

@@ -85,13 +85,14 @@ def _read_conversations(file: Path, image_folder) -> list[Question]:
 
 def _read_tsv(file: Path, image_folder) -> list[Question]:
     csv.field_size_limit(sys.maxsize)  # images are in their rows
-    folder, questions, broken, images = Path(image_folder or file.parent), [], [], {}
+    folder, questions, broken = Path(image_folder or file.parent), [], []
+    images: dict[str | None, str] = {}
     with file.open(encoding="utf-8-sig", newline="") as lines:
         rows = csv.DictReader(lines, delimiter="\t")
-        missing = {"question"} - set(rows.fieldnames or ())
-        if missing or not {"image", "image_path"} & set(rows.fieldnames):
+        columns = rows.fieldnames or []
+        if "question" not in columns or not {"image", "image_path"} & set(columns):
             raise ValueError(
-                f"{file} must have columns `question` and `image` or `image_path`; it has {', '.join(rows.fieldnames or ())}."
+                f"{file} must have columns `question` and `image` or `image_path`; it has {', '.join(columns)}."
             )
         for number, row in enumerate(rows):
             name = f"{file.name}[{row.get('index') or number}]"
@@ -100,10 +101,12 @@ def _read_tsv(file: Path, image_folder) -> list[Question]:
                 if re.fullmatch(r"\d+", content):  # an index: the image of that row
                     content = images.get(content, "")
                 images[row.get("index")] = content
-                pictures = [_from_base64(content)] if content else [folder / row.get("image_path", "")]
-                if not content and not pictures[0].is_file():
-                    raise SampleError(f"there is no image file {pictures[0]}")
-                questions.append(Question(name, *_ask(row), pictures, _answers(row), row.get("category") or None))
+                path = folder / row.get("image_path", "")
+                if not content and not path.is_file():
+                    raise SampleError(f"there is no image file {path}")
+                picture = _from_base64(content) if content else path
+                category = row.get("category") or None
+                questions.append(Question(name, _ask(row), [picture], _answers(row), category))
             except SampleError as error:
                 broken.append(f"{name}: {error}")
     _refuse(broken)
@@ -117,14 +120,14 @@ def _from_base64(content: str) -> Image.Image:
         raise SampleError(f"its image is none ({error})") from None
 
 
-def _ask(row: dict):
+def _ask(row: dict) -> list[dict]:
     options = {letter: row[letter] for letter in OPTIONS if row.get(letter)}
     lines = [row["question"]]
     if row.get("hint"):
         lines.insert(0, row["hint"])
     lines += [f"{letter}. {text}" for letter, text in options.items()]
     lines += [CHOOSE] if options else []
-    return ([{"role": "user", "content": "<image>\n" + "\n".join(lines)}],)
+    return [{"role": "user", "content": "<image>\n" + "\n".join(lines)}]
 
 
 def _answers(row: dict) -> list[str]:

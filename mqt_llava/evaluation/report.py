@@ -50,15 +50,17 @@ def summarize(results: list[dict], costs=None) -> list[Row]:
         }
         gflops = None
         if costs is not None:
-            answered = [result for result in of_m if not result.get("error")] or [None]
-            gflops = float(np.mean([_flops(costs, m, result) for result in answered])) / 1e9
+            answered: list = [result for result in of_m if not result.get("error")]
+            gflops = float(np.mean([_flops(costs, m, result) for result in answered or [None]])) / 1e9
+        low, high = np.quantile(means[i], [0.025, 0.975])
+        lowest, highest = np.quantile(means[i] - means[best], [0.025, 0.975])
         rows.append(
             Row(
                 m,
                 float(scores[i].mean()),
-                tuple(map(float, np.quantile(means[i], [0.025, 0.975]))),
+                (float(low), float(high)),
                 float((scores[i] - scores[best]).mean()),
-                tuple(map(float, np.quantile(means[i] - means[best], [0.025, 0.975]))),
+                (float(lowest), float(highest)),
                 by_category,
                 gflops,
                 float(np.mean([result["seconds"] for result in of_m])),
@@ -115,7 +117,7 @@ def figure(rows: list[Row], path: Path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    axes_of = [("visual tokens per image (m)", [row.num_visual_tokens for row in rows])]
+    axes_of: list[tuple[str, list]] = [("visual tokens per image (m)", [row.num_visual_tokens for row in rows])]
     if all(row.gflops is not None for row in rows):
         axes_of.append(("GFLOP per answer", [row.gflops for row in rows]))
     axes_of.append(("seconds per answer, image apart", [row.seconds for row in rows]))

@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from peft import PeftConfig, PeftModel
@@ -70,7 +71,7 @@ def load_adapter(model, adapter, adapter_name="default", **kwargs):
         raise ValueError(f"The model has an adapter {adapter_name!r} already: pass another `adapter_name`.")
     where = {name: kwargs[name] for name in ("revision", "subfolder") if name in kwargs}
     base_name = PeftConfig.from_pretrained(adapter, **where).base_model_name_or_path
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     name = base.config._name_or_path
     problem = _find_misfit(base, cached_file(str(adapter), SAFETENSORS_WEIGHTS_NAME, **where))
     if problem:

@@ -12,8 +12,10 @@ import json
 import os
 import re
 import sys
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from .. import TINY_CHECKPOINT
 
@@ -123,7 +125,7 @@ def short_names(kind) -> dict[str, str]:
 def options_help(kind, everything: bool = False) -> str:
     """Help for the options of a command; with `everything` all of `TrainingArguments` as well."""
     own_first = sorted(fields(kind), key=lambda argument: argument.name not in kind.__annotations__)
-    groups = {"Options": own_first}
+    groups: dict[str, Sequence[Field]] = {"Options": own_first}
     if everything:
         from transformers import TrainingArguments
 
@@ -144,7 +146,7 @@ def options_help(kind, everything: bool = False) -> str:
             if default is False:
                 group.add_argument(*spellings, action="store_true", help=help)
             else:
-                settings = {name: argument.metadata.get(name) for name in ("metavar", "choices")}
+                settings: dict[str, Any] = {name: argument.metadata.get(name) for name in ("metavar", "choices")}
                 group.add_argument(*spellings, **settings, help=help)
     return parser.format_help()
 
@@ -167,9 +169,10 @@ def parse_arguments(command_line=None, kind=StageArguments):
     """
     from transformers import HfArgumentParser, TrainingArguments
 
-    parser = HfArgumentParser((kind, TrainingArguments), add_help=False, allow_abbrev=False)
+    kinds: Any = (kind, TrainingArguments)
+    parser = HfArgumentParser(kinds, add_help=False, allow_abbrev=False)
     parser.set_defaults(gradient_accumulation_steps=None, per_device_eval_batch_size=None)
-    parser.error = _raise_error
+    parser.error = _raise_error  # type: ignore[method-assign]  # else it ends the process
     flags = {
         argument.name
         for arguments in parser.dataclass_types
@@ -179,12 +182,12 @@ def parse_arguments(command_line=None, kind=StageArguments):
     given = _read_words(sys.argv[1:] if command_line is None else command_line, kind, flags)
     config = read_config(" ".join(given.pop("config")) or "--config", kind) if "config" in given else {}
     stage = next(iter(given.get("stage", [])), config.get("stage"))
-    defaults = CONFIGS / ("lora.yaml" if kind is LoraArguments else f"stage{stage}.yaml")
-    defaults = read_config(defaults, kind) if defaults.exists() else {}
-    values, unknown = parser.parse_known_args(_as_options(defaults | config | given))
+    path = CONFIGS / ("lora.yaml" if kind is LoraArguments else f"stage{stage}.yaml")
+    defaults = read_config(path, kind) if path.exists() else {}
+    namespace, unknown = parser.parse_known_args(_as_options(defaults | config | given))
     if unknown:
         raise ValueError(f"The command line has words that belong to no argument: {' '.join(unknown)}.")
-    values = vars(values)
+    values = vars(namespace)
     _check(values)
     batch_size = values["per_device_train_batch_size"]
     if values["gradient_accumulation_steps"] is None:

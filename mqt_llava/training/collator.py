@@ -2,6 +2,7 @@
 
 import re
 from itertools import accumulate
+from typing import Any
 
 import torch
 from PIL import Image
@@ -138,12 +139,13 @@ class MQTLlavaDataCollator:
     def tokenize(self, messages) -> tuple[list[int], list[int]]:
         """Ids with one placeholder for each image, and labels: the answers, and -100 elsewhere."""
         tokenizer, begin = self.processor.tokenizer, self.processor.begin_chunks
-        (text,), (answers,) = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[messages],
             chat_template=self.processor.chat_template,
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )
+        (text,), (answers,) = rendered
         encoding = tokenizer(begin(text), add_special_tokens=False)  # the template writes the BOS
         input_ids = encoding["input_ids"]
         labels = [-100] * len(input_ids)
@@ -192,7 +194,7 @@ class MQTLlavaDataCollator:
             repeats = torch.where(ids == image_token_id, row["num_visual_tokens"], 1)
             input_ids.append(ids.repeat_interleave(repeats))
             labels.append(torch.tensor(row["labels"]).repeat_interleave(repeats))
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": pad_sequence(input_ids, True, self.processor.tokenizer.pad_token_id or 0),
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids in input_ids], True, 0),
             "labels": pad_sequence(labels, True, -100),

@@ -165,7 +165,8 @@ def canonical_sample(row, needs_answer: bool = True) -> dict:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in [*prompt, *turns]):
         raise SampleError("its turns are not a list of objects")
     images = _listed(row.get("images")) or _listed(row.get("image"))
-    messages, inline_images = [], []
+    messages: list[dict] = []
+    inline_images: list = []
     for index, turn in enumerate([*prompt, *turns]):
         role, content = turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value") or ""
         if not isinstance(role, str) or role not in ROLES:

@@ -33,7 +33,8 @@ class DistillationTrainer(MQTLlavaTrainer):
                 f"Distillation needs a weight of 0 or more and a temperature above 0; got {weight} and {temperature}."
             )
         super().__init__(*args, **kwargs)
-        self.weight, self.temperature, self.distillation_log = weight, temperature, {}
+        self.weight, self.temperature = weight, temperature
+        self.distillation_log: dict = {}
         self.distillation_sampler = self.sampler or VisualTokenSampler(
             self.data_collator.max_num_visual_tokens, self.model.config.num_query_tokens, self.args.seed
         )

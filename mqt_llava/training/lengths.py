@@ -58,11 +58,11 @@ def with_lengths(dataset, processor, num_visual_tokens: int):
 def _count_tokens(rows, tokenizer: str, num_visual_tokens: int):
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_str(tokenizer)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+    counter = Tokenizer.from_str(tokenizer)
+    counter.no_padding()
+    counter.no_truncation()
     texts = ["".join(turn["content"] for turn in turns) for turns in rows["messages"]]
-    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    encodings = counter.encode_batch_fast(texts, add_special_tokens=False)
     # `<image>` is already one token
     more = (len(images) * (num_visual_tokens - 1) for images in rows["images"])
     return {"length": [len(encoding) + extra for encoding, extra in zip(encodings, more)]}

@@ -2,6 +2,7 @@
 
 import re
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class VisualTokenSampler(TrainerCallback):
                     f"`distribution` must be one of {', '.join(DISTRIBUTIONS)}, an integer or a list of integers; got "
                     f"{distribution!r}."
                 )
-            numbers = np.arange(1, num_query_tokens + 1)
+            numbers: Any = np.arange(1, num_query_tokens + 1)
             if distribution == "log-uniform":
                 self.weights = np.log1p(1 / numbers) / np.log1p(num_query_tokens)
             elif distribution == "even":

@@ -15,7 +15,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from .. import MQTLlavaConfig, MQTLlavaForConditionalGeneration, MQTLlavaProcessor
-from .arguments import DataArguments, LoraArguments, parse_arguments
+from .arguments import DataArguments, LoraArguments, StageArguments, parse_arguments
 from .collator import MQTLlavaDataCollator
 from .data import load_conversations, refuse_broken, with_num_visual_tokens
 from .distillation import DistillationTrainer
@@ -25,7 +25,12 @@ from .sampling import VisualTokenSampler, evaluation_num_visual_tokens, parse_di
 from .trainer import MQTLlavaTrainer
 
 
-def train(arguments: DataArguments, training: TrainingArguments, callbacks=None, optimizer_cls_and_kwargs=None):
+def train(
+    arguments: StageArguments | LoraArguments,
+    training: TrainingArguments,
+    callbacks=None,
+    optimizer_cls_and_kwargs=None,
+):
     """
     Train a stage and save model and processor in `training.output_dir`; or train an adapter and save it there.
 
@@ -42,10 +47,12 @@ def train(arguments: DataArguments, training: TrainingArguments, callbacks=None,
             sample that cannot be used.
     """
     is_lora = isinstance(arguments, LoraArguments)
-    if is_lora:
+    if isinstance(arguments, LoraArguments):
         check_adapter(arguments, training)
     config = MQTLlavaConfig.from_pretrained(arguments.model)
-    distribution = arguments.num_visual_tokens or ["even" if is_lora or arguments.stage == 2 else "fixed"]
+    distribution = arguments.num_visual_tokens or [
+        "even" if isinstance(arguments, LoraArguments) or arguments.stage == 2 else "fixed"
+    ]
     sampler = VisualTokenSampler(parse_distribution(",".join(distribution)), config.num_query_tokens, training.seed)
     eval_num_visual_tokens = evaluation_num_visual_tokens(
         ",".join(arguments.eval_num_visual_tokens or []), config.num_query_tokens
@@ -73,7 +80,10 @@ def train(arguments: DataArguments, training: TrainingArguments, callbacks=None,
             eval_dataset = {f"m{m}": with_num_visual_tokens(eval_dataset, m) for m in eval_num_visual_tokens}
 
     set_seed(training.seed)
-    model = load_with_adapter(arguments, training, checkpoint) if is_lora else load_stage(arguments, training)
+    if isinstance(arguments, LoraArguments):
+        model = load_with_adapter(arguments, training, checkpoint)
+    else:
+        model = load_stage(arguments, training)
     max_length = arguments.max_length
     if max_length is None:
         max_length = getattr(config.text_config, "max_position_embeddings", None)
@@ -107,7 +117,7 @@ def weights_dtype(arguments: DataArguments, training: TrainingArguments) -> torc
     return getattr(torch, arguments.dtype or ("bfloat16" if in_bfloat16 else "float32"))
 
 
-def load_stage(arguments: DataArguments, training: TrainingArguments):
+def load_stage(arguments: StageArguments, training: TrainingArguments):
     """The model, with gradients for the parts that the stage trains."""
     model = MQTLlavaForConditionalGeneration.from_pretrained(
         arguments.model,
@@ -116,7 +126,8 @@ def load_stage(arguments: DataArguments, training: TrainingArguments):
     )
     schedule = getattr(model.generation_config, "visual_token_schedule", None)
     if schedule:  # it was calibrated with other weights
-        model.generation_config.visual_token_schedule = schedule | {"calibration": None}
+        reset = schedule | {"calibration": None}
+        model.generation_config.visual_token_schedule = reset  # type: ignore[attr-defined]  # it keeps what it does not know
     model.requires_grad_(False)
     model.model.query_transformer.requires_grad_(True)
     if arguments.stage == 2:

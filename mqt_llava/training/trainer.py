@@ -1,6 +1,7 @@
 """A `Trainer` for MQT-LLaVA: it logs m, and names the samples of a loss that is not finite."""
 
 import copy
+from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -23,6 +24,9 @@ class MQTLlavaTrainer(Trainer):
     - stops at a loss that is not finite with a `FloatingPointError` that names the samples;
     - turns the key-value cache on again after training. `Trainer` turns it off in the model's config.
     """
+
+    model: Any  # `Trainer` allows for `None` here, and for collators without an m
+    data_collator: Any
 
     def __init__(self, model, args, data_collator: MQTLlavaDataCollator, **kwargs):
         if args.n_gpu > 1:

@@ -1,10 +1,16 @@
 """Fixtures of the tests that run commands."""
 
+import functools
+import http.server
+import threading
 import warnings
 
 import pytest
 from transformers.utils import logging
+from typer.testing import CliRunner
 
+from mqt_llava import cli
+from tests.mqt_llava.answers import LENGTH
 from tests.small_model import make_images
 
 
@@ -27,3 +33,26 @@ def files(tmp_path):
     for path, picture in zip(paths, make_images(2)):
         picture.save(path)
     return [str(path) for path in paths]
+
+
+@pytest.fixture
+def ask(checkpoint):
+    def invoke(*arguments, stdin=None, model=checkpoint):
+        options = [] if model is None else ["--model", str(model), "--max-new-tokens", str(LENGTH)]
+        return CliRunner().invoke(cli.app, ["ask", *options, *map(str, arguments)], input=stdin)
+
+    return invoke
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Address of a local web server for the files in `tmp_path`."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=tmp_path)) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()

@@ -85,20 +85,41 @@ def test_bare_command_and_short_help():
         assert short.exit_code == 0 and short.stdout == long.stdout and "mqt-llava" in short.stdout
 
 
-HELP = """
-import sys
-from mqt_llava_cli import main
-try:
-    main()
-finally:
-    print(*{"torch", "transformers"} & set(sys.modules), file=sys.stderr)
+# In a sitecustomize module, since it runs before `python -m` imports the package
+AT_EXIT = """
+import atexit, sys
+atexit.register(lambda: print(*{"torch", "transformers"} & set(sys.modules), file=sys.stderr))
 """
+SCRIPT = ["-c", "from mqt_llava_cli import main; main()"]
+MODULE = ["-m", "mqt_llava.cli"]
 
 
-@pytest.mark.parametrize("command", ["", *get_command(cli.app).commands])
-def test_help_waits_for_no_library(command):
-    result = subprocess.run([sys.executable, "-c", HELP, *command.split(), "--help"], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    "program, arguments",
+    [
+        *((SCRIPT, [*command, "--help"]) for command in ([], *([name] for name in get_command(cli.app).commands))),
+        (SCRIPT, ["--version"]),
+        (MODULE, ["--help"]),
+        (MODULE, ["ask", "--help"]),
+        (MODULE, ["--version"]),
+    ],
+    ids=" ".join,
+)
+def test_help_and_version_wait_for_no_library(tmp_path, program, arguments):
+    (tmp_path / "sitecustomize.py").write_text(AT_EXIT)
+    settings = {"env": os.environ | {"PYTHONPATH": str(tmp_path)}, "capture_output": True, "text": True}
+    result = subprocess.run([sys.executable, *program, *arguments], **settings)
     assert result.returncode == 0 and "mqt-llava" in result.stdout and result.stderr == "\n"
+
+
+def test_package_in_a_module_that_is_run_registers_its_model(tmp_path):
+    """Only the command line itself is lazy, not a package of a user's, even if it is run by `python -m` too."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("import mqt_llava")
+    code = "from transformers import AutoConfig\nprint(AutoConfig.for_model('mqt_llava').model_type)"
+    (tmp_path / "mine" / "__main__.py").write_text(code)
+    result = subprocess.run([sys.executable, "-m", "mine"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout == "mqt_llava\n", result.stderr
 
 
 LAZY = """

@@ -1,7 +1,5 @@
 """bfloat16 weights on CPUs without units for it."""
 
-import importlib
-
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -15,7 +13,6 @@ from tests.small_model import make_images, make_model, make_processor
 
 
 pytestmark = pytest.mark.usefixtures("restore_global_settings")
-ask_module = importlib.import_module("mqt_llava.cli.ask")
 
 
 @pytest.fixture
@@ -95,7 +92,8 @@ def test_ask_computes_as_it_is_told(checkpoint, tmp_path, monkeypatch, slow, opt
     """Or as the machine is faster."""
     loaded = []
     monkeypatch.setattr(cpu, "is_slow", lambda dtype: slow)
-    monkeypatch.setattr(ask_module, "load_model", lambda *args: loaded.append(models.load_model(*args)) or loaded[-1])
+    load = models.load_model
+    monkeypatch.setattr(models, "load_model", lambda *args: loaded.append(load(*args)) or loaded[-1])
     make_images(1)[0].save(tmp_path / "0.png")
     arguments = [
         "ask",

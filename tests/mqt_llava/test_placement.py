@@ -152,7 +152,7 @@ def test_server_refuses_what_does_not_fit(checkpoint, free):
         place_server([str(checkpoint), "--device=cpu", "--port", "8000"])
     for options in (["--device", "balanced"], ["--device", "0"], ["--quantization", "bnb-4bit"]):
         assert place_server([str(checkpoint), *options]) == [str(checkpoint), *options]
-        with pytest.raises(UsageError, match="--load-in-8bit goes neither with"):
+        with pytest.raises(UsageError, match="--load-in-8bit cannot be combined with"):
             place_server([str(checkpoint), *options, "--load-in-8bit"])
     with pytest.raises(UsageError, match=r"--dtype is one of auto, .*; got nonsense"):
         place_server([str(checkpoint), "--dtype", "nonsense"])
