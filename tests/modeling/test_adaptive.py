@@ -449,8 +449,8 @@ def test_default_schedule(num_query_tokens, stages):
         (([2.5], []), "list of positive integers"),
         (([True], []), "list of positive integers"),
         ((8, []), "list of positive integers"),
-        (([8, 8], [0.5]), "must rise"),
-        (([8, 2], [0.5]), "must rise"),
+        (([8, 8], [0.5]), "ascending order"),
+        (([8, 2], [0.5]), "ascending order"),
         (([2, 8], [1.5]), "1 `thresholds` from 0 to 1"),
         (([2, 8], [float("nan")]), "1 `thresholds` from 0 to 1"),
         (([2, 8], [0.5, 0.5]), "1 `thresholds` from 0 to 1"),
@@ -497,7 +497,7 @@ def test_what_has_no_meaning_over_several_passes_is_refused_before_any_work(opti
 def test_what_is_known_by_the_model_is_refused_too():
     inputs, schedule = prepare(), VisualTokenSchedule(STAGES, [0.5, 0.5])
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    with pytest.raises(ValueError, match="an adapter of virtual tokens"):
+    with pytest.raises(ValueError, match="an adapter with virtual tokens"):
         get_peft_model(make_model(), config).generate(**inputs, num_visual_tokens=schedule, **GREEDY)
     sizes = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 24}
@@ -509,7 +509,7 @@ def test_what_is_known_by_the_model_is_refused_too():
         )
     training = make_model().train()
     training.generation_config.num_visual_tokens = "auto"
-    with pytest.raises(ValueError, match="In training that would be wrong"):
+    with pytest.raises(ValueError, match="A model in training mode refuses this"):
         training.generate(**inputs, **GREEDY)
 
 
