@@ -166,9 +166,7 @@ def refuse_all_but_greedy(model, inputs: dict, args: tuple, generation_configs):
         )
     layers = DynamicCache(config=model.config.get_text_config()).layers
     if not all(type(layer) is DynamicLayer for layer in layers):
-        raise ValueError(
-            '`num_visual_tokens="auto"` needs full attention in every layer of the language model.'
-        )
+        raise ValueError('`num_visual_tokens="auto"` needs full attention in every layer of the language model.')
 
 
 @dataclass

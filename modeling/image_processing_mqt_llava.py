@@ -272,9 +272,7 @@ def _to_8_bits(levels: np.ndarray, mode: str) -> np.ndarray:
     if mode == "F":
         scale = 1 / 255 if highest <= 1 else 1 if highest <= 255 else 257
         if not (lowest >= 0 and highest <= 65535):  # NaN as well
-            raise ValueError(
-                f"float values must be from 0 to 1, to 255 or to 65535; got {lowest:g} to {highest:g}"
-            )
+            raise ValueError(f"float values must be from 0 to 1, to 255 or to 65535; got {lowest:g} to {highest:g}")
     elif mode == "I":
         scale = 1 if highest <= 255 else 257 if highest <= 65535 else 0x1010101
     else:

@@ -272,7 +272,8 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
             `ValueError`: if the counts are not one integer from 1 to M per image.
         """
         refuse_num_visual_tokens(kwargs, "`visual_token_counts`")
-        num_query_tokens, counts = self.config.num_query_tokens, None  # None while exporting, where the number of images is dynamic
+        num_query_tokens, counts = self.config.num_query_tokens, None
+        # While exporting, counts stay `None`, since the number of images is dynamic
         if visual_token_counts is not None or not torch.compiler.is_compiling():
             counts = resolve_visual_token_counts(visual_token_counts, len(pixel_values), num_query_tokens)
         wanted = kwargs.pop("output_hidden_states", None)

@@ -501,7 +501,7 @@ def test_what_is_known_by_the_model_is_refused_too():
         get_peft_model(make_model(), config).generate(**inputs, num_visual_tokens=schedule, **GREEDY)
     sizes = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 24}
-    with pytest.raises(ValueError, match="attention over the whole prompt"):
+    with pytest.raises(ValueError, match="needs full attention"):
         make_model(text_config=MistralConfig(**sizes)).generate(**inputs, num_visual_tokens=schedule, **GREEDY)
     with pytest.raises(ValueError, match="3 positional arguments"):
         make_model().generate(
