@@ -185,7 +185,7 @@ def test_kept_adapter_has_a_card(lora, converted, tmp_path):
     command = ["convert", lora, tmp_path / "kept", "--keep-adapter", "--base-model", converted, "--license", "llama2"]
     command = list(map(str, command))
     refused = CliRunner().invoke(cli.app, [*command, "--push-to-hub", "someone/adapter"])
-    assert refused.exit_code == 2 and "needs a base model there" in refused.stderr
+    assert refused.exit_code == 2 and "needs a base model on the Hub" in refused.stderr
     assert not (tmp_path / "kept").exists()
 
     done = CliRunner().invoke(cli.app, command)

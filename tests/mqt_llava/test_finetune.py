@@ -260,7 +260,7 @@ def test_adapters_of_another_base_are_refused(checkpoint, adapters, tmp_path):
 
 def test_adapters_are_pushed_with_a_card(checkpoint, adapters, tmp_path, monkeypatch):
     hub = LocalHub(tmp_path, monkeypatch)
-    with pytest.raises(ValueError, match="needs a base model there"):
+    with pytest.raises(ValueError, match="needs a base model on the Hub"):
         save_adapter(load_adapter(load_base(checkpoint), adapters / "two"), tmp_path / "saved", "someone/adapter")
     assert not hub.commits and not (tmp_path / "saved").exists()
 
