@@ -92,7 +92,7 @@ def plan_update(source: str, revision: str | None = None, token: str | None = No
         if missing:
             settings["auto_map"] = {**settings.get("auto_map", {}), **auto_map}
             update.files[name] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
-            update.changes[name] = f"{', '.join(missing)} added to auto_map"
+            update.changes[name] = f"auto_map: {', '.join(missing)} added"
     return update
 
 

@@ -264,7 +264,7 @@ def test_what_cannot_be_asked(lm, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({}, "Say which model"),
+        ({}, "A model is needed"),
         ({"pretrained": TINY_CHECKPOINT, "visual_tokens": 4}, "has no model argument visual_tokens"),
         ({"pretrained": TINY_CHECKPOINT, "num_visual_tokens": 65}, "from 1 to 64.* got 65"),
         ({"pretrained": TINY_CHECKPOINT, "num_visual_tokens": 1.5}, "from 1 to 64.* got 1.5"),

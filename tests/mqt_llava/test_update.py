@@ -85,7 +85,7 @@ def test_code_and_auto_map_are_replaced_and_nothing_else(old):
     lines = result.stdout.splitlines()
     assert any(line.startswith("budget_mqt_llava.py ") and line.endswith(" new") for line in lines)
     assert any(line.startswith("modeling_mqt_llava.py ") and "from 0.0.1, " in line for line in lines)
-    assert any(line.startswith("config.json ") and "AutoImageProcessor added to auto_map" in line for line in lines)
+    assert any(line.startswith("config.json ") and "auto_map: AutoImageProcessor" in line for line in lines)
     assert lines[-1] == f"updated to mqt-llava {mqt_llava.__version__}: {old}"
     again = run(old)
     assert again.stdout == f"{old} has the code of mqt-llava {mqt_llava.__version__} already\n"
