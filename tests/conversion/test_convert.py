@@ -72,8 +72,8 @@ def test_wrong_arguments(authors, converted, source, tmp_path):
     assert_refused(run(source, source, "--overwrite"), "source")
     assert_refused(run(converted, out, "--layout", "full"), "mqt_llava")
     shard = sorted(source.glob("*.safetensors"))[0]
-    assert_refused(run(shard, out), f"{shard} is a file", "name the folder")
-    assert_refused(run(source / "config.json", out), "config.json is a file", "name the folder")
+    assert_refused(run(shard, out), f"{shard} is a file", "pass its folder")
+    assert_refused(run(source / "config.json", out), "config.json is a file", "pass its folder")
     settings = json.loads((source / "config.json").read_text())
     for changes, words in (
         ({"num_attention_heads": 5}, "config.json: The hidden size (32)"),

@@ -226,20 +226,20 @@ def test_index_that_leads_out(source, out, name):
         source / "model.safetensors.index.json",
         weight_map={key: file or named for key, file in redirected.items()},
     )
-    assert_refused(source, out, "leads out of the folder")
+    assert_refused(source, out, "is outside the folder")
 
 
 def test_links_that_lead_out(source, out):
     path = shard(source)
     path.rename(source.parent / "elsewhere")
     path.symlink_to(source.parent / "elsewhere")
-    assert_refused(source, out, f"{path.name}.*leads out of the folder")
+    assert_refused(source, out, f"{path.name}.*is outside the folder")
     path.unlink()
     (source.parent / "elsewhere").rename(path)
     tokenizer = source / "tokenizer.model"
     tokenizer.rename(source.parent / "secret")
     tokenizer.symlink_to(source.parent / "secret")
-    assert_refused(source, out, r"tokenizer\.model.*leads out of the folder")
+    assert_refused(source, out, r"tokenizer\.model.*is outside the folder")
 
 
 def test_snapshot_in_the_cache_of_the_hub(source, converted, out, tmp_path):
@@ -256,7 +256,7 @@ def test_snapshot_in_the_cache_of_the_hub(source, converted, out, tmp_path):
     blob = (snapshot / "tokenizer.model").resolve()
     blob.rename(tmp_path / "elsewhere")
     blob.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="leads out of the folder"):
+    with pytest.raises(ValueError, match="is outside the folder"):
         convert(str(snapshot), out, overwrite=True, vision_tower=str(source.parent / "clip"))
 
 
