@@ -1,7 +1,6 @@
 """A griffe extension for the API pages: docstrings are written in transformers' style, and `modeling/` is installed as
 `mqt_llava.modeling`."""
 
-import ast
 import re
 from pathlib import Path
 
@@ -13,7 +12,6 @@ ROOT = Path(__file__).parents[1]
 ARGUMENT = re.compile(r"^    (\*{0,2}\w+) \(((?:`[^`]*`|[^`()])*)\)[:.,]", re.MULTILINE)
 RESULT = re.compile(r"^    \[?(`[^`]+`(?:(?:,| or) `[^`]+`)*)\]?: ", re.MULTILINE)
 RAISES = re.compile(r"(?<=^Raises:\n)(?:    .*\n?)+", re.MULTILINE)
-CHOICES = re.compile(r'"[^"]*"(?:(?:, | or )"[^"]*")*')
 # "[`Name`]", "[`~module.Name`]" or "`Name`"
 REFERENCE = re.compile(r"\[`~?([\w.]+)`\](?![(\[])|(?<![`\[])`([\w.]+)`(?![`\]])")
 # The full names of what the API pages document, by the last part
@@ -45,11 +43,15 @@ def rewrite(parent):
     for child in parent.members.values():
         if child.is_alias:
             continue
+        if child.is_module:  # where names in types are looked up
+            for name, path in DOCUMENTED.items():
+                if name not in child.members:
+                    child.set_member(name, griffe.Alias(name, path))
         if child.docstring:
             function = child.members.get("__init__", child)
             defaults = {p.name: p.default for p in getattr(function, "parameters", ())}
-            fields = {} if child.is_module else child.members  # of a dataclass
-            defaults |= {name: getattr(field, "value", None) for name, field in fields.items() if not field.is_alias}
+            if any(str(decorator.value).startswith("dataclass") for decorator in getattr(child, "decorators", ())):
+                defaults = {name: getattr(field, "value", None) for name, field in child.members.items()}
             defaults = {name for name, default in defaults.items() if default not in (None, "None")}
             child.docstring.value = google_style(child.docstring.value, defaults)
         rewrite(child)
@@ -79,12 +81,10 @@ def link(name: str) -> str:
 
 
 def plain(kind: str) -> str:
-    """A type without its backticks, in the syntax of annotations where it can be, so that its names become links."""
-    text = re.sub(r"\[?`~?([^`]+)`\]?", r"\1", kind).replace("*optional*", "optional")
-    annotation = CHOICES.sub(lambda match: f"Literal[{match[0].replace(' or ', ', ')}]", text)
-    annotation = re.sub(r"[\w.]+", lambda match: DOCUMENTED.get(match[0], match[0]), annotation)
-    try:
-        ast.parse(annotation.partition(", optional")[0], mode="eval")
-    except SyntaxError:  # "torch.Tensor of shape ..."
-        return text
-    return annotation
+    """Types without their backticks, as an annotation; with strings among them as text, since griffe would remove their quotes."""
+    joined = (
+        kind.replace(" or ", ", or ")
+        if '"' in kind.partition(", *optional*")[0]
+        else re.sub(r"`\]?(?:, | or )\[?`", "` | `", kind)
+    )
+    return re.sub(r"\[?`~?([^`]+)`\]?", r"\1", joined).replace("*optional*", "optional")

@@ -540,8 +540,9 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
                 The inputs from the processor and all other arguments of [`~generation.GenerationMixin.generate`].
 
         Returns:
-            `torch.LongTensor` of shape `(batch_size, sequence_length)`, or a `ModelOutput` with `return_dict_in_generate=True`: an
-            [`AdaptiveGenerateOutput`] if a schedule was used.
+            `torch.LongTensor` or `ModelOutput`: ids of shape `(batch_size, sequence_length)`; with
+            `return_dict_in_generate=True`, an output that has them as `sequences`, which is an [`AdaptiveGenerateOutput`] if a
+            schedule was used.
 
         Raises:
             `ValueError`: for any other `num_visual_tokens`, if images and placeholders don't match, for a cache that doesn't fit

@@ -298,7 +298,7 @@ def explain(
         question (`str` or `list[dict]`): a question about all images; or the messages of a conversation, as for
             `apply_chat_template`, whose next answer is explained.
         num_visual_tokens (`int` or `list[int]`, *optional*): m of all images or of each. Defaults to M.
-        method (`str`, *optional*, defaults to `"integrated_gradients"`): or `"gradient"`, `"attention"`, `"rollout"` or `"occlusion"`.
+        method (`str`, *optional*): `"integrated_gradients"` (the default), `"gradient"`, `"attention"`, `"rollout"` or `"occlusion"`.
         answer (`str`, *optional*): an answer to explain instead of the model's own.
         per_word (`bool`, *optional*, defaults to `True`): explain each word. Otherwise the whole answer counts as one word, which
             takes fewer rows.

@@ -53,7 +53,7 @@ def read_questions(data_files, image_folder=None) -> list[Question]:
     `category`.
 
     Args:
-        data_files (`str`, `Path` or a list of them): files in `.json`, `.jsonl` or `.tsv` format.
+        data_files (`str`, `Path` or `list[str]`): one or more files in `.json`, `.jsonl` or `.tsv` format.
         image_folder (`str` or `Path`, *optional*): folder that relative image paths start from. Defaults to that of the data file.
 
     Returns:

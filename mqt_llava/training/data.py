@@ -31,7 +31,7 @@ def load_conversations(data_files, image_folder=None, streaming=False, needs_ans
     lists of turns; answers in the prompt are then not used as labels.
 
     Args:
-        data_files (`str`, `Path` or a list of them):
+        data_files (`str`, `Path` or `list[str]`):
             JSON files (one list of rows) or JSON Lines (`.jsonl`, one row per line).
         image_folder (`str` or `Path`, *optional*):
             Folder that relative image paths start from. Defaults to that of the data file.
