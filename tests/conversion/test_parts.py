@@ -210,7 +210,7 @@ def test_other_models_are_no_language_models(towers, tmp_path, kind):
         source.mkdir()
         (source / "config.json").write_text('{"model_type": "llava"}')
     for options in ({}, {"vision_tower": str(towers / "clip")}):
-        with pytest.raises(ValueError, match=f"is a '{kind}.*' model; what can be converted is"):
+        with pytest.raises(ValueError, match=f"is a '{kind}.*' model; a checkpoint of the authors' code"):
             convert(str(source), tmp_path / "out", **options)
 
 

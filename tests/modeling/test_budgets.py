@@ -217,7 +217,7 @@ def test_kinds_of_integers(good):
 def test_num_visual_tokens_are_not_swallowed_where_they_are_not_taken():
     inputs = PROCESSOR(images=make_images(1), text="<image>", return_tensors="pt")
     for call in (MODEL.model, lambda **kwargs: MODEL.get_image_features(inputs["pixel_values"], num_visual_tokens=4)):
-        with pytest.raises(ValueError, match=r"`num_visual_tokens` is not taken here.* Got 4"):
+        with pytest.raises(ValueError, match=r"`num_visual_tokens` is not accepted here.* Got 4"):
             call(**inputs, num_visual_tokens=4)
 
 

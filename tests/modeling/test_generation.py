@@ -260,7 +260,7 @@ def test_placeholders_without_images_are_refused(model):
     with pytest.raises(ValueError, match="there are no images"):
         model(**inputs, num_visual_tokens=4)
     model(**inputs)  # legal: transformers' own tests do it
-    with pytest.raises(ValueError, match="`num_visual_token` is not taken here"):
+    with pytest.raises(ValueError, match="`num_visual_token` is not accepted here"):
         model(**prepare([2]), num_visual_token=4)
 
 

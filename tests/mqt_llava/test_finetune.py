@@ -383,7 +383,7 @@ def test_ask_with_an_adapter(checkpoint, adapters, data, tmp_path):
 MISTAKES = {
     "no data": (["nowhere.json"], "no data file nowhere.json"),
     "image folder": (["--image-folder", "nowhere"], "no image folder nowhere"),
-    "target": (["--targets", "lm_head"], "LoRA targets are language_model"),
+    "target": (["--targets", "lm_head"], "LoRA targets must be among language_model"),
     "distribution": (["--num-visual-tokens", "evn"], "--num-visual-tokens must be one of even"),
     "num_visual_tokens": (["--num-visual-tokens", "1,17"], "from 1 to 16"),
     "eval_num_visual_tokens": (["--eval-num-visual-tokens", "0", "--eval-data", "DATA"], "from 1 to 16"),

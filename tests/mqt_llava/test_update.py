@@ -104,7 +104,11 @@ def test_edited_code_is_kept_without_force(old):
     before = contents(old)
     result = run(old)
     assert result.exit_code == 2 and contents(old) == before
-    assert "no version of mqt-llava wrote modeling_mqt_llava.py" in result.stderr and "--force" in result.stderr
+    assert (
+        "modeling_mqt_llava.py in" in result.stderr
+        and "edited by hand" in result.stderr
+        and "--force" in result.stderr
+    )
     assert run(old, "--force").exit_code == 0
     assert contents(old)["modeling_mqt_llava.py"] == update.CODE["modeling_mqt_llava.py"].read_bytes()
 
@@ -203,6 +207,6 @@ sys.modules["transformers"].__version__ = "5.18.3"
 """
         error = load_in_a_fresh_process(old, code).stderr.strip().splitlines()[-1]
         assert error == (
-            f"ImportError: MQT-LLaVA {mqt_llava.__version__} needs transformers 5.19.0 or newer, and this is 5.18.3: "
+            f"ImportError: MQT-LLaVA {mqt_llava.__version__} needs transformers 5.19.0 or newer, but 5.18.3 is installed: "
             "pip install -U 'transformers>=5.19.0'"
         )
