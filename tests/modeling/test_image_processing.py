@@ -278,7 +278,7 @@ def test_errors_name_the_image(tmp_path):
         np.full((4, 4, 3), 1e6),
         np.full((4, 4, 3), -1),
     ):
-        with pytest.raises(ValueError, match="Image 0 cannot be used: (float|integer) values must"):
+        with pytest.raises(ValueError, match=r"Image 0 cannot be used: (float|integer) values must"):
             pixels(levels)
 
 
