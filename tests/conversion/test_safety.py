@@ -137,7 +137,7 @@ def test_tokenizer_that_is_missing_or_damaged(source, out, content):
 
 def test_tokenizer_of_another_model(tokenizer_model, tmp_path, out):
     source = write_authors(tmp_path, tokenizer_model, vocab=400)
-    assert_refused(source, out, r"tokenizer\.model has 300 words.* 400 embeddings")
+    assert_refused(source, out, r"tokenizer\.model has 300 tokens.* 400 embeddings")
     source = write_authors(tmp_path, tokenizer_model, vocab=299)
     assert_refused(source, out, r"tokenizer\.model has 300 words.* 299 embeddings")
 
@@ -331,7 +331,9 @@ def test_what_is_no_checkpoint_is_never_replaced(authors, out, names):
     out.mkdir(parents=True)
     for name in names:
         (out / name).write_text("mine")
-    with pytest.raises(ValueError, match=f"holds {names[0].replace('.', '[.]')}".replace("config", "README|config")):
+    with pytest.raises(
+        ValueError, match=f"contains {names[0].replace('.', '[.]')}".replace("config", "README|config")
+    ):
         convert(str(authors), out, overwrite=True)
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
 
@@ -340,7 +342,7 @@ def test_what_is_no_checkpoint_is_never_replaced(authors, out, names):
 def test_what_lies_beside_a_checkpoint_is_named(authors, taken, name):
     (taken / name).parent.mkdir(exist_ok=True)
     (taken / name).write_text("mine")
-    with pytest.raises(ValueError, match=rf"holds {name.removesuffix('/events').removesuffix('/config')};"):
+    with pytest.raises(ValueError, match=rf"contains {name.removesuffix('/events').removesuffix('/config')};"):
         convert(str(authors), taken, overwrite=True)
     assert (taken / name).read_text() == "mine"
 

@@ -166,7 +166,7 @@ def test_finds_the_largest_m(budget):
     assert costs.num_visual_tokens_for(**{budget: exact * 0.9999}, **request) == 6
     assert costs.num_visual_tokens_for(**{budget: exact * 1e3}, **request) == NUM_QUERY_TOKENS
     assert costs.num_visual_tokens_for(**{"flops": 1e15, budget: exact}, **request) == 7
-    with pytest.raises(ValueError, match=rf"`{budget}`.*m = 1 costs {least:.4g} already".replace("+", r"\+")):
+    with pytest.raises(ValueError, match=rf"`{budget}`.*even m = 1 costs {least:.4g}".replace("+", r"\+")):
         costs.num_visual_tokens_for(**{budget: least * 0.99}, **request)
 
 

@@ -386,7 +386,7 @@ def test_too_long_says_what_to_change():
     MQTLlavaDataCollator(make_processor(), sampler, max_length=length)([row])
     for _ in range(5):  # whatever is drawn
         with pytest.raises(
-            ValueError, match=rf"long.*{length} tokens, 1 x {M} visual.*`max_length`.*num_visual_tokens"
+            ValueError, match=rf"long.*{length} tokens, including 1 x {M} visual.*`max_length`.*num_visual_tokens"
         ):
             MQTLlavaDataCollator(make_processor(), sampler, max_length=length - 1)([row])
 

@@ -186,7 +186,7 @@ model.merge_and_unload().save_pretrained(task["merged"])
 def test_adapters_that_would_mix_are_refused(checkpoint, data, adapters, tmp_path):
     tune(load_base(checkpoint), data, tmp_path / "full", "query_transformer_full")
     model = load_adapter(load_base(checkpoint), adapters / "one")
-    with pytest.raises(ValueError, match="has an adapter 'default' already"):
+    with pytest.raises(ValueError, match="already has an adapter 'default'"):
         load_adapter(model, adapters / "two")
     model = load_adapter(load_base(checkpoint), tmp_path / "full")
     with pytest.raises(ValueError, match="another adapter of this model has replaced"):
@@ -392,7 +392,7 @@ MISTAKES = {
         "--eval-num-visual-tokens must be",
     ),
     "eval_num_visual_tokens alone": (["--eval-num-visual-tokens", "1"], "needs --eval-data"),
-    "resume and overwrite": (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+    "resume and overwrite": (["--resume", "--overwrite"], "--resume and --overwrite are mutually exclusive"),
     "too long": (
         ["--max-length", "3"],
         "and --max-length is 3: raise --max-length, lower --num-visual-tokens or shorten the",
