@@ -139,7 +139,7 @@ def test_tokenizer_of_another_model(tokenizer_model, tmp_path, out):
     source = write_authors(tmp_path, tokenizer_model, vocab=400)
     assert_refused(source, out, r"tokenizer\.model has 300 tokens.* 400 embeddings")
     source = write_authors(tmp_path, tokenizer_model, vocab=299)
-    assert_refused(source, out, r"tokenizer\.model has 300 words.* 299 embeddings")
+    assert_refused(source, out, r"tokenizer\.model has 300 tokens.* 299 embeddings")
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]"])

@@ -318,7 +318,7 @@ def test_memory_is_what_was_said(method):
         ({"num_visual_tokens": 17}, "from 1 to 16"),
         ({"num_visual_tokens": True}, "from 1 to 16"),
         ({"num_visual_tokens": [1, 2]}, "2 entries"),
-        ({"images": []}, "no image"),
+        ({"images": []}, "At least one image"),
         ({"question": "What? " * 200}, "The prompt has .* tokens, but the model supports at most 512"),
         ({"question": "Is this <image>?"}, "must not contain <image>"),
     ],
