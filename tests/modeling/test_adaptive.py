@@ -176,7 +176,7 @@ def test_features_of_the_caller(decided):
     )
     assert sequences.tolist() == expected.tolist()
     few = BaseModelOutputWithPooling(pooler_output=[tokens[:4] for tokens in features.pooler_output])
-    with pytest.raises(ValueError, match=r"holds \[4, 4, 4, 4, 4\] visual tokens"):
+    with pytest.raises(ValueError, match=r"has \[4, 4, 4, 4, 4\] visual tokens"):
         decided.generate(**inputs, **GREEDY, mm_encoder_outputs={"image": few}, num_visual_tokens=schedule)
 
 

@@ -298,5 +298,5 @@ def test_features_of_all_tokens_do_for_every_m(m):
     torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
     for _ in range(2):  # features are not used up
         assert MODEL.generate(**inputs, mm_encoder_outputs=features, **options).tolist() == expected.tolist()
-    with pytest.raises(ValueError, match=r"holds \[1, 2, 1\] visual tokens"):
+    with pytest.raises(ValueError, match=r"has \[1, 2, 1\] visual tokens"):
         MODEL.generate(**inputs, mm_encoder_outputs=few, **options | {"num_visual_tokens": 3})
