@@ -1,4 +1,4 @@
-"""Checkpoints of other layouts to ours and back: one module per layout, one verifier for all."""
+"""Convert checkpoints of other layouts to ours and back, and verify the result."""
 
 from .convert import LAYOUTS, Report, convert
 from .verify import VerificationError

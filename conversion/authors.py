@@ -1,4 +1,4 @@
-"""What the authors' config, tokenizer and vision tower say, as config and processor of our model."""
+"""Convert the authors' config, tokenizer and vision tower to the config and processor of our model."""
 
 import copy
 import json
@@ -26,8 +26,8 @@ from .names import AUTHORS_QUERY_TRANSFORMER, AUTHORS_VISION_TOWER
 
 
 TEXT_MODEL_TYPES = {"llava_llama": "llama", "llava_mistral": "mistral"}
-NUM_HEADS = 16  # of the query transformer; fixed in the authors' code, whatever the widths
-KEPT = ("mm_", "image_", "query_", "tokenizer_", "use_mm_", "num_visual_")  # settings that converting back will need
+NUM_HEADS = 16  # of the query transformer; fixed in the authors' code for all widths
+KEPT = ("mm_", "image_", "query_", "tokenizer_", "use_mm_", "num_visual_")  # settings needed to convert back
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")  # besides SentencePiece's
 OPENAI_CLIP = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -39,7 +39,7 @@ OPENAI_CLIP = {
 
 
 def check_supported(config: dict):
-    """Refuse options of the authors' code that our model does not have: its answers would be silently wrong."""
+    """Refuse options of the authors' code that our model doesn't have, since its answers would be silently wrong."""
     allowed = {
         "query_abstractor_type": ("matry_query",),
         "mm_vision_select_feature": ("patch",),
@@ -50,38 +50,38 @@ def check_supported(config: dict):
     for key, values in allowed.items():
         if config.get(key, values[0]) not in (None, *values):
             raise ValueError(
-                f"config.json: {key} is {config[key]!r}; this converter takes {' or '.join(map(repr, values))}"
+                f"config.json: {key} is {config[key]!r}; this converter supports {' or '.join(map(repr, values))}"
             )
 
 
 def text_config(config: dict) -> PreTrainedConfig:
-    """The language model's part of an authors' config."""
+    """The language model's config, from the authors' config.json."""
     model_type = config.get("model_type")
     if model_type not in TEXT_MODEL_TYPES:
-        raise ValueError(f"config.json: model_type is {model_type!r}; known are {', '.join(TEXT_MODEL_TYPES)}")
+        raise ValueError(f"config.json: model_type is {model_type!r}; supported are {', '.join(TEXT_MODEL_TYPES)}")
     config_class = CONFIG_MAPPING[TEXT_MODEL_TYPES[model_type]]
     names = set(config_class().to_dict()) | {"rope_theta", "rope_scaling"}
     unwanted = {"model_type", "architectures", "transformers_version", "torch_dtype", "_name_or_path"}
     try:
         return config_class(**{name: value for name, value in config.items() if name in names - unwanted})
-    except Exception as error:  # its checks raise what is no ValueError
+    except Exception as error:  # its checks raise errors that are not a ValueError
         raise ValueError(f"config.json: {one_line(error.__cause__ or error)}") from error
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
     """The config of a folder in transformers' layout."""
     if not read_json(folder / "config.json").get("model_type"):
-        raise ValueError(f"{folder / 'config.json'} names no model_type")
+        raise ValueError(f"{folder / 'config.json'} has no model_type")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # each config has checks of its own, and they raise what they like
+    except Exception as error:  # each config class has its own checks and exceptions
         raise ValueError(f"cannot read {folder / 'config.json'}: {one_line(error.__cause__ or error)}") from error
 
 
 def make_config(text: PreTrainedConfig, tower: "VisionTower", tokenizer, **settings) -> MQTLlavaConfig:
-    """Our config, with a place for `<image>` in the vocabulary."""
+    """Our config, with `<image>` in the vocabulary."""
     text = copy.deepcopy(text)
-    text.name_or_path = tower.config.name_or_path = ""  # a folder on this machine
+    text.name_or_path = tower.config.name_or_path = ""  # a local folder
     image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     text.vocab_size = max(text.vocab_size, image_token_id + 1)
     return MQTLlavaConfig(
@@ -94,14 +94,16 @@ def make_config(text: PreTrainedConfig, tower: "VisionTower", tokenizer, **setti
 
 
 def from_authors_config(config: dict, tower: "VisionTower", tokenizer, tensors: dict[str, LazyTensor]):
-    """Our config of the authors', whose M is in the shape of a tensor."""
+    """Our config, from the authors' config and their tensors, whose shapes determine M."""
     query = tensors.get(AUTHORS_QUERY_TRANSFORMER + "query")
     if query is None or len(query.shape) != 2:
-        raise ValueError(f"there is no matrix {AUTHORS_QUERY_TRANSFORMER}query: is this an MQT-LLaVA checkpoint?")
+        raise ValueError(
+            f"the checkpoint has no matrix {AUTHORS_QUERY_TRANSFORMER}query: is this an MQT-LLaVA checkpoint?"
+        )
     depth, layer = tower.config.num_hidden_layers, config.get("mm_vision_select_layer", -2)
     if layer not in range(-depth - 1, depth + 1):
         raise ValueError(
-            f"config.json: mm_vision_select_layer is {layer!r}; the vision tower has {depth} layers, from {-depth - 1} to {depth}"
+            f"config.json: mm_vision_select_layer is {layer!r}; with the vision tower's {depth} layers, it must be from {-depth - 1} to {depth}"
         )
     return make_config(
         text_config(config),
@@ -115,8 +117,8 @@ def from_authors_config(config: dict, tower: "VisionTower", tokenizer, tensors: 
 
 
 def make_processor(config: MQTLlavaConfig, tower: "VisionTower", tokenizer, pad_to_square: bool = True):
-    """Our processor; images are padded to a square as LLaVA 1.5 has it, or cropped as CLIP's own processor does."""
-    tokenizer.padding_side = "left"  # as `generate` wants a batch
+    """Our processor. Images are padded to a square as in LLaVA 1.5, or cropped as by CLIP's own processor."""
+    tokenizer.padding_side = "left"  # for `generate`
     side = config.vision_config.image_size
     settings = {key: tower.preprocessing[key] for key in ("image_mean", "image_std") if key in tower.preprocessing}
     square = {"height": side, "width": side}
@@ -135,8 +137,8 @@ class VisionTower:
     """A CLIP or SigLIP vision tower.
 
     Args:
-        preprocessing (`dict`): its preprocessor_config.json.
-        folder (`Path`, *optional*): where its weights are; `None` for those inside a checkpoint.
+        preprocessing (`dict`): the content of its preprocessor_config.json.
+        folder (`Path`, *optional*): the folder of its weights; `None` if they are part of the checkpoint.
     """
 
     name: str
@@ -145,7 +147,7 @@ class VisionTower:
     folder: Path | None = None
 
     def tensors(self) -> dict[str, LazyTensor]:
-        """By the names of `AutoModel`'s class."""
+        """The tensors by their names in the class that `AutoModel` builds."""
         with torch.device("meta"):
             expected = AutoModel.from_config(self.config).state_dict()
         assert self.folder is not None  # only OpenAI's CLIP has none, and its tensors are in the checkpoint
@@ -155,22 +157,22 @@ class VisionTower:
 def read_vision_tower(name: str, near: Path | None = None) -> VisionTower:
     """
     Args:
-        name (`str`): A folder or a Hub repository of a CLIP or SigLIP model, or of its vision part alone.
-        near (`Path`, *optional*): Where a relative folder may start from.
+        name (`str`): A folder or a Hub repository of a CLIP or SigLIP model, or of its vision tower only.
+        near (`Path`, *optional*): A folder that a relative path may start from.
     """
     folder = fetch(name, near)
     full_config = read_config(folder)
     config = getattr(full_config, "vision_config", full_config)
     if not hasattr(config, "image_size"):
-        raise ValueError(f"{name} is no vision tower: its model type is {full_config.model_type!r}")
+        raise ValueError(f"{name} is not a vision tower: its model_type is {full_config.model_type!r}")
     path = folder / "preprocessor_config.json"
     if not path.exists() and "clip" not in config.model_type:
-        raise ValueError(f"{name} has no preprocessor_config.json, to say how images are scaled")
+        raise ValueError(f"{name} has no preprocessor_config.json, which is needed to normalize images")
     return VisionTower(name, config, read_json(path) if path.exists() else OPENAI_CLIP, folder)
 
 
 def openai_clip(name: str, inside: dict[str, LazyTensor]) -> VisionTower:
-    """OpenAI's CLIP, whose folder is out of reach but whose tensors are in the checkpoint. The authors' code fixes its sizes."""
+    """OpenAI's CLIP, if its folder is not available but the checkpoint has its tensors. The authors' code fixes its sizes."""
     widths = [tensor.shape[0] for name, tensor in inside.items() if name.endswith("mlp.fc1.weight") and tensor.shape]
     config = CLIPVisionConfig(
         hidden_size=1024,
@@ -189,38 +191,38 @@ def num_vision_layers(tensors: dict[str, LazyTensor]) -> int:
 
 
 def split_off_vision(tensors: dict[str, LazyTensor]):
-    """Tensors of the language model and the query transformer, and those of a vision tower among them."""
+    """Split the tensors into those of the language model and query transformer, and those of a vision tower."""
     vision = {name: tensor for name, tensor in tensors.items() if name.startswith(AUTHORS_VISION_TOWER)}
     return {name: tensor for name, tensor in tensors.items() if name not in vision}, vision
 
 
 def choose_vision_tower(config: dict, folder: Path, inside: dict[str, LazyTensor], choice: str | None):
-    """The tower to use, its tensors by the authors' names, and where they come from in words.
+    """The tower to use, its tensors by the authors' names, and a description of their source.
 
     Args:
-        inside (`dict[str, LazyTensor]`): vision tensors among the checkpoint's own.
-        choice (`str`, *optional*): the value of `--vision-tower`, which goes before those.
+        inside (`dict[str, LazyTensor]`): the vision tower's tensors in the checkpoint.
+        choice (`str`, *optional*): the value of `--vision-tower`, which takes precedence over those.
     """
     name = choice or config.get("mm_vision_tower")
     if not name:
-        raise ValueError("config.json names no vision tower (`mm_vision_tower`); name one with --vision-tower")
+        raise ValueError("config.json has no vision tower (`mm_vision_tower`); pass one with --vision-tower")
     try:
         tower = read_vision_tower(name, near=None if choice else folder)
     except ValueError as error:
         if choice:
             raise
         if not inside or not name.startswith("openai/clip-vit"):
-            raise ValueError(f"{error}; name the vision tower with --vision-tower") from error
+            raise ValueError(f"{error}; pass the vision tower with --vision-tower") from error
         tower = openai_clip(name, inside)
     if inside and not choice:
-        return tower, inside, "the checkpoint itself; the authors' loader would take the separate " + name
+        return tower, inside, "the checkpoint itself; the authors' loader would use the separate " + name
     tensors = {AUTHORS_VISION_TOWER + "vision_model." + key: tensor for key, tensor in tower.tensors().items()}
     ignored = f"; {len(inside)} vision tensors in the checkpoint are ignored" if inside else ""
     return tower, tensors, name + ignored
 
 
 def without_prefix(tensors: dict[str, LazyTensor], expected: list[str], name: str) -> dict[str, LazyTensor]:
-    """The tensors that a model is made of, picked from a file that may hold a larger model under longer names."""
+    """The tensors of a model, picked from those of a larger model, where their names have a prefix."""
     prefixes = [stored.removesuffix(expected[0]) for stored in tensors if f".{stored}".endswith(f".{expected[0]}")]
     if not prefixes:
         raise ValueError(f"{name} lacks the tensor {expected[0]}")
@@ -235,20 +237,20 @@ def without_prefix(tensors: dict[str, LazyTensor], expected: list[str], name: st
 
 
 def load_tokenizer(folder: Path, vocab_size: int):
-    """The tokenizer of a language model's folder, with `<image>`, and the files that the authors' code would need.
+    """Load a language model's tokenizer, with `<image>` added, and the files that the authors' code would need.
 
     Args:
-        vocab_size (`int`): rows of the language model's embeddings.
+        vocab_size (`int`): number of rows of the language model's embeddings.
 
     Raises:
-        `ValueError`: naming the file, for a tokenizer that is missing, damaged or another model's. transformers makes one
-            of a few words where there is no file.
+        `ValueError`: for a tokenizer that is missing, damaged or another model's. (transformers silently creates a tokenizer with a
+            few words if the file is missing.)
     """
     kept = {name: check_inside(folder, name) for name in ("tokenizer.model",) if (folder / name).exists()}
     if not kept and not any((folder / name).exists() for name in TOKENIZER_FILES):
-        raise ValueError(f"{folder} has no tokenizer: none of tokenizer.model, {', '.join(TOKENIZER_FILES)} is there")
+        raise ValueError(f"{folder} has no tokenizer: it has none of tokenizer.model, {', '.join(TOKENIZER_FILES)}")
     if not (folder / "tokenizer_config.json").exists():
-        raise ValueError(f"{folder} has no tokenizer_config.json, without which prompts would get other ids")
+        raise ValueError(f"{folder} has no tokenizer_config.json, which the ids of prompts depend on")
     if reads_pieces(folder):
         num_words = read_pieces(folder / "tokenizer.model").get_piece_size()
         check_fits_embeddings(folder / "tokenizer.model", num_words, vocab_size)
@@ -256,9 +258,9 @@ def load_tokenizer(folder: Path, vocab_size: int):
         return load_llama_tokenizer(folder, legacy=True if legacy is None else legacy), kept
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # a damaged file can lead its reader to any exception
+    except Exception as error:  # readers raise all kinds of exceptions on damaged files
         raise ValueError(f"cannot read the tokenizer of {folder}: {one_line(error)}") from error
-    check_fits_embeddings(folder, tokenizer.vocab_size, vocab_size)  # added tokens may be behind the embeddings
+    check_fits_embeddings(folder, tokenizer.vocab_size, vocab_size)  # added tokens may exceed the embeddings
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -266,32 +268,32 @@ def load_tokenizer(folder: Path, vocab_size: int):
 
 
 def reads_pieces(folder: Path) -> bool:
-    """Whether a folder's tokenizer is Llama's, of SentencePiece's own file."""
+    """Whether a folder's tokenizer is Llama's, with a SentencePiece model."""
     name = read_json(folder / "tokenizer_config.json").get("tokenizer_class", "LlamaTokenizer")
     return (folder / "tokenizer.model").exists() and name.startswith("LlamaTokenizer")
 
 
 def check_fits_embeddings(path: Path, num_words: int, vocab_size: int):
-    """Refuse a tokenizer that is another model's. Embeddings have a few more rows than there are words, where they were
-    rounded up: of the models in use, one in fifty at most."""
+    """Refuse another model's tokenizer. Embeddings may have more rows than the tokenizer has tokens if they were padded, in the
+    models in use by at most 2 %."""
     if num_words > vocab_size or (vocab_size - num_words) * 8 > vocab_size:
         raise ValueError(
-            f"{path} has {num_words} words, and the language model {vocab_size} embeddings: is it another model's tokenizer?"
+            f"{path} has {num_words} tokens, but the language model has {vocab_size} embeddings: is it another model's tokenizer?"
         )
 
 
 def load_llama_tokenizer(folder, legacy: bool, image_token: str = "<image>") -> PreTrainedTokenizerFast:
-    """A Llama tokenizer that gives the ids of SentencePiece, with `image_token` added as a token of its own.
+    """A Llama tokenizer that gives the same ids as SentencePiece, with `image_token` as a special token.
 
-    Two things differ from `LlamaTokenizer` of transformers 5:
+    It differs from `LlamaTokenizer` of transformers 5 in two ways:
 
-    * Runs of spaces. SentencePiece scores pieces made of spaces below all others, so `"  this"` is `▁`, `▁this`;
-      transformers ranks their merges first and gives `▁▁`, `this`.
+    * Runs of spaces. SentencePiece scores pieces of spaces below all others, so `"  this"` is `▁`, `▁this`; transformers ranks their
+      merges first and gives `▁▁`, `this`.
     * With `legacy`, a text that begins with a space still gets the prefix `▁`, at the start and after special tokens.
 
     Args:
-        folder (`str`): Folder of `tokenizer.model` and `tokenizer_config.json`.
-        legacy (`bool`): What `legacy` meant when the checkpoint was trained: a missing key is `True`.
+        folder (`str`): A folder with `tokenizer.model` and `tokenizer_config.json`.
+        legacy (`bool`): `legacy` as it was when the checkpoint was trained; a missing key means `True`.
         image_token (`str`): The placeholder of an image.
     """
     slow_names = LlamaTokenizer.from_pretrained(folder, legacy=legacy)
@@ -306,7 +308,7 @@ def load_llama_tokenizer(folder, legacy: bool, image_token: str = "<image>") -> 
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         extra_special_tokens={"image_token": image_token},
-        legacy=legacy,  # for those who ask; what it means is in the backend
+        legacy=legacy,  # for information only; the backend implements it
         model_max_length=slow_names.model_max_length,
         padding_side=slow_names.padding_side,
         **{name: getattr(slow_names, name) for name in names if getattr(slow_names, name) is not None},
@@ -314,19 +316,20 @@ def load_llama_tokenizer(folder, legacy: bool, image_token: str = "<image>") -> 
 
 
 def read_pieces(path: Path):
-    """The SentencePiece model in a file.
+    """Load a SentencePiece model.
 
     Raises:
-        `ValueError`: naming the file, where it is empty or damaged. `ImportError`: naming a package that is missing.
+        `ValueError`: for an empty or damaged file.
+        `ImportError`: for a missing package.
     """
     try:
-        import google.protobuf  # noqa: F401  without it transformers takes the file for another format
+        import google.protobuf  # noqa: F401  without it, transformers takes the file for another format
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
-        raise ImportError(f"{error.name} is missing, to read {path.name}: pip install 'mqt-llava[convert]'") from error
+        raise ImportError(f"{error.name} is needed to read {path.name}: pip install 'mqt-llava[convert]'") from error
     try:
         pieces = SentencePieceProcessor(model_file=str(path))
         pieces.encode("a")  # an empty file is read as a model without pieces
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path} is no SentencePiece model, or a damaged one") from error
+        raise ValueError(f"{path} is not a SentencePiece model, or it is damaged") from error
     return pieces

@@ -1,4 +1,4 @@
-"""Convert a checkpoint: recognise its layout, plan, write aside, verify, move into place."""
+"""Convert a checkpoint: recognise its layout, plan, write to a temporary folder, verify, move into place."""
 
 import time
 from dataclasses import dataclass, field, replace
@@ -23,13 +23,21 @@ LAYOUTS = {
 
 @dataclass
 class Report:
-    """What a conversion did, or with `dry_run` would do.
+    """A report of a conversion, or of what it would do with `dry_run`.
 
     Args:
-        split (`int`): packed q/k/v tensors that were taken apart, or put together on the way back.
-        nbytes (`int`): of the weights that were written.
+        layout (`str`): a description of the source.
+        vision_source (`str`): a description of where the vision tower comes from.
+        tensors_in, tensors_out (`int`): number of tensors that are read and written.
+        renamed (`int`): number of tensors that get another name.
+        split (`int`): number of packed q/k/v tensors that are split, or merged when converting back.
+        dtypes (`list[str]`): dtypes of the tensors that are written.
+        nbytes (`int`): size of the weights that are written, in bytes.
+        files (`list[str]`): names of the files that are written.
         base_models (`list[str]`): folders and repositories that the result is made of.
-        broken (`list[str]`): tensors in which NaN or infinity was seen, see [`broken_tensors`].
+        checks (`list[Check]`): the comparisons, if `verify` was set.
+        broken (`list[str]`): tensors in which NaN or infinity was found, see [`broken_tensors`].
+        seconds (`float`): duration of the conversion.
     """
 
     layout: str
@@ -48,14 +56,14 @@ class Report:
 
 
 def recognise(source: Path) -> str:
-    """The layout of what is in `source`, one of `LAYOUTS`."""
+    """The layout of `source`, one of `LAYOUTS`."""
     if layouts.find_stage1(source):
         return "stage-1"
     if (source / "adapter_config.json").exists():
         return "lora"
     if not (source / "config.json").exists():
         raise ValueError(
-            f"{source} is in no known layout: it has none of config.json, adapter_config.json and {layouts.STAGE1_FILES[0]}"
+            f"{source} has no known layout: it has none of config.json, adapter_config.json and {layouts.STAGE1_FILES[0]}"
         )
     model_type = str(read_json(source / "config.json").get("model_type"))
     return "full" if model_type.startswith("llava_") else "back" if model_type == "mqt_llava" else "parts"
@@ -81,37 +89,38 @@ def convert(
 
     Args:
         source (`str`): A folder or a Hub repository; for stage-1 weights also the file itself.
-        layout (`str`, *optional*): One of `LAYOUTS`. Defaults to the one that the files show.
-        vision_tower (`str`, *optional*): A folder or a Hub repository. Defaults to the tower in the source, or the one that
-            it names.
-        base_model (`str`, *optional*): The language model of stage-1 weights; the base of a LoRA folder; with
-            `keep_adapter` the MQT-LLaVA checkpoint, converted already, that the adapter will go on.
-        dtype (`torch.dtype`, *optional*): Of the weights that are written. Defaults to that of the source.
+        destination (`str` or `Path`): A new or empty folder.
+        layout (`str`, *optional*): One of `LAYOUTS`. By default, it is recognised from the files.
+        vision_tower (`str`, *optional*): A folder or a Hub repository. Defaults to the tower in the source, or the one named there.
+        base_model (`str`, *optional*): The language model of stage-1 weights; the base model of a LoRA folder; with `keep_adapter`,
+            the converted MQT-LLaVA checkpoint that the adapter is for.
+        dtype (`torch.dtype`, *optional*): Dtype of the weights that are written. Defaults to that of the source.
         max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): As for `save_pretrained`.
         keep_adapter (`bool`, *optional*): Write a PEFT adapter instead of merging a LoRA folder.
         verify (`bool`, *optional*): Compare the result with the source before it is moved to `destination`.
-        progress (`Callable[[str, int, int], None]`, *optional*): Is told "converting", then with `verify` "verifying", and
-            each time how many bytes were read and how many there will be.
-        prepare (`Callable[[Report], None]`, *optional*): Is called before anything is written, with `dry_run` too.
-        finish (`Callable[[Path, Report], None]`, *optional*): Is called when the folder is complete, before it is moved.
-            Neither is called on the way back to the authors' layout.
+        overwrite (`bool`, *optional*): Replace a checkpoint in `destination`.
+        dry_run (`bool`, *optional*): Check everything that can be checked without writing anything.
+        progress (`Callable[[str, int, int], None]`, *optional*): Called with "converting" or "verifying", the bytes read so far and
+            the bytes in total.
+        prepare (`Callable[[Report], None]`, *optional*): Called before anything is written, with `dry_run` too.
+        finish (`Callable[[Path, Report], None]`, *optional*): Called with the complete folder before it is moved. Neither is called
+            when converting back to the authors' layout.
 
     Raises:
-        `ValueError`: for a source that cannot be converted and a destination that is not free.
-        `VerificationError`: a `ValueError`, where the result differs from its source.
-        Nothing is left at `destination` then, and what was there stays.
+        `ValueError`: for a source that cannot be converted, and a destination that is not free.
+        `VerificationError`: a `ValueError`, if the result differs from its source. As with every error, `destination` is unchanged.
     """
     start = time.perf_counter()
     destination = Path(destination)
     if layout is not None and layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; known are {', '.join(LAYOUTS)}")
+        raise ValueError(f"unknown layout {layout!r}; choose from {', '.join(LAYOUTS)}")
     check_free(destination, overwrite)
     max_shard_size = parse_size(max_shard_size)
     path = Path(source) if Path(source).is_file() else fetch(source)
     used: str | Path | None
     for used in (path, vision_tower, base_model):
         if used and Path(used).exists() and Path(used).resolve().is_relative_to(destination.resolve()):
-            raise ValueError(f"{destination} is or holds the source {used}; choose another folder")
+            raise ValueError(f"{destination} is or contains the source {used}; choose another folder")
     layout = layout or recognise(path)
     for option, given, allowed in (
         ("--keep-adapter", keep_adapter, ("lora",)),
@@ -120,9 +129,11 @@ def convert(
     ):
         if given and layout not in allowed:
             names = " and ".join(LAYOUTS[name] for name in allowed)
-            raise ValueError(f"{option} is for {names}; this is the layout {layout!r}")
+            raise ValueError(f"{option} is for {names}; the layout here is {layout!r}")
     if keep_adapter and vision_tower:
-        raise ValueError("--keep-adapter takes the vision tower of the MQT-LLaVA checkpoint, and no --vision-tower")
+        raise ValueError(
+            "--keep-adapter uses the vision tower of the MQT-LLaVA checkpoint, so --vision-tower cannot be set"
+        )
 
     plan: layouts.Plan
     if layout == "full":
@@ -175,16 +186,16 @@ def convert(
 
 
 def counted_plan(plan: layouts.Plan, progress, phase: str) -> layouts.Plan:
-    """The same plan, whose tensors tell `progress` of the bytes that were read."""
+    """The same plan with tensors that report the bytes read to `progress`."""
     if progress is None:
         return plan
-    # each is written once; verifying reads the sources, too
+    # each tensor is read once to be written; verifying reads the sources too
     total = sum(tensor.nbytes for tensor in plan.tensors.values()) * (1 if phase == "converting" else 2)
     done = 0
 
-    def told(nbytes):
+    def report_bytes(nbytes):
         nonlocal done
         done = min(done + nbytes, total)
         progress(phase, done, total)
 
-    return replace(plan, tensors=counted(plan.tensors, told), sources=counted(plan.sources, told))
+    return replace(plan, tensors=counted(plan.tensors, report_bytes), sources=counted(plan.sources, report_bytes))

@@ -1,4 +1,5 @@
-"""Checkpoint folders: tensors are read one at a time and without trusting the files, and written aside and moved into place."""
+"""Checkpoint folders. Tensors are read one at a time, without trusting the files; folders are written under a temporary name and moved
+into place."""
 
 import contextlib
 import glob
@@ -22,16 +23,16 @@ from huggingface_hub import list_repo_files, snapshot_download, split_state_dict
 from safetensors import safe_open
 
 
-HUB_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt", "tokenizer.model")  # what is downloaded
+HUB_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt", "tokenizer.model")  # to download
 WEIGHT_FILES = ("model*.safetensors", "adapter_model.*", "pytorch_model*.bin")
-CHECKPOINT_FILES = (  # what `convert` and `save_pretrained` write
+CHECKPOINT_FILES = (  # written by `convert` and `save_pretrained`
     *"config.json *_config.json *.index.json tokenizer.* special_tokens_map.json added_tokens.json vocab.json".split(),
     *"merges.txt accuracy.json chat_template.* *_mqt_llava.py README.md".split(),
     *WEIGHT_FILES,
 )
-MARK = "mqt-llava-convert.lock"  # in the folders that a run makes for itself
+MARK = "mqt-llava-convert.lock"  # in temporary folders
 REMAP_AFTER_BYTES = 256 * 2**20
-WRITERS = min(4, os.cpu_count() or 1)  # tensors that are written, and in memory, at a time
+WRITERS = min(4, os.cpu_count() or 1)  # number of tensors in memory and being written at a time
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -52,8 +53,8 @@ class LazyTensor:
     """A tensor that is not read yet.
 
     Args:
-        shape (`tuple[int, ...]`), dtype (`torch.dtype`): known from the file's header.
-        load (`Callable[[], torch.Tensor]`): reads it, and computes what it is made of.
+        shape (`tuple[int, ...]`), dtype (`torch.dtype`): from the file's header.
+        load (`Callable[[], torch.Tensor]`): reads, and if necessary computes, the tensor.
     """
 
     shape: tuple[int, ...]
@@ -65,13 +66,13 @@ class LazyTensor:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
     def map(self, function) -> "LazyTensor":
-        """The tensor that `function` makes of this one when it is loaded. Its shape and dtype are computed on the meta device."""
+        """Apply `function` to the tensor when it is loaded. The resulting shape and dtype are computed on the meta device."""
         made = function(torch.empty(self.shape, dtype=self.dtype, device="meta"))
         return LazyTensor(tuple(made.shape), made.dtype, lambda: function(self.load()))
 
 
 def cast(tensors: dict[str, LazyTensor], dtype: torch.dtype | None) -> dict[str, LazyTensor]:
-    """All floating point tensors in `dtype`; as they are where it is `None`."""
+    """Cast all floating-point tensors to `dtype`, unless it is `None`."""
     return {
         name: tensor.map(lambda values: values.to(dtype))
         if dtype is not None and tensor.dtype.is_floating_point and tensor.dtype != dtype
@@ -80,21 +81,21 @@ def cast(tensors: dict[str, LazyTensor], dtype: torch.dtype | None) -> dict[str,
     }
 
 
-def counted(tensors: dict[str, LazyTensor], told) -> dict[str, LazyTensor]:
-    """The same tensors. `told` is called with the bytes of each that was loaded, by one thread at a time."""
+def counted(tensors: dict[str, LazyTensor], on_read) -> dict[str, LazyTensor]:
+    """The same tensors, which call `on_read` with their number of bytes when they are loaded, from one thread at a time."""
     lock = threading.Lock()
 
     def load(tensor):
         values = tensor.load()
         with lock:
-            told(tensor.nbytes)
+            on_read(tensor.nbytes)
         return values
 
     return {name: replace(tensor, load=partial(load, tensor)) for name, tensor in tensors.items()}
 
 
 class BinFile:
-    """A `.bin` file, mapped into memory. Such files are pickles: they are read with `weights_only=True` alone."""
+    """A `.bin` file, mapped into memory. Such files are pickles, and are only read with `weights_only=True`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -107,19 +108,19 @@ class BinFile:
             try:
                 mapped = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
                 wrong = [name for name, value in mapped.items() if not isinstance(value, torch.Tensor)]
-            except Exception as error:  # torch's advice is to load it all the same
+            except Exception as error:  # torch's own message suggests to load it anyway
                 raise ValueError(
-                    f"cannot read {self.path}: it is damaged, older than torch 1.6, or holds more than tensors. That could run "
-                    "a program, so it is not loaded"
+                    f"cannot read {self.path}: it is damaged, older than torch 1.6, or contains more than tensors, which could run "
+                    "code"
                 ) from error
             if wrong:
-                raise ValueError(f"{self.path} holds more than tensors: {first(wrong)}")
+                raise ValueError(f"{self.path} contains more than tensors: {first(wrong)}")
             self.mapped, self.bytes_read = mapped, 0
-        return mapped  # another thread may have dropped the attribute
+        return mapped  # not `self.mapped`, which another thread may have reset
 
     def load(self, name: str) -> torch.Tensor:
         tensor = self.map()[name]
-        # what was read counts as resident memory as long as the file is mapped
+        # pages that were read count as resident memory as long as the file is mapped
         self.bytes_read += tensor.nbytes
         if self.bytes_read >= REMAP_AFTER_BYTES:
             self.mapped = None
@@ -135,7 +136,7 @@ def read_file(path: Path) -> dict[str, LazyTensor]:
     """All tensors of a safetensors or `.bin` file.
 
     Raises:
-        `ValueError`: naming the file, where it is damaged or holds more than tensors.
+        `ValueError`: if the file is damaged or contains more than tensors.
     """
     if path.suffix != ".safetensors":
         file = BinFile(path)
@@ -146,21 +147,21 @@ def read_file(path: Path) -> dict[str, LazyTensor]:
     tensors = {}
     try:
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  it is no dict
+            for name in file.keys():  # noqa: SIM118  not a dict
                 header = file.get_slice(name)
                 if (dtype := SAFETENSORS_DTYPES.get(header.get_dtype())) is None:
                     raise ValueError(f"{name} has the unsupported dtype {header.get_dtype()}")
                 tensors[name] = LazyTensor(tuple(header.get_shape()), dtype, partial(load_safetensor, path, name))
-    except Exception as error:  # a damaged file can lead its reader to any exception
+    except Exception as error:  # readers raise all kinds of exceptions on damaged files
         raise ValueError(f"cannot read {path}: {one_line(error)}") from error
     return tensors
 
 
 def read_tensors(folder: Path) -> dict[str, LazyTensor]:
-    """All tensors of a checkpoint folder: safetensors go before `.bin`, shards are those that the index names.
+    """All tensors of a checkpoint folder. Safetensors take precedence over `.bin` files; shards are those in the index.
 
     Raises:
-        `ValueError`: for files that are missing or cannot be read, and where the index and its files disagree.
+        `ValueError`: for files that are missing or cannot be read, and for an index that doesn't match its files.
     """
     for single in ("model.safetensors", "pytorch_model.bin"):
         index, files = folder / f"{single}.index.json", [single]
@@ -168,7 +169,7 @@ def read_tensors(folder: Path) -> dict[str, LazyTensor]:
         if index.exists():
             listed = read_json(check_inside(folder, index.name)).get("weight_map")
             if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-                raise ValueError(f"{index} has no `weight_map` of tensors to files")
+                raise ValueError(f"{index} has no `weight_map` from tensors to files")
             files = sorted(set(listed.values()))
         elif not (folder / single).exists():
             continue
@@ -179,10 +180,10 @@ def read_tensors(folder: Path) -> dict[str, LazyTensor]:
                     raise ValueError(f"{folder}: the tensor {name} is in two files, one of them {file}")
                 tensors[name] = tensor
         if missing := sorted(listed.keys() - tensors.keys()):
-            raise ValueError(f"{index} names tensors that its files lack: {first(missing)}")
+            raise ValueError(f"{index} lists tensors that its files lack: {first(missing)}")
         return tensors
     raise ValueError(
-        f"{folder} has no weights: none of model.safetensors, pytorch_model.bin and their index files is there"
+        f"{folder} has no weights: it has none of model.safetensors, pytorch_model.bin and their index files"
     )
 
 
@@ -192,28 +193,28 @@ def read_json(path: Path) -> dict:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object; got {type(content).__name__}")
+        raise ValueError(f"{path} must contain a JSON object; got {type(content).__name__}")
     return content
 
 
 def check_inside(folder: Path, name: str) -> Path:
-    """The file `name` of a folder; neither `..` nor a symbolic link may lead out of it.
+    """The path of a file in a folder, which neither `..` nor a symbolic link may lead out of.
 
-    A snapshot in the Hub's cache is the exception: its links point to the blobs of the same repository.
+    Snapshots in the Hub's cache are an exception: their links point to blobs of the same repository.
     """
     path = folder / name
     home = folder.resolve()
     allowed = [home, home.parent.parent] if home.parent.name == "snapshots" else [home]
     if Path(name).name != name or not any(path.resolve().is_relative_to(parent) for parent in allowed):
         link = f": it is a symbolic link to {path.resolve()}; copy that file here" if path.is_symlink() else ""
-        raise ValueError(f"{name!r} leads out of the folder {folder}{link}")
+        raise ValueError(f"{name!r} is outside the folder {folder}{link}")
     if not path.is_file():
         raise ValueError(f"{folder} has no file {name}")
     return path
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, without the traceback or the advice that a library puts around it."""
+    """An error's message on one line, shortened."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
@@ -223,26 +224,28 @@ def first(names: list, count: int = 3) -> str:
 
 
 def fetch(name: str, near: Path | None = None) -> Path:
-    """The folder that `name` means: one on this machine, or the files of a Hub repository.
+    """The local folder of that name, or the downloaded files of a Hub repository.
 
     Args:
         name (`str`): A folder or a Hub repository.
-        near (`Path`, *optional*): A relative folder may also start from here or from its parent.
+        near (`Path`, *optional*): A folder that a relative path may start from, as well as from its parent.
     """
-    starts = [] if near is None else [near, near.parent, near.resolve().parent]  # of a link, too
+    starts = [] if near is None else [near, near.parent, near.resolve().parent]  # of a link's target too
     for folder in [*(start / name for start in starts), Path(name)]:
         if folder.is_dir():
             return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise ValueError(f"{name!r} is neither a folder nor the name of a Hub repository")
     unwanted = None
-    with contextlib.suppress(Exception):  # offline, what is in the cache will do
+    with contextlib.suppress(Exception):  # offline, use the cache
         if any(file.endswith(".safetensors") for file in list_repo_files(name)):
-            unwanted = "*.bin"  # the same weights twice
+            unwanted = "*.bin"  # the same weights again
     try:
         return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns=unwanted))
-    except Exception as error:  # its HTTP library raises whatever it likes
-        raise ValueError(f"cannot get {name!r}, neither a folder here nor from the Hub: {one_line(error)}") from error
+    except Exception as error:  # its HTTP library has many exceptions
+        raise ValueError(
+            f"{name!r} is not a local folder and cannot be downloaded from the Hub: {one_line(error)}"
+        ) from error
 
 
 # --- writing ---
@@ -250,9 +253,9 @@ def fetch(name: str, near: Path | None = None) -> Path:
 
 @contextlib.contextmanager
 def new_folder(destination: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `destination` when the block ends well; else nothing is left of it.
+    """A temporary folder that is moved to `destination` at the end of the block, or removed if the block raises.
 
-    It is made in a folder of its own beside `destination`. What a killed run left behind is removed by the next one.
+    It is created next to `destination`. A folder that a killed run left behind is removed by the next run.
 
     Raises:
         `ValueError`: see [`check_free`].
@@ -261,7 +264,7 @@ def new_folder(destination: Path, overwrite: bool = False) -> Iterator[Path]:
     prefix = f".{destination.name}.convert-"
     for mark in destination.parent.glob(f"{glob.escape(prefix)}*/{MARK}"):
         with open(mark) as file:
-            if _lock(file):  # else another run is at work there
+            if _lock(file):  # otherwise, another run is using it
                 _remove(mark.parent, destination)
     check_free(destination, overwrite)
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -271,7 +274,7 @@ def new_folder(destination: Path, overwrite: bool = False) -> Iterator[Path]:
             _lock(lock)
             (aside / "new").mkdir()
             yield aside / "new"
-            check_free(destination, overwrite)  # of others, meanwhile
+            check_free(destination, overwrite)  # again: it may have been filled in the meantime
             if destination.exists():
                 destination.replace(aside / "old")
             (aside / "new").replace(destination)
@@ -286,7 +289,7 @@ def _remove(aside: Path, destination: Path):
 
 
 def _lock(file) -> bool:
-    """Hold a file until this process ends or closes it. Without locks, as on Windows, no folder is taken for an abandoned one."""
+    """Lock a file until this process ends or closes it. Without locks, as on Windows, no folder is considered abandoned."""
     try:
         import fcntl
 
@@ -299,29 +302,29 @@ def _lock(file) -> bool:
 def check_free(destination: Path, overwrite: bool):
     """
     Raises:
-        `ValueError`: where `destination` is a file or holds something. With `overwrite` it may be a checkpoint, and hold
-            nothing but what makes one.
+        `ValueError`: if `destination` is a file or a folder that is not empty. With `overwrite`, the folder may contain a checkpoint,
+            but no other files.
     """
     if destination.exists() and not destination.is_dir():
-        raise ValueError(f"{destination} is a file; the converted checkpoint is a folder")
+        raise ValueError(f"{destination} is a file; a folder is needed")
     if not destination.is_dir() or not any(destination.iterdir()):
         return
     if not overwrite:
         raise ValueError(f"{destination} is not empty; choose another folder or pass --overwrite")
     if others := foreign_files(destination):
         raise ValueError(
-            f"--overwrite replaces nothing but a checkpoint, and {destination} holds {first(others)}; choose another folder"
+            f"--overwrite replaces only checkpoints, but {destination} contains {first(others)}; choose another folder"
         )
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """What is in a folder beside a checkpoint; all that is in it where that is none."""
+    """Names in a folder that don't belong to a checkpoint; all names if there is no checkpoint."""
 
     def fits(name: str, patterns) -> bool:
         return any(fnmatch(name, pattern) for pattern in patterns)
 
     found = sorted(path.name for path in folder.iterdir())
-    tower = folder / "vision_tower"  # where `convert` writes that of a checkpoint for the authors' code
+    tower = folder / "vision_tower"  # part of a checkpoint in the authors' layout
     if tower.is_dir() and (others := foreign_files(tower)):
         return [f"vision_tower/{name}" for name in others]
     is_checkpoint = all(
@@ -338,12 +341,12 @@ def parse_size(size: int | str) -> int:
     except ValueError:
         nbytes = 0
     if nbytes < 1:
-        raise ValueError(f"--max-shard-size takes a size such as 500MB or 5GiB; got {size!r}")
+        raise ValueError(f"--max-shard-size must be a size such as 500MB or 5GiB; got {size!r}")
     return nbytes
 
 
 def check_space(folder: Path, nbytes: int):
-    """Refuse before any work what cannot fit."""
+    """Refuse, before any work, weights that don't fit on the disk."""
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
@@ -352,7 +355,7 @@ def check_space(folder: Path, nbytes: int):
 
 
 def plan_shards(tensors: dict[str, LazyTensor], max_shard_size: int | str):
-    """Which tensor goes to which file: a `StateDictSplit` of huggingface_hub."""
+    """Assign tensors to files, as a `StateDictSplit` of huggingface_hub."""
     return split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=lambda tensor: tensor.nbytes,
@@ -368,7 +371,7 @@ def weight_file_names(tensors: dict[str, LazyTensor], max_shard_size: int | str)
 
 
 def write_shards(folder: Path, tensors: dict[str, LazyTensor], max_shard_size: int | str):
-    """Write `tensors` as safetensors. No more than `WRITERS` of them are in memory at a time."""
+    """Write `tensors` as safetensors, with at most `WRITERS` of them in memory at a time."""
     split = plan_shards(tensors, max_shard_size)
     for filename, names in split.filename_to_tensors.items():
         write_safetensors(folder / filename, {name: tensors[name] for name in names})
@@ -378,9 +381,9 @@ def write_shards(folder: Path, tensors: dict[str, LazyTensor], max_shard_size: i
 
 
 def write_safetensors(path: Path, tensors: dict[str, LazyTensor]):
-    """Write one safetensors file, a few tensors at a time: `safetensors.torch.save_file` wants all of them in memory."""
+    """Write a safetensors file, a few tensors at a time: `safetensors.torch.save_file` needs all of them in memory."""
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-    # wide types first, as that library orders them: each tensor begins at a multiple of its item's size
+    # wide dtypes first, as in that library, so that each tensor is aligned to its item size
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -393,7 +396,9 @@ def write_safetensors(path: Path, tensors: dict[str, LazyTensor]):
     def write(name):
         tensor, values = tensors[name], tensors[name].load()
         if (tuple(values.shape), values.dtype) != (tensor.shape, tensor.dtype):
-            raise ValueError(f"{name} was announced as {tensor.shape}; its file holds {tuple(values.shape)}")
+            raise ValueError(
+                f"{name} should have the shape {tensor.shape} and dtype {tensor.dtype}; got {tuple(values.shape)}, {values.dtype}"
+            )
         with open(path, "r+b", buffering=0) as file:
             file.seek(8 + len(head) + header[name]["data_offsets"][0])
             write_all(file, values.contiguous().flatten().view(torch.uint8).numpy())
@@ -403,13 +408,13 @@ def write_safetensors(path: Path, tensors: dict[str, LazyTensor]):
         try:
             for written in as_completed([pool.submit(write, name) for name in tensors]):
                 written.result()
-        except BaseException:  # the first error, or Ctrl-C, ends it
+        except BaseException:  # stop at the first error or Ctrl-C
             pool.shutdown(cancel_futures=True)
             raise
 
 
 def write_all(file, content):
-    """Write all bytes: an unbuffered file may take a part at a time."""
+    """Write all bytes: a single write to an unbuffered file may be partial."""
     view = memoryview(content)
     while view:
         view = view[file.write(view) :]
@@ -426,9 +431,11 @@ def save(tokenizer, folder: Path):
     except Exception as error:
         if type(error) is not Exception:
             raise
-        raise OSError(f"cannot write the tokenizer: {error}") from error  # the Rust library's, of a full disk
+        raise OSError(
+            f"cannot write the tokenizer: {error}"
+        ) from error  # from the Rust library, such as for a full disk
 
 
 def main_dtype(tensors: dict[str, LazyTensor]) -> torch.dtype:
-    """That of the largest tensor; `from_pretrained(dtype="auto")` goes by it."""
+    """The dtype of the largest tensor, to store in the config for `from_pretrained(dtype="auto")`."""
     return max(tensors.values(), key=lambda tensor: tensor.nbytes).dtype

@@ -1,4 +1,4 @@
-"""What a checkpoint of each layout becomes in ours: a [`Plan`], made before anything is computed or written."""
+"""Plan the conversion of each layout to ours: a [`Plan`] is made before anything is computed or written."""
 
 import math
 import re
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 STAGE1_FILES = (
     "query_abstractor.bin",
     "mm_query_abstractor.bin",
-)  # the second in the trainer's own checkpoint folders
+)  # the second one is in the trainer's checkpoint folders
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA_FILE = "non_lora_trainables.bin"
 CODE_FILES = [path.name for path in Path(modeling.__file__).parent.glob("*_mqt_llava.py")]
-FOLDER_FILES = (  # beside the weights and the code
+FOLDER_FILES = (  # in addition to weights and code
     *"chat_template.jinja config.json generation_config.json processor_config.json".split(),
     *"tokenizer.json tokenizer_config.json".split(),
 )
@@ -42,16 +42,16 @@ FOLDER_FILES = (  # beside the weights and the code
 
 @dataclass(kw_only=True)
 class Plan(ABC):
-    """A result that is not computed yet. Each kind can `write` itself to a folder and `verify` what is there.
+    """A planned conversion. Subclasses can `write` the result to a folder and `verify` it.
 
     Args:
-        layout (`str`): what the source is, in words.
-        config (`MQTLlavaConfig`): of the model in our layout.
-        settings (`dict`, *optional*): the language model's config as the source has it. `None` for a new model, which has no
-            authors' mathematics to be compared with.
-        sources (`dict[str, LazyTensor]`): all that is read, by the source's names.
-        tensors (`dict[str, LazyTensor]`): all that will be written, by the result's names.
-        vision_source (`str`): which vision tower is used.
+        layout (`str`): a description of the source.
+        config (`MQTLlavaConfig`): the model's config in our layout.
+        settings (`dict`, *optional*): the language model's config in the source. `None` for a new model, which the authors'
+            computation doesn't apply to.
+        sources (`dict[str, LazyTensor]`): the tensors to read, by their names in the source.
+        tensors (`dict[str, LazyTensor]`): the tensors to write, by their names in the result.
+        vision_source (`str`): a description of the vision tower's source.
         base_models (`list[str]`): the models that the result is made of, for the model card.
     """
 
@@ -75,11 +75,12 @@ class Plan(ABC):
 
 @dataclass(kw_only=True)
 class CheckpointPlan(Plan):
-    """A checkpoint of ours.
+    """A checkpoint in our layout.
 
     Args:
-        tokenizer_folder (`Path`): where the source has its tokenizer.
-        extra_files (`dict[str, Path]`): files to copy as they are.
+        processor (`MQTLlavaProcessor`): the processor to save.
+        tokenizer_folder (`Path`): the folder of the source's tokenizer.
+        extra_files (`dict[str, Path]`): files to copy unchanged.
     """
 
     processor: MQTLlavaProcessor
@@ -90,7 +91,7 @@ class CheckpointPlan(Plan):
         return [*files.weight_file_names(self.tensors, max_shard_size), *CODE_FILES, *FOLDER_FILES, *self.extra_files]
 
     def write(self, folder: Path, max_shard_size: int):
-        """Write all that a checkpoint folder has; the weights first, which are the most likely to fail."""
+        """Write a complete checkpoint folder; the weights first, which are the most likely to fail."""
         files.write_shards(folder, self.tensors, max_shard_size)
         for name, path in self.extra_files.items():
             shutil.copyfile(path, folder / name)
@@ -110,10 +111,10 @@ class CheckpointPlan(Plan):
         files.save(self.processor, folder)
 
     def verify(self, folder: Path, dtype: torch.dtype | None) -> list[Check]:
-        """Compare the folder, loaded through the Auto classes, with what it was made of.
+        """Compare the folder, loaded through the Auto classes, with its source.
 
         Args:
-            dtype (`torch.dtype`, *optional*): to which the weights were cast.
+            dtype (`torch.dtype`, *optional*): the dtype that the weights were cast to.
         """
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         return [
@@ -128,11 +129,11 @@ class CheckpointPlan(Plan):
 
 @dataclass(kw_only=True)
 class NewModelPlan(CheckpointPlan):
-    """A new model, with a fresh query transformer: its parts are compared with those that it is made of.
+    """A new model with a newly initialised query transformer. To verify it, its parts are compared with the originals.
 
     Args:
-        language_model (`dict[str, LazyTensor]`): by the names of its own class.
-        tower_folder (`Path`): where the vision tower is.
+        language_model (`dict[str, LazyTensor]`): the language model's tensors, by their names in its own class.
+        tower_folder (`Path`): the folder of the vision tower.
     """
 
     language_model: dict[str, LazyTensor]
@@ -146,7 +147,7 @@ class NewModelPlan(CheckpointPlan):
 
 @dataclass(kw_only=True)
 class AdapterPlan(Plan):
-    """A PEFT adapter for a checkpoint of ours in the folder `base`."""
+    """A PEFT adapter for the checkpoint in the folder `base`, which is in our layout."""
 
     base: Path
     scaling: float
@@ -160,7 +161,7 @@ class AdapterPlan(Plan):
         files.write_safetensors(folder / "adapter_model.safetensors", self.tensors)
 
     def verify(self, folder: Path, dtype: torch.dtype | None) -> list[Check]:
-        """Compare the adapter, on its base as PEFT loads it, with the authors' LoRA folder merged into that base."""
+        """Compare the base model with the adapter, as loaded by PEFT, with the authors' LoRA folder merged into that base model."""
         processor = AutoProcessor.from_pretrained(self.base, trust_remote_code=False)
         theirs = cast(to_authors(read_tensors(self.base), self.config.text_config.vocab_size), torch.float32)
         source = merge_lora(theirs, cast(self.sources, dtype), self.scaling, self.base)
@@ -174,11 +175,11 @@ def empty_model(config: MQTLlavaConfig) -> MQTLlavaForConditionalGeneration:
 
 
 def check_tensors(config: MQTLlavaConfig, tensors: dict[str, LazyTensor]):
-    """The tensors are those of the model, in name and shape. An `lm_head` that is tied is taken out. What the vision tower has
-    behind the features may be there, and stays.
+    """Check the names and shapes of the tensors against the model's. A tied `lm_head` is removed from them. The vision tower's layers
+    after the features are allowed.
 
     Raises:
-        `ValueError`: naming what is missing, unknown or of another shape.
+        `ValueError`: for tensors that are missing, unknown or of another shape.
     """
     model = empty_model(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -194,14 +195,16 @@ def check_tensors(config: MQTLlavaConfig, tensors: dict[str, LazyTensor]):
             raise ValueError(f"the checkpoint {problem} tensors: {files.first(names)}")
     for name, shape in expected.items():
         if tensors[name].shape != shape:
-            raise ValueError(f"{name} has the shape {tensors[name].shape}; the config makes it {shape}")
+            raise ValueError(
+                f"{name} has the shape {tensors[name].shape}; according to the config it should be {shape}"
+            )
 
 
 # --- full checkpoints ---
 
 
 def plan_full(source: Path, vision_tower: str | None = None) -> CheckpointPlan:
-    """The plan for a full checkpoint, `model_type: llava_llama`, with the vision tower's tensors inside or not."""
+    """The plan for a full checkpoint, `model_type: llava_llama`, with or without the vision tower's tensors."""
     settings, tensors = read_json(source / "config.json"), read_tensors(source)
     return plan_of_tensors("full checkpoint", source, settings, tensors, vision_tower)
 
@@ -214,13 +217,13 @@ def plan_of_tensors(
     vision_tower: str | None,
     tokenizer_folder: Path | None = None,
 ) -> CheckpointPlan:
-    """The plan for tensors by the authors' names, which full checkpoints have and other layouts are brought to.
+    """The plan for tensors with the authors' names, as in full checkpoints. Other layouts are converted to these first.
 
     Args:
-        folder (`Path`): where a relative path of the vision tower starts from.
-        settings (`dict`): the authors' config.json.
+        folder (`Path`): the folder that a relative path of the vision tower starts from.
+        settings (`dict`): the content of the authors' config.json.
         vision_tower (`str`, *optional*): the value of `--vision-tower`.
-        tokenizer_folder (`Path`, *optional*): defaults to `folder`.
+        tokenizer_folder (`Path`, *optional*): the folder of the tokenizer. Defaults to `folder`.
     """
     authors.check_supported(settings)
     vocab_size = authors.text_config(settings).vocab_size
@@ -250,10 +253,10 @@ def plan_of_tensors(
 
 
 def find_stage1(source: Path) -> Path | None:
-    """The file that stage 1 leaves: the query transformer alone."""
+    """The file that stage 1 saves, which has only the query transformer."""
     if source.is_file():
         if source.suffix != ".bin":
-            raise ValueError(f"{source} is a file; name the folder that it is in, or a {STAGE1_FILES[0]}")
+            raise ValueError(f"{source} is a file; pass its folder, or a {STAGE1_FILES[0]}")
         return source
     return next((source / name for name in STAGE1_FILES if (source / name).exists()), None)
 
@@ -264,29 +267,29 @@ def plan_stage1(source: Path, vision_tower: str | None = None, base_model: str |
     if file is None:
         raise ValueError(f"{source} has none of the files {', '.join(STAGE1_FILES)}")
     if base_model is None:
-        raise ValueError("stage-1 weights are the query transformer alone; name the language model with --base-model")
+        raise ValueError("stage-1 weights are only the query transformer; pass the language model with --base-model")
     base = fetch(base_model)
     config_file = file.parent / "config.json"
     settings = read_json(config_file) if config_file.exists() else {}
     settings = combine(read_json(base / "config.json"), settings, base_model)
     trained = unwrapped(read_file(file))
     if unknown := [name for name in trained if not name.startswith(AUTHORS_QUERY_TRANSFORMER)]:
-        raise ValueError(f"{file} holds more than a query transformer: {files.first(unknown)}")
+        raise ValueError(f"{file} contains more than a query transformer: {files.first(unknown)}")
     return plan_of_tensors("stage-1 weights", file.parent, settings, read_tensors(base) | trained, vision_tower, base)
 
 
 def combine(base: dict, settings: dict, base_model: str) -> dict:
-    """An authors' config: the language model's, and what the trained folder's config says about images."""
+    """The config of a full checkpoint: the language model's, with the settings about images from the trained folder's."""
     known = {model_type: name for name, model_type in authors.TEXT_MODEL_TYPES.items()}
     if base.get("model_type") not in known:
-        raise ValueError(f"{base_model} is a {base.get('model_type')!r} model; known are {', '.join(known)}")
+        raise ValueError(f"{base_model} is a {base.get('model_type')!r} model; supported are {', '.join(known)}")
     images = {key: value for key, value in settings.items() if key.startswith(("mm_", "image_", "query_"))}
     names = {"model_type": known[base["model_type"]], "_name_or_path": base_model}
     return {"mm_vision_select_layer": -2, **base, **images, **names}
 
 
 def unwrapped(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """Tensors by the authors' names, whatever wrappers a trainer put before them."""
+    """Tensors by the authors' names, without the prefixes of a trainer's wrappers."""
 
     def full_name(name: str) -> str:
         name = re.sub(r".*query_abstractor\.", AUTHORS_QUERY_TRANSFORMER, name)
@@ -299,11 +302,11 @@ def unwrapped(tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
 
 
 def plan_lora(source: Path, vision_tower: str | None = None, base_model: str | None = None) -> CheckpointPlan:
-    """The plan for a LoRA folder of the authors' trainer, merged into its base: a language model or a full checkpoint."""
+    """The plan for a LoRA folder of the authors' trainer, merged into its base model: a language model or a full checkpoint."""
     adapter, trained = read_lora(source)
     base_model = base_model or adapter.get("base_model_name_or_path")
     if not base_model:
-        raise ValueError("adapter_config.json names no base model; name it with --base-model")
+        raise ValueError("adapter_config.json has no base model; pass it with --base-model")
     base = fetch(base_model, near=source)
     settings, near = read_json(base / "config.json"), base
     if not str(settings.get("model_type", "")).startswith("llava_"):
@@ -314,8 +317,8 @@ def plan_lora(source: Path, vision_tower: str | None = None, base_model: str | N
 
 
 def read_lora(folder: Path) -> tuple[dict, dict[str, LazyTensor]]:
-    """adapter_config.json, and the tensors of a LoRA folder by the authors' names: `lora_A` and `lora_B` of the modules that
-    were adapted, and what was trained in full."""
+    """The adapter_config.json of a LoRA folder, and its tensors by the authors' names: `lora_A` and `lora_B` of the adapted modules,
+    and the weights that were trained in full."""
     adapter = read_json(folder / "adapter_config.json")
     file = next((folder / name for name in ADAPTER_FILES if (folder / name).exists()), None)
     if file is None:
@@ -346,13 +349,13 @@ def merge_lora(tensors: dict[str, LazyTensor], trained: dict[str, LazyTensor], s
     for module, (a, b) in pairs.items():
         name = module + ".weight"
         if name not in tensors:
-            raise ValueError(f"the adapter is for {module}, which the base model {base_model} does not have")
+            raise ValueError(f"the adapter is for {module}, which is not in the base model {base_model}")
         weight = tensors[name]
         if (b.shape[0], a.shape[1]) != weight.shape or a.shape[0] != b.shape[1]:
             raise ValueError(f"lora_A {a.shape} and lora_B {b.shape} do not fit {name} {weight.shape}")
 
         def merged(weight=weight, a=a, b=b):
-            # in place and in float32: the weight is copied once
+            # in place, so that the weight is copied only once
             values = weight.load().to(torch.float32, copy=True)
             return values.addmm_(b.load().float(), a.load().float(), alpha=scaling).to(weight.dtype)
 
@@ -362,10 +365,10 @@ def merge_lora(tensors: dict[str, LazyTensor], trained: dict[str, LazyTensor], s
 
 def lora_scaling(adapter: dict) -> float:
     if adapter.get("peft_type", "LORA") != "LORA" or not adapter.get("r") or not adapter.get("lora_alpha"):
-        raise ValueError("adapter_config.json is not of a LoRA adapter with its `r` and `lora_alpha`")
+        raise ValueError("adapter_config.json must be that of a LoRA adapter, with `r` and `lora_alpha`")
     unsupported = [key for key in ("use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern") if adapter.get(key)]
     if unsupported:
-        raise ValueError(f"adapter_config.json: {', '.join(unsupported)} cannot be converted")
+        raise ValueError(f"adapter_config.json: {', '.join(unsupported)} is not supported")
     rank = adapter["r"]
     return adapter["lora_alpha"] / (math.sqrt(rank) if adapter.get("use_rslora") else rank)
 
@@ -374,25 +377,25 @@ def plan_adapter(source: Path, base_model: str | None) -> AdapterPlan:
     """The plan for a PEFT adapter: LoRA on the language model, the query transformer in `modules_to_save`.
 
     Args:
-        base_model (`str`): the MQT-LLaVA checkpoint, in our layout, that the adapter goes on.
+        base_model (`str`): the MQT-LLaVA checkpoint in our layout that the adapter is for.
     """
     from peft import LoraConfig
 
     base = None if base_model is None else fetch(base_model)
     if base_model is None or base is None or read_json(base / "config.json").get("model_type") != "mqt_llava":
         raise ValueError(
-            "--keep-adapter needs --base-model: the MQT-LLaVA checkpoint, converted already, it will go on"
+            "--keep-adapter needs --base-model: the converted MQT-LLaVA checkpoint that the adapter is for"
         )
     adapter, trained = read_lora(source)
     pairs, others = split_lora(trained)
     beside = [name for name in others if not name.startswith(AUTHORS_QUERY_TRANSFORMER)]
     if beside:
-        raise ValueError(f"{beside[0]} was trained in full beside the adapter; convert without --keep-adapter")
+        raise ValueError(f"{beside[0]} was trained in full, besides the adapter; convert without --keep-adapter")
     tensors = from_authors(others)
     for module, (a, b) in pairs.items():
         ours = rename(module + ".weight").removesuffix(".weight")
         if not ours.startswith("model.language_model."):
-            raise ValueError(f"the adapter is for {module}, too; convert without --keep-adapter")
+            raise ValueError(f"the adapter is also for {module}; convert without --keep-adapter")
         tensors |= {ours + ".lora_A.weight": a, ours + ".lora_B.weight": b}
     config = MQTLlavaConfig.from_pretrained(base)
     suffixes = sorted({module.rsplit(".", 1)[1] for module in pairs})
@@ -412,7 +415,7 @@ def plan_adapter(source: Path, base_model: str | None) -> AdapterPlan:
             lora_alpha=adapter["lora_alpha"],
             lora_dropout=adapter.get("lora_dropout", 0.0),
             use_rslora=adapter.get("use_rslora", False),
-            target_modules=rf".*\.language_model\..*\.({'|'.join(suffixes)})",  # the vision tower has such names, too
+            target_modules=rf".*\.language_model\..*\.({'|'.join(suffixes)})",  # the vision tower has such names too
             modules_to_save=["query_transformer"] if others else None,
             base_model_name_or_path=base_model,
             inference_mode=True,
@@ -424,7 +427,7 @@ def plan_adapter(source: Path, base_model: str | None) -> AdapterPlan:
 
 
 def plan_parts(language_model: str, vision_tower: str | None) -> NewModelPlan:
-    """The plan for a new model of a language model, a vision tower and a fresh query transformer, ready for stage 1.
+    """The plan for a new model, to be trained in stage 1, from a language model, a vision tower and a new query transformer.
 
     Args:
         language_model (`str`), vision_tower (`str`): folders or Hub repositories of a causal language model and of a CLIP or
@@ -434,13 +437,13 @@ def plan_parts(language_model: str, vision_tower: str | None) -> NewModelPlan:
     text = authors.read_config(folder)
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
-            f"{language_model} is a {text.model_type!r} model; what can be converted is a checkpoint of the authors' code "
-            "(model_type 'llava_llama'), one of ours, or a causal language model to start a new one from"
+            f"{language_model} is a {text.model_type!r} model; a checkpoint of the authors' code (model_type 'llava_llama') or "
+            "one of ours can be converted, and a causal language model can start a new model"
         )
     text = getattr(text, "text_config", text)
     if vision_tower is None:
         raise ValueError(
-            f"{language_model} is a {text.model_type!r} model without vision; to start a new model from it, name a vision "
+            f"{language_model} is a {text.model_type!r} model without vision; to start a new model from it, pass a vision "
             "tower with --vision-tower"
         )
     tower = authors.read_vision_tower(vision_tower)
@@ -450,9 +453,7 @@ def plan_parts(language_model: str, vision_tower: str | None) -> NewModelPlan:
     embeddings_name = next(name for name, weight in model.base_model.named_parameters() if weight is embeddings)
     tied = getattr(text, "tie_word_embeddings", False)
     if tied and embeddings_name != "embed_tokens.weight":
-        raise ValueError(
-            f"{language_model} ties its head to {embeddings_name}; models that do are to have embed_tokens"
-        )
+        raise ValueError(f"{language_model} ties its head to {embeddings_name}; only embed_tokens.weight is supported")
     tokenizer, extra_files = authors.load_tokenizer(folder, text.vocab_size)
     config = authors.make_config(
         text,
@@ -492,7 +493,7 @@ def plan_parts(language_model: str, vision_tower: str | None) -> NewModelPlan:
 
 
 def fresh_query_transformer(config: MQTLlavaConfig) -> dict[str, LazyTensor]:
-    """The query transformer's weights as a new model has them, always the same."""
+    """The weights of a newly initialised query transformer, with a fixed seed."""
     model = empty_model(config)
     query_transformer = model.model.query_transformer.to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]):

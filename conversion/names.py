@@ -1,4 +1,4 @@
-"""How the authors name and pack tensors, and how we do: one table for both directions."""
+"""The mapping between the authors' tensors and ours, for both directions."""
 
 import torch
 
@@ -8,9 +8,12 @@ from .files import LazyTensor
 AUTHORS_QUERY_TRANSFORMER = "model.query_abstractor."
 AUTHORS_VISION_TOWER = "model.vision_tower.vision_tower."
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
-BUFFERS = (".embeddings.position_ids", ".rotary_emb.inv_freq")  # older transformers saved them; computed since
+BUFFERS = (
+    ".embeddings.position_ids",
+    ".rotary_emb.inv_freq",
+)  # saved by older versions of transformers, which newer ones compute
 
-# Names, or with a dot at the end what they begin with. CLIP towers are bare in our model, without `vision_model.`.
+# Names, or prefixes if they end with a dot. In our model, a CLIP tower has no `vision_model.` prefix.
 PREFIXES = {
     "model.query_abstractor.query": "model.query_transformer.query",
     "model.query_abstractor.pos_embed": "model.query_transformer.position_embedding",
@@ -25,17 +28,17 @@ PREFIXES = {
     "model.norm.": "model.language_model.norm.",
     "lm_head.": "lm_head.",
 }
-# One tensor of the authors, `attn.in_proj_weight` or `attn.in_proj_bias`, has the rows of three of ours
+# The authors' `attn.in_proj_weight` and `attn.in_proj_bias` each stack three of our tensors
 AUTHORS_PACKED = "model.query_abstractor.attn.in_proj_"
 PACKED = ("q_proj", "k_proj", "v_proj")
 TRANSPOSED = "model.query_abstractor.proj"
 
 
 def from_authors(tensors: dict[str, LazyTensor], new_rows: int = 0) -> dict[str, LazyTensor]:
-    """Our tensors, made of the authors'. Embeddings get `new_rows` at the end.
+    """Convert the authors' tensors to ours. Embeddings get `new_rows` rows at the end.
 
     Raises:
-        `ValueError`: for a tensor that the authors' model does not have, or that cannot be split as theirs.
+        `ValueError`: for a tensor with an unknown name or an unexpected shape.
     """
     return {new: made for name, tensor in tensors.items() for new, made in _ours(name, tensor, new_rows).items()}
 
@@ -60,7 +63,7 @@ def _ours(name: str, tensor: LazyTensor, new_rows: int) -> dict[str, LazyTensor]
 
 
 def to_authors(tensors: dict[str, LazyTensor], vocab_size: int) -> dict[str, LazyTensor]:
-    """The authors' tensors, made of ours: [`from_authors`] the other way round."""
+    """Convert our tensors to the authors': the inverse of [`from_authors`]."""
     theirs = {}
     reverse = {new: old for old, new in PREFIXES.items()}
     for name, tensor in tensors.items():
@@ -91,10 +94,10 @@ def rename(name: str, prefixes: dict[str, str] = PREFIXES) -> str:
 
 
 def add_rows(embedding: LazyTensor, new_rows: int) -> LazyTensor:
-    """An embedding with more rows at its end: they are the mean of those that are there.
+    """Append rows to an embedding, each the mean of the existing rows.
 
-    The mean of the rows of `lm_head` gives a new token no more than the average token's share of the probability (its
-    logit is the mean of all logits), so the others keep theirs but for a part in `vocab_size`.
+    In `lm_head`, the logit of a new token is then the mean of all logits, so its probability is at most 1 / `vocab_size` and the
+    probabilities of other tokens hardly change.
     """
     if not new_rows:
         return embedding

@@ -1,4 +1,4 @@
-"""Our checkpoint in the authors' layout again, for their code and what was built on it."""
+"""Convert our checkpoint back to the authors' layout, for their code and code that builds on it."""
 
 import shutil
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def plan(source: Path, destination: Path) -> "AuthorsPlan":
-    """The plan for a checkpoint of ours in `source`.
+    """The plan for the checkpoint in `source`, which is in our layout.
 
     Args:
-        destination (`Path`): where the result will be: config.json names the vision tower by its path.
+        destination (`Path`): the folder of the result, needed because config.json has the absolute path of the vision tower.
     """
     config = MQTLlavaConfig.from_pretrained(source)
     check_fits(config)
-    # refuse what is missing or damaged
+    # raises if it is missing or damaged
     _, extra_files = authors.load_tokenizer(source, config.text_config.vocab_size)
     for path in extra_files.values():
         authors.check_fits_embeddings(path, authors.read_pieces(path).get_piece_size(), vocab_size(config))
@@ -40,9 +40,9 @@ def plan(source: Path, destination: Path) -> "AuthorsPlan":
         settings=config.text_config.to_dict(),
         sources=ours,
         tensors=to_authors(complete_tower(ours, config), vocab_size(config)),
-        # their loader takes a path as it is, from wherever it runs
-        vision_source=f"the checkpoint itself, into {tower}; config.json has this path, as mm_vision_tower, for the authors' "
-        "loader: edit it when the folder moves",
+        # their loader resolves a relative path from the working directory
+        vision_source=f"the checkpoint itself, into {tower}; config.json has this path as mm_vision_tower for the authors' "
+        "loader: edit it if you move the folder",
         source=source,
         tower=tower,
         scaling={key: image_processor.get(key) for key in ("image_mean", "image_std")},
@@ -50,7 +50,7 @@ def plan(source: Path, destination: Path) -> "AuthorsPlan":
 
 
 def check_fits(config: MQTLlavaConfig):
-    """The sizes that are written into the authors' code."""
+    """Check the sizes that are hard-coded in the authors' code."""
     vision = config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
     sizes = {
@@ -64,12 +64,12 @@ def check_fits(config: MQTLlavaConfig):
     }
     for name, (value, allowed) in sizes.items():
         if value not in allowed:
-            raise ValueError(f"{name} is {value}; the authors' code takes {' or '.join(map(str, allowed))} only")
+            raise ValueError(f"{name} is {value}; the authors' code supports only {' or '.join(map(str, allowed))}")
 
 
 def complete_tower(tensors: dict[str, LazyTensor], config: MQTLlavaConfig) -> dict[str, LazyTensor]:
-    """Our tensors with a vision tower that its own library loads. A checkpoint saved by our model lacks what is behind the
-    features: the layers are left out of the config too, and the last norm, which nothing reads, is written as a fresh one."""
+    """Our tensors with a vision tower that `CLIPVisionModel` can load. Checkpoints saved by our model have no layers after the
+    features: the config leaves out these layers too, and the final layer norm, which is unused, is added with default weights."""
     name, width = "model.vision_tower.post_layernorm.", config.vision_config.hidden_size
     dtype = tensors["model.vision_tower.pre_layrnorm.weight"].dtype
     ones = LazyTensor((width,), dtype, lambda: torch.ones(width, dtype=dtype))
@@ -78,25 +78,25 @@ def complete_tower(tensors: dict[str, LazyTensor], config: MQTLlavaConfig) -> di
 
 
 def vocab_size(config: MQTLlavaConfig) -> int:
-    """Rows of the authors' embeddings: all but that of `<image>`, where it was added behind the language model's own."""
+    """Number of rows of the authors' embeddings: without `<image>`, if it was added at the end of the vocabulary."""
     rows = config.text_config.vocab_size
     is_theirs = original(config).get("vocab_size") == rows or config.image_token_id != rows - 1
     return rows if is_theirs else rows - 1
 
 
 def original(config: MQTLlavaConfig) -> dict:
-    """What is kept of the authors' config; nothing for a model trained from parts."""
+    """The authors' config, as kept in ours; empty for a model that was trained from parts."""
     return getattr(config, "authors_config", None) or {}
 
 
 @dataclass(kw_only=True)
 class AuthorsPlan(Plan):
-    """A checkpoint of the authors' layout, the vision tower in a folder of its own.
+    """A checkpoint in the authors' layout, with the vision tower in a separate folder.
 
     Args:
         source (`Path`): our checkpoint.
-        tower (`str`): the path that the vision tower will have.
-        scaling (`dict`): mean and standard deviation of its images.
+        tower (`str`): the path of the vision tower in the result.
+        scaling (`dict`): mean and standard deviation for normalizing images.
     """
 
     source: Path
@@ -157,10 +157,10 @@ class AuthorsPlan(Plan):
         }
 
     def verify(self, folder: Path, dtype: torch.dtype | None) -> list[Check]:
-        """Compare the folder, converted to our layout again, with the checkpoint that it was made of.
+        """Convert the folder to our layout again, and compare it with the source.
 
         Args:
-            dtype (`torch.dtype`, *optional*): to which the weights were cast.
+            dtype (`torch.dtype`, *optional*): the dtype that the weights were cast to.
         """
         again = plan_full(folder, str(folder / "vision_tower"))
         ours = cast(complete_tower(self.sources, self.config), dtype)
@@ -176,7 +176,7 @@ class AuthorsPlan(Plan):
         ]
 
     def without_image_row(self, tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-        """Our tensors without what the authors' layout has no place for."""
+        """Our tensors without the embeddings of `<image>`, which the authors' layout doesn't have."""
         rows = vocab_size(self.config)
         embeddings = {rename(name) for name in EMBEDDINGS}
         return {
@@ -186,7 +186,7 @@ class AuthorsPlan(Plan):
 
 
 def write_tokenizer(source: Path, folder: Path):
-    """The SentencePiece model and its settings, as the authors' pinned transformers reads them."""
+    """Write the SentencePiece model and its settings for the authors' pinned version of transformers."""
     if not (source / "tokenizer.model").exists():
         files.save(AutoTokenizer.from_pretrained(source, trust_remote_code=False), folder)
         return

@@ -1,8 +1,8 @@
-"""A second opinion on a conversion: the authors' mathematics on the source tensors, against the converted model.
+"""Verify a conversion: compare the converted model with an independent forward pass on the source's tensors.
 
-The mathematics uses nothing of our model, our names or transformers' layers: the forward pass is written out from the tensors as
-they are stored in the source. The converted model runs as `from_pretrained` loads it. Both compute in float32, one layer of the
-language model in memory at a time, so that what is needed does not grow with it.
+The forward pass is the authors' computation, written out without our model, our names or transformers' layers. The converted model is
+loaded with `from_pretrained`. Both compute in float32, with one layer of the language model in memory at a time, so that memory does
+not grow with its depth.
 """
 
 import re
@@ -22,10 +22,10 @@ from .files import LazyTensor, first
 from .names import AUTHORS_QUERY_TRANSFORMER, AUTHORS_VISION_TOWER
 
 
-VISUAL_TOLERANCE, LOGIT_TOLERANCE = 1e-4, 1e-3  # relative to the largest value, where that is above 1
+VISUAL_TOLERANCE, LOGIT_TOLERANCE = 1e-4, 1e-3  # relative to the largest value, if that is above 1
 QUESTIONS = ("<image>\nDescribe the image in detail.", "What is this?\n<image>  Is it one  thing?", "No picture here.")
 QUERY_TRANSFORMER_EPS = 1e-6  # fixed in the authors' code
-DEVICE_MAP = {  # the parts of ours that are small are read once
+DEVICE_MAP = {  # the small parts stay in memory
     "model.vision_tower": "cpu",
     "model.query_transformer": "cpu",
     "model.language_model": "disk",
@@ -41,8 +41,9 @@ class Check:
     """One line of the verification.
 
     Args:
-        name (`str`): what was compared. amount (`str`): how much of it.
-        difference (`float`), tolerance (`float`): largest difference and what is allowed.
+        name (`str`): what was compared.
+        amount (`str`): how much was compared.
+        difference (`float`), tolerance (`float`): the largest difference, and the largest that is allowed.
     """
 
     name: str
@@ -52,34 +53,35 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        return self.difference <= self.tolerance  # not where it is NaN
+        return self.difference <= self.tolerance  # `False` for NaN
 
 
 class VerificationError(ValueError):
-    """A conversion that is not what its source is. `checks` has the comparisons.
+    """Raised if a converted model differs from its source. `checks` has the comparisons.
 
     Args:
-        sources (`dict[str, LazyTensor]`): what the conversion was made of, to look for the reason in: values that are not finite.
+        checks (`list[Check]`): the comparisons.
+        sources (`dict[str, LazyTensor]`): the source's tensors, which are searched for NaN and infinity as the reason.
     """
 
     def __init__(self, checks: list[Check], sources: dict[str, LazyTensor]):
         self.checks = checks
         if broken := [name for name, tensor in sources.items() if not tensor.load().isfinite().all()]:
-            super().__init__(f"the source itself is broken: NaN or infinity in {first(broken)}")
+            super().__init__(f"the source itself is broken: it has NaN or infinity in {first(broken)}")
             return
         failed = dict.fromkeys(check.name for check in checks if not check.passed)
         super().__init__(f"the converted model differs from its source in: {', '.join(failed)}")
 
 
 def broken_tensors(folder: Path) -> list[str]:
-    """Tensors of a converted folder that hold NaN or infinity, as far as three of their rows show it.
+    """Tensors of a converted folder with NaN or infinity in their first, middle or last row.
 
-    Weights that overflowed are full of them. To look at all would take as long as the conversion.
+    Weights that overflowed are full of them. Checking all rows would take as long as the conversion.
     """
     broken = []
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  a safetensors file is no dict
+            for name in file.keys():  # noqa: SIM118  not a dict
                 tensor = file.get_slice(name)
                 num_rows = tensor.get_shape()[0] if len(tensor.get_shape()) > 1 else 0
                 rows = [tensor[i : i + 1] for i in (0, num_rows // 2, num_rows - 1)] if num_rows else [tensor[:]]
@@ -87,34 +89,35 @@ def broken_tensors(folder: Path) -> list[str]:
     return broken
 
 
-# --- the authors' mathematics ---
+# --- the authors' forward pass ---
 
 
 def check_verifiable(config, settings: dict):
-    """Refuse before any work what the mathematics does not cover: a check that is not made is none that passed.
+    """Refuse, before any work, models that the forward pass below does not support, rather than skip a check.
 
     Args:
-        config (`MQTLlavaConfig`): ours. settings (`dict`): the language model's config.
+        config (`MQTLlavaConfig`): our config.
+        settings (`dict`): the language model's config.
     """
     vision = config.vision_config
     unknown = None
     if vision.model_type != "clip_vision_model" or vision.hidden_act not in ("quick_gelu", "gelu"):
-        unknown = f"a vision tower that is a {vision.model_type} with {getattr(vision, 'hidden_act', 'no')} activation"
+        unknown = f"a vision tower of type {vision.model_type} with {getattr(vision, 'hidden_act', 'no')} activation"
     elif scaling_factor(settings) is None:
-        unknown = f"positions that are scaled by {settings.get('rope_scaling') or settings['rope_parameters']}"
+        unknown = f"positions scaled by {settings.get('rope_scaling') or settings['rope_parameters']}"
     if unknown is not None:
-        raise ValueError(f"--verify cannot compute {unknown}; convert without it, and compare answers yourself")
+        raise ValueError(f"--verify does not support {unknown}; convert without it, and compare answers yourself")
 
 
 def scaling_factor(settings: dict) -> float | None:
-    """By how much a language model's positions are scaled; `None` where that is no single number."""
+    """The factor that a language model's positions are scaled by; `None` if it is not a single number."""
     rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     return {"default": 1.0, "linear": rope.get("factor")}.get(kind)
 
 
 class Source:
-    """The authors' tensors in float32, by what follows a prefix."""
+    """The authors' tensors in float32, by their names without a prefix."""
 
     def __init__(self, tensors: dict[str, LazyTensor], prefix: str = ""):
         self.tensors = tensors
@@ -196,7 +199,7 @@ def rms_norm(x, weight, eps):
 
 
 def language_logits(source: Source, x, config: dict):
-    """Logits of a Llama or Mistral on embeddings `(1, length, width)`, for the last eight positions."""
+    """Logits of a Llama or Mistral for embeddings of shape `(1, length, width)`, at the last eight positions."""
     length, heads = x.shape[1], config["num_attention_heads"]
     kv_heads, eps = config.get("num_key_value_heads") or heads, config.get("rms_norm_eps", 1e-6)
     head_dim = config.get("head_dim") or x.shape[-1] // heads
@@ -237,7 +240,7 @@ def compare(name: str, amount: str, ours, expected, tolerance: float) -> Check:
 
 
 def verify_tensors(expected: dict[str, LazyTensor], found: dict[str, LazyTensor]) -> Check:
-    """Whether two checkpoints hold the same values under the same names."""
+    """Check that two checkpoints have the same values under the same names."""
     differing = len(expected.keys() ^ found.keys())
     for name in expected.keys() & found.keys():
         values = expected[name].load()
@@ -246,8 +249,8 @@ def verify_tensors(expected: dict[str, LazyTensor], found: dict[str, LazyTensor]
 
 
 def verify_ids(processor, folder: Path) -> Check:
-    """Prompt ids against SentencePiece itself, or the tokenizer of `folder` where it is of another kind: every chunk of text
-    between images on its own."""
+    """Compare the ids of prompts with those of SentencePiece, or of the tokenizer in `folder` if it is of another kind, for every
+    chunk of text between images separately."""
     if reads_pieces(folder):
         encode = read_pieces(folder / "tokenizer.model").encode
     else:
@@ -269,7 +272,7 @@ def verify_ids(processor, folder: Path) -> Check:
 
 @torch.no_grad()
 def verify_outputs(model, processor, tensors: dict[str, LazyTensor], settings: dict) -> list[Check]:
-    """Visual tokens and logits of a model in float32 against those of the authors' tensors.
+    """Compare a model's visual tokens and logits in float32 with those computed from the authors' tensors.
 
     Args:
         settings (`dict`): the language model's config.
@@ -303,11 +306,11 @@ def verify_outputs(model, processor, tensors: dict[str, LazyTensor], settings: d
 
 @torch.no_grad()
 def verify_parts(model, processor, text_config, text_tensors: dict[str, LazyTensor], tower_folder: Path, dtype):
-    """Compare a new model with what it was made of, each run by its own class: its visual tokens have no source.
+    """Compare the parts of a new model with the originals, each run by its own class. Its visual tokens have no counterpart.
 
     Args:
-        text_tensors (`dict[str, LazyTensor]`): the language model's, by the names of its own class.
-        dtype (`torch.dtype`, *optional*): to which the weights were cast.
+        text_tensors (`dict[str, LazyTensor]`): the language model's tensors, by their names in its own class.
+        dtype (`torch.dtype`, *optional*): the dtype that the weights were cast to.
     """
     input_ids = processor.tokenizer(QUESTIONS[-1], return_tensors="pt")["input_ids"]
     expected_logits = stream_model(AutoModelForCausalLM, text_config, text_tensors)(input_ids=input_ids).logits
@@ -328,28 +331,28 @@ def random_pixels(side: int) -> torch.Tensor:
     return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
-# --- models whose layers are read as they run, and dropped again: accelerate's offloading ---
+# --- models whose layers are loaded while they run, by accelerate's offloading ---
 
 
 class Weights(dict):
-    """Tensors in float32, read each time they are asked for."""
+    """Tensors in float32, which are read at each access."""
 
     def __getitem__(self, name):
         return super().__getitem__(name).load().float()
 
 
 def stream_model(auto_class, config, tensors: dict[str, LazyTensor]):
-    """A model in float32 with the weights `tensors`, by the names of its class."""
+    """A model in float32 whose weights are `tensors`, by their names in its class."""
     with init_empty_weights():
         model = auto_class.from_config(config, dtype=torch.float32).eval()
     return cpu_offload(model, "cpu", state_dict=Weights(tensors))
 
 
 def load_model(folder: Path, adapter: Path | None = None):
-    """Our model from its folder, through the Auto class and in float32.
+    """Load our model from a folder through the Auto class, in float32.
 
     Args:
-        adapter (`Path`, *optional*): a PEFT adapter to put on it.
+        adapter (`Path`, *optional*): a PEFT adapter to load onto it.
     """
     model: Any = AutoModelForImageTextToText.from_pretrained(
         folder, dtype=torch.float32, device_map=DEVICE_MAP, trust_remote_code=False
@@ -358,15 +361,15 @@ def load_model(folder: Path, adapter: Path | None = None):
         return model.eval()
     from peft import PeftModel, load_peft_weights
 
-    del model.hf_device_map  # else PEFT would move the layers into memory
+    del model.hf_device_map  # otherwise PEFT would move the layers into memory
     model = PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True, torch_device="cpu")
-    # PEFT puts LoRA where the layer's weights are, which is nowhere now
+    # PEFT puts LoRA weights on the layer's device, which is the meta device here
     stored = load_peft_weights(str(adapter), device="cpu")
     pattern = re.compile(r"\.(lora_[AB])\.")
     weights = {pattern.sub(r".\1.default.", name): tensor for name, tensor in stored.items() if pattern.search(name)}
     if unknown := model.load_state_dict(weights, strict=False, assign=True).unexpected_keys:
-        raise ValueError(f"{adapter} has weights for what the model has not: {first(unknown)}")
+        raise ValueError(f"{adapter} has weights for layers that the model doesn't have: {first(unknown)}")
     for parameter in model.parameters():
         if not parameter.is_meta:
-            parameter.data = parameter.data.float()  # they were taken as they are stored
+            parameter.data = parameter.data.float()  # they have the dtype that they are stored in
     return model.get_base_model().eval()

@@ -1,4 +1,4 @@
-"""The code that travels with every checkpoint. Importing this package registers its classes with transformers' Auto classes."""
+"""The code that is saved with every checkpoint. Importing this package registers its classes with transformers' Auto classes."""
 
 from transformers import (
     AutoConfig,

@@ -1,8 +1,8 @@
 """As many visual tokens as the question needs: `generate(num_visual_tokens="auto")`.
 
-Visual token i is the same whatever m. So a question can be asked with few tokens, and where the answer is doubtful, once more
-with m' > m: tokens m + 1 to m' go behind those whose keys and values the cache holds, the image is not encoded again, and the
-answer so far is a draft that is checked in one pass."""
+Visual token i is the same for every m. So a question can be answered with few tokens and, if the confidence is low, again with
+m' > m: tokens m + 1 to m' are appended to those in the cache, the image is not encoded again, and the answer so far is a draft
+that is verified in one forward pass."""
 
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -24,22 +24,23 @@ AUTO = "auto"
 @dataclass
 class VisualTokenSchedule:
     """
-    With how many visual tokens to ask, and how sure an answer must be to be taken.
+    The stages of `generate(num_visual_tokens="auto")`: their numbers of visual tokens, and the confidence at which an answer is
+    accepted.
 
-    The confidence in an answer is the product of its tokens' probabilities, in a long one the least product of `window` tokens
-    in a row. It can only fall while the answer grows, so a doubtful answer is broken off at once. The answer of the last
-    stage is always taken.
+    The confidence in an answer is the product of its tokens' probabilities; if the answer is longer than `window` tokens, the
+    smallest product over `window` consecutive tokens. It can only fall as the answer grows, so a stage stops as soon as its
+    confidence is below the threshold. The answer of the last stage is always accepted.
 
     Args:
-        num_visual_tokens (`list[int]`): m of each stage, rising.
-        thresholds (`list[float]`): from which confidence the answer of a stage is taken, from 0 to 1, one for each stage but
-            the last.
-        window (`int`, *optional*, defaults to 32): tokens of the answer.
-        calibration (`dict`, *optional*): on what the thresholds were chosen, as `mqt-llava calibrate` writes it; `None`
-            where they are defaults.
+        num_visual_tokens (`list[int]`): m of each stage, in ascending order.
+        thresholds (`list[float]`): the lowest confidence, from 0 to 1, at which the answer of a stage is accepted. One for each
+            stage but the last.
+        window (`int`, *optional*, defaults to 32): number of answer tokens that the confidence is computed over.
+        calibration (`dict`, *optional*): what the thresholds were calibrated on, as written by `mqt-llava calibrate`; `None`
+            for default thresholds.
 
     Raises:
-        `ValueError`: for anything else.
+        `ValueError`: if `num_visual_tokens` doesn't ascend, for a wrong number of thresholds, and for values out of range.
     """
 
     num_visual_tokens: list[int]
@@ -56,59 +57,59 @@ class VisualTokenSchedule:
         if not isinstance(stages, (list, tuple)) or not stages or not all(map(is_integer, stages)):
             raise ValueError(f"A schedule's `num_visual_tokens` must be a list of positive integers; got {stages!r}.")
         if any(m >= larger for m, larger in pairwise(stages)):
-            raise ValueError(f"A schedule's `num_visual_tokens` must rise from stage to stage; got {list(stages)}.")
+            raise ValueError(f"A schedule's `num_visual_tokens` must be in ascending order; got {list(stages)}.")
         if (
             not isinstance(thresholds, (list, tuple))
             or len(thresholds) != len(stages) - 1
             or not all(isinstance(t, Real) and not isinstance(t, bool) and 0 <= t <= 1 for t in thresholds)
         ):
             raise ValueError(
-                f"A schedule of {len(stages)} stages has {len(stages) - 1} `thresholds` from 0 to 1; got {thresholds!r}."
+                f"A schedule of {len(stages)} stages needs {len(stages) - 1} `thresholds` from 0 to 1; got {thresholds!r}."
             )
         if not is_integer(self.window):
             raise ValueError(f"A schedule's `window` must be a positive integer; got {self.window!r}.")
         if not isinstance(self.calibration, (dict, NoneType)):
             raise ValueError(f"A schedule's `calibration` must be a dict; got {self.calibration!r}.")
-        # As JSON has them, whatever libraries' numbers they were
+        # Python numbers, so that JSON can store them
         self.num_visual_tokens, self.window = [int(m) for m in stages], int(self.window)
         self.thresholds = [float(threshold) for threshold in thresholds]
 
     @classmethod
     def default(cls, num_query_tokens: int) -> "VisualTokenSchedule":
-        """For a checkpoint of M = `num_query_tokens` that nothing was calibrated on: M / 32, M / 8 and M, by thresholds that are
-        strict rather than right."""
+        """The schedule of a checkpoint without calibration: M / 32, M / 8 and M = `num_query_tokens` visual tokens, with
+        conservative thresholds."""
         stages = sorted({max(1, num_query_tokens // 32), max(1, num_query_tokens // 8), num_query_tokens})
         return cls(stages, [0.95, 0.75][: len(stages) - 1])
 
     def to_dict(self) -> dict:
-        """For `generation_config.visual_token_schedule`, which is saved with a checkpoint."""
+        """The value to store as `generation_config.visual_token_schedule`, which is saved with the checkpoint."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def resolve_schedule(num_visual_tokens, generation_configs, num_query_tokens: int) -> VisualTokenSchedule | None:
-    """What `generate(num_visual_tokens=...)` asks for, where that is a schedule: `"auto"`, or one.
+    """The schedule that `generate(num_visual_tokens=...)` was given, or the checkpoint's own for `"auto"`; `None` for anything else.
 
     Raises:
-        `ValueError`: for another text, for `"auto"` where no generation config has a schedule, and for one beyond M.
+        `ValueError`: for any other string, for `"auto"` if no generation config has a schedule, and for a schedule beyond M.
     """
     if isinstance(num_visual_tokens, str):
         if num_visual_tokens != AUTO:
             raise ValueError(
                 f'`num_visual_tokens` must be an integer, a list of them, one per image, or "auto"; got {num_visual_tokens!r}.'
             )
-        said = (getattr(config, "visual_token_schedule", None) for config in generation_configs)
-        settings = next((setting for setting in said if setting is not None), None)
+        schedules = (getattr(config, "visual_token_schedule", None) for config in generation_configs)
+        settings = next((schedule for schedule in schedules if schedule is not None), None)
         if settings is None:
             raise ValueError(
-                '`num_visual_tokens="auto"` needs `visual_token_schedule` in the generation config, and this checkpoint has none. '
-                "`mqt-llava calibrate` chooses one from questions of yours; or pass "
-                f"`num_visual_tokens=VisualTokenSchedule.default({num_query_tokens})`, which was calibrated on nothing."
+                '`num_visual_tokens="auto"` needs a `visual_token_schedule` in the generation config, and this checkpoint has none. '
+                "Calibrate one on your own questions with `mqt-llava calibrate`, or pass the uncalibrated "
+                f"`num_visual_tokens=VisualTokenSchedule.default({num_query_tokens})`."
             )
         try:
             num_visual_tokens = VisualTokenSchedule(**settings)
         except TypeError:
             raise ValueError(
-                "`visual_token_schedule` of a generation config is a dict with `num_visual_tokens`, `thresholds` and, optionally, "
+                "A generation config's `visual_token_schedule` must be a dict with `num_visual_tokens`, `thresholds` and, optionally, "
                 f"`window` and `calibration`; got {settings!r}."
             ) from None
     if not isinstance(num_visual_tokens, VisualTokenSchedule):
@@ -118,7 +119,7 @@ def resolve_schedule(num_visual_tokens, generation_configs, num_query_tokens: in
 
 
 def refuse_all_but_greedy(model, inputs: dict, args: tuple, generation_configs):
-    """Scores, caches, beams and samples have no single meaning over several passes."""
+    """Several passes have no single set of scores and no single cache, and beams and samples cannot be verified as a draft."""
 
     def setting(name):
         values = (inputs.get(name), *(getattr(config, name, None) for config in generation_configs))
@@ -153,33 +154,32 @@ def refuse_all_but_greedy(model, inputs: dict, args: tuple, generation_configs):
     objects += ("max_length", "min_length", "negative_prompt_ids", CACHE_NAME, "past_key_values")
     refused += [f"`{name}`" for name in dict.fromkeys(objects) if inputs.get(name) is not None]
     refused += ["`synced_gpus`"] if inputs.get("synced_gpus") else []
-    refused += [f"{len(args)} positional arguments behind `prefix_allowed_tokens_fn`"] if args else []
+    refused += [f"{len(args)} positional arguments after `prefix_allowed_tokens_fn`"] if args else []
     if inputs.get("streamer") is not None and len(inputs.get("input_ids", ())) > 1:
         refused.append("a `streamer` for several rows")
-    if "prepare_inputs_for_generation" in vars(model):  # how PEFT puts virtual tokens before a prompt
-        refused.append("an adapter of virtual tokens, such as prompt or prefix tuning")
+    if "prepare_inputs_for_generation" in vars(model):  # how PEFT prepends virtual tokens
+        refused.append("an adapter with virtual tokens, such as prompt or prefix tuning")
     if refused:
         raise ValueError(
-            f'`num_visual_tokens="auto"` is greedy decoding of prompts given as `input_ids`; got {", ".join(refused)}. (For '
-            "`stop_strings`, pass a `StopStringCriteria` among `stopping_criteria`.)"
+            f'`num_visual_tokens="auto"` supports only greedy decoding of prompts given as `input_ids`; got {", ".join(refused)}. '
+            "(Instead of `stop_strings`, pass a `StopStringCriteria` in `stopping_criteria`.)"
         )
     layers = DynamicCache(config=model.config.get_text_config()).layers
     if not all(type(layer) is DynamicLayer for layer in layers):
-        raise ValueError(
-            '`num_visual_tokens="auto"` needs attention over the whole prompt in every layer of the language model.'
-        )
+        raise ValueError('`num_visual_tokens="auto"` needs full attention in every layer of the language model.')
 
 
 @dataclass
 class AdaptiveGenerateOutput(ModelOutput):
     """
-    What `generate(num_visual_tokens="auto", return_dict_in_generate=True)` returns.
+    Output of `generate(num_visual_tokens="auto", return_dict_in_generate=True)`.
 
     Args:
         sequences (`torch.LongTensor` of shape `(batch_size, sequence_length)`): the caller's prompt and the answer.
-        visual_token_counts (`torch.LongTensor` of shape `(num_images,)`): how many each image had when the answer was taken.
-        stages (`torch.LongTensor` of shape `(batch_size,)`): at which stage of the schedule that was, from 0.
-        confidences (`torch.FloatTensor` of shape `(batch_size,)`): in the answer, by the tokens of that stage.
+        visual_token_counts (`torch.LongTensor` of shape `(num_images,)`): the number of visual tokens of each image in the
+            stage whose answer was accepted.
+        stages (`torch.LongTensor` of shape `(batch_size,)`): the index of that stage, from 0.
+        confidences (`torch.FloatTensor` of shape `(batch_size,)`): the confidence in each answer in that stage, from 0 to 1.
     """
 
     sequences: torch.Tensor | None = None
@@ -192,20 +192,20 @@ class AdaptiveDecoding:
     """
     A decoding loop for `generate(custom_generate=...)`, which prepares logits processors and stopping criteria.
 
-    The prompt is laid out in columns that all rows share, so that one length of the cache is right for all of them:
+    The prompt is laid out in columns that all rows share, so that the cache can be cropped at one length for all rows:
 
-        [text before the first image, padded left][its m visual tokens][the rest and the draft, padded left]
+        [text before the first image, left-padded][its m visual tokens][the rest and the draft, left-padded]
 
-    To go on with m', the cache is cut behind the first m visual tokens, and m' - m further ones, the rest (images with m' among
-    it) and the draft are run. Rows whose answer is taken have left the batch by then.
+    To continue with m', the cache is cropped after the first m visual tokens. The next m' - m visual tokens, the rest (whose
+    images have m' tokens too) and the draft are then run. Rows whose answer was accepted are dropped from the batch before.
 
     Args:
-        schedule (`VisualTokenSchedule`): what to do.
-        visual_tokens (`list[torch.Tensor]`): of each image, as many as the last stage asks for.
-        config (`MQTLlavaConfig`): of the model.
-        streamer (`BaseStreamer`, *optional*): gets nothing that may be taken back: the answer of the last stage token by token,
-            that of another one when it is taken. (`generate` puts the prompt; it does not pass its streamer to a loop that
-            is not its own.)
+        schedule (`VisualTokenSchedule`): the stages.
+        visual_tokens (`list[torch.Tensor]`): of each image, of shape `(m, text_hidden_size)` with m of the last stage.
+        config (`MQTLlavaConfig`): the model's config.
+        streamer (`BaseStreamer`, *optional*): gets only tokens that are final: those of the last stage one by one, the answer of
+            an earlier stage once it is accepted. (`generate` streams the prompt, but doesn't pass its streamer to a custom
+            loop.)
     """
 
     def __init__(self, schedule, visual_tokens, config, streamer=None):
@@ -218,7 +218,7 @@ class AdaptiveDecoding:
         self.mask = torch.ones_like(input_ids) if mask is None else mask
         self.before_first_image = 0  # columns
         batch_size, device = len(input_ids), input_ids.device
-        # What the rows say: tokens, how many, their log-probabilities at this stage, and whether they have ended
+        # The answers: token ids, their log-probabilities in the current stage, lengths, and whether they have ended
         self.answer = input_ids.new_zeros(batch_size, 0)
         self.log_probs = torch.zeros(batch_size, 0, device=device)
         self.length = input_ids.new_zeros(batch_size)
@@ -230,7 +230,7 @@ class AdaptiveDecoding:
         rows, cache = torch.arange(batch_size, device=device), DynamicCache(config=self.config.get_text_config())
         for stage, m in enumerate(stages):
             is_last = stage == len(stages) - 1
-            # Rows without images would answer the same at any m
+            # Rows without images have the same answer for every m
             threshold = (self.images_of_row[rows] > 0) * (0.0 if is_last else self.schedule.thresholds[stage])
             stage_of_row[rows] = stage
             self.answer_with(m, stages[stage - 1] if stage else 0, rows, cache, threshold, is_last)
@@ -257,41 +257,41 @@ class AdaptiveDecoding:
         return AdaptiveGenerateOutput(sequences, counts, stage_of_row, self.confidence())
 
     def answer_with(self, m, num_cached, rows, cache, threshold, is_last):
-        """Answer the questions of `rows` with m visual tokens, the first `num_cached` of which are in the cache, until each
-        answer has ended or its confidence is below its `threshold`."""
+        """Decode `rows` with m visual tokens, the first `num_cached` of which are in the cache, until each answer has ended or
+        its confidence is below its `threshold`."""
         draft_length, had_ended = self.length[rows], self.ended[rows]
         longest = int(draft_length.max())
         draft = self.answer[rows, :longest]
         ids, mask, tokens, ends_in_image = self.lay_out(m, rows, draft, draft_length)
         ids = ids[:, self.before_first_image + num_cached if num_cached else 0 :]
         tokens = [t[num_cached:] if is_first else t for t, is_first in tokens]
-        # Row by row, what this stage says at each position of the draft and behind it: the draft ends in the last column, and what
-        # is before it does so too, unless that is the image
+        # The logits that predict the draft's tokens and the one after them. The draft ends in the last column, and the prompt
+        # right before it, unless the prompt ends in the image: then its last logits are those of the last visual token
         ending = int(ends_in_image.any())
         kept = torch.arange(ids.shape[1] - longest - 1 - ending, ids.shape[1])
         if ending:
             kept[0] = self.before_first_image + m - 1 - (mask.shape[1] - ids.shape[1])
         logits = self.forward(ids, mask, cache, kept, tokens)
-        said: list[tuple[torch.Tensor, torch.Tensor]] = []
+        predictions: list[tuple[torch.Tensor, torch.Tensor]] = []
         for position in range(longest + 1):
-            if (had_ended & (draft_length <= position)).all():  # nothing follows
-                said.append((torch.zeros_like(draft_length), torch.zeros_like(said[0][1])))
+            if (had_ended & (draft_length <= position)).all():  # no row needs a token here
+                predictions.append((torch.zeros_like(draft_length), torch.zeros_like(predictions[0][1])))
                 continue
             column = (ending + longest - draft_length + position).clamp(max=ending + longest)
             column = column if position else column.masked_fill(ends_in_image, 0)
             logits_here = logits.gather(1, column[:, None, None].expand(-1, 1, logits.shape[-1]))[:, 0]
-            said.append(self.choose(logits_here, rows, position))
-        choices, log_probs = (torch.stack(columns, dim=1) for columns in zip(*said))
+            predictions.append(self.choose(logits_here, rows, position))
+        choices, log_probs = (torch.stack(columns, dim=1) for columns in zip(*predictions))
         agrees = (choices[:, :-1] == draft) & (torch.arange(longest, device=draft.device) < draft_length[:, None])
         num_kept = agrees.long().cumprod(-1).sum(-1)
-        # The first token that differs, or the first behind the draft, is this stage's own
+        # The first token that differs from the draft, or the one after it, is this stage's choice
         is_whole = had_ended & (num_kept == draft_length)
         self.make_room(longest + 1)
         self.answer[rows, : longest + 1], self.log_probs[rows, : longest + 1] = choices, log_probs
         self.length[rows] = num_kept + (~is_whole).long()
         self.ended[rows] = is_whole
         self.check_end(rows[~is_whole])
-        # Rejected tokens stay in the cache, unseen
+        # Rejected tokens stay in the cache, but are masked
         column = torch.arange(mask.shape[1], device=mask.device)
         mask = mask * (column < mask.shape[1] - (draft_length - num_kept)[:, None])
         num_streamed = 0
@@ -308,8 +308,12 @@ class AdaptiveDecoding:
             self.extend(logits, rows, running)
 
     def lay_out(self, m, rows, draft, draft_length):
-        """The columns of `rows` with m visual tokens per image: ids and mask, `(len(rows), columns)`; `(visual tokens, whether they
-        are of a row's first image)` of each image; and whether a row's prompt ends in its first image."""
+        """Lay out `rows` with m visual tokens per image.
+
+        Returns:
+            ids and mask of shape `(len(rows), columns)`; for each image its visual tokens and whether it is its row's first
+            image; and for each row whether its prompt ends in its first image.
+        """
         ids, mask = self.prompt[rows], self.mask[rows]
         is_of_rows = torch.zeros_like(self.images_of_row, dtype=torch.bool).index_fill_(0, rows, True).tolist()
         images_of_row = self.images_of_row.tolist()
@@ -353,7 +357,7 @@ class AdaptiveDecoding:
         return ids.masked_fill(~is_real, pad_token_id), mask * is_real, tokens, ends_in_image
 
     def forward(self, input_ids, mask, cache, logits_to_keep, visual_tokens=()):
-        """Logits `(rows, logits_to_keep, vocab_size)` of the last columns."""
+        """Logits of shape `(rows, logits_to_keep, vocab_size)`."""
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
         inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions, CACHE_NAME: cache}
         if visual_tokens:
@@ -363,17 +367,17 @@ class AdaptiveDecoding:
         return outputs.logits.to(self.prompt.device)
 
     def choose(self, logits, rows, position):
-        """The likeliest tokens behind `position` tokens of the answer, and their log-probabilities."""
+        """The most likely token after the first `position` tokens of each answer, and its log-probability."""
         scores = logits.to(torch.float32, copy=True)
-        if self.logits_processor:  # they are given all rows, since they may know them by their index
+        if self.logits_processor:  # they get all rows, since they may rely on row indices
             scores = scores.new_zeros(len(self.prompt), scores.shape[1]).index_copy_(0, rows, scores)
             scores = self.logits_processor(self.rows_with(position), scores)[rows]
-        scores[:, self.config.image_token_id] = -torch.inf  # it would stand for no image
+        scores[:, self.config.image_token_id] = -torch.inf  # a generated placeholder would have no image
         log_probs, choices = scores.log_softmax(-1).max(-1)
         return choices, log_probs
 
     def extend(self, logits, rows, running):
-        """Append a token to the answers of the running rows. Answers that began as drafts have different lengths."""
+        """Append a token to the answers of the running rows, whose lengths may differ after a draft."""
         lengths = self.length[rows]
         self.make_room(int(lengths.max()) + 1)
         for length in lengths[running].unique().tolist():
@@ -395,11 +399,11 @@ class AdaptiveDecoding:
             self.ended[chosen] = self.stopping_criteria(self.rows_with(length), None)[chosen]
 
     def rows_with(self, length):
-        """All rows, with so many tokens of their answers."""
+        """All prompts, each with the first `length` tokens of its answer."""
         return torch.cat([self.prompt, self.answer[:, :length]], dim=1)
 
     def confidence(self):
-        """The least product of the probabilities of `window` tokens in a row, or of all, `(batch_size,)`."""
+        """The confidence in each answer, `(batch_size,)`: see [`VisualTokenSchedule`]."""
         column = torch.arange(self.log_probs.shape[1], device=self.log_probs.device)
         total = self.log_probs.masked_fill(column >= self.length[:, None], 0).cumsum(-1)
         window = self.schedule.window
@@ -409,11 +413,11 @@ class AdaptiveDecoding:
 
 
 def limit_schedule(schedule, budgets: dict, model, inputs: dict, generation_configs) -> VisualTokenSchedule:
-    """The first stages of a schedule, as many as the prompts in `inputs` can go through within budgets."""
-    try:  # of the package, which is more than the code that travels with checkpoints
+    """The schedule, cut to the stages that fit in the budgets for the prompts in `inputs`."""
+    try:  # the cost model is part of the package, not of a checkpoint's code
         from mqt_llava.cost import schedule_within
     except ImportError:
-        raise ValueError("`max_flops` and `max_seconds` need the package mqt-llava, which reckons costs.") from None
+        raise ValueError("`max_flops` and `max_seconds` need the cost model: pip install mqt-llava") from None
     numbers = [
         inputs.get("max_new_tokens"),
         *(getattr(config, "max_new_tokens", None) for config in generation_configs),
@@ -429,7 +433,7 @@ def limit_schedule(schedule, budgets: dict, model, inputs: dict, generation_conf
     images = (inputs.get("mm_encoder_outputs") or {}).get("image")
     images = inputs.get("pixel_values") if images is None else images.pooler_output
     num_images = 1
-    if images is not None and len(images):  # of the row that has most
+    if images is not None and len(images):  # in the row with the most images
         counts = count_visual_tokens(is_image, len(images), inputs.get("visual_token_counts"))
         starts = torch.tensor([0, *counts[:-1]]).cumsum(0)
         row = torch.searchsorted(is_image.sum(-1).cumsum(0).cpu(), starts, right=True)
@@ -440,11 +444,11 @@ def limit_schedule(schedule, budgets: dict, model, inputs: dict, generation_conf
 
 
 def begin_schedule(model, inputs: dict, args: tuple, num_visual_tokens, generation_configs):
-    """Make the inputs of `generate` ready for a schedule: encode the images with as many visual tokens as its last stage asks for.
+    """Prepare the inputs of `generate` for a schedule: encode the images with as many visual tokens as its last stage uses.
 
     Returns:
-        The inputs, with [`AdaptiveDecoding`] as `custom_generate`, and m of the first stage; where `num_visual_tokens` is no
-        schedule, both as they are.
+        The inputs, with [`AdaptiveDecoding`] as `custom_generate`, and m of the first stage. Both are returned unchanged if
+        `num_visual_tokens` is not a schedule.
     """
     schedule = resolve_schedule(num_visual_tokens, generation_configs, model.config.num_query_tokens)
     if schedule is None:

@@ -9,10 +9,10 @@ import transformers
 __version__ = "0.2.0"  # of this code and of the package mqt-llava
 OLDEST_TRANSFORMERS = "5.19.0"
 
-# The other files import this one first: what comes next is not in older releases, and the error would name that alone
+# Before the imports below, which fail in older releases with an error that doesn't name the cause. The other files import this one first
 if tuple(map(int, transformers.__version__.split(".")[:2])) < tuple(map(int, OLDEST_TRANSFORMERS.split(".")[:2])):
     raise ImportError(
-        f"MQT-LLaVA {__version__} needs transformers {OLDEST_TRANSFORMERS} or newer, and this is {transformers.__version__}: "
+        f"MQT-LLaVA {__version__} needs transformers {OLDEST_TRANSFORMERS} or newer, but {transformers.__version__} is installed: "
         f"pip install -U 'transformers>={OLDEST_TRANSFORMERS}'"
     )
 
@@ -34,13 +34,13 @@ AUTO_MAP = {
     "AutoProcessor": "processing_mqt_llava.MQTLlavaProcessor",
 }
 
-# `Trainer` looks for a model's name in the first list, not in the Auto classes, before it shifts labels for label smoothing;
-# and what stands there alone is taken for a model without images
+# With label smoothing, `Trainer` shifts the labels only of models that are listed in the first mapping, which
+# `AutoModelForCausalLM.register` doesn't fill. A model listed only there would be taken for text-only, hence the second
 for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
     names["mqt_llava"] = "MQTLlavaForConditionalGeneration"
 
 if TYPE_CHECKING:
-    SubConfig = Any  # a config of some class, once `__post_init__` has made one of what was given
+    SubConfig = Any  # a config of any class after `__post_init__`
 else:
     SubConfig = dict | PreTrainedConfig | None
 
@@ -54,26 +54,33 @@ class MQTLlavaConfig(PreTrainedConfig):
 
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
-            The vision tower, any that `AutoModel` builds. Defaults to CLIP ViT-L/14 at 336 pixels.
+            Config of the vision tower, of any class that `AutoModel` can build. Defaults to CLIP ViT-L/14 at 336 pixels.
         text_config (`dict` or `PreTrainedConfig`, *optional*):
-            The language model, any that `AutoModel` builds. Defaults to a `LlamaConfig` with 32064 token embeddings.
+            Config of the language model, of any class that `AutoModel` can build. Defaults to a `LlamaConfig` with 32064
+            token embeddings.
         image_token_id (`int`, *optional*, defaults to 32000):
             The id of the `<image>` placeholder.
         num_query_tokens (`int`, *optional*, defaults to 256):
-            M, the number of learned queries: the largest number of visual tokens per image. A square number, since the
-            queries stand on a grid.
+            M, the number of learned queries and so the largest number of visual tokens per image. Must be a square number,
+            since the queries form a square grid.
         query_transformer_num_attention_heads (`int`, *optional*, defaults to 16):
-            Heads of the query transformer's cross-attention. Must divide the vision tower's width.
+            Number of attention heads of the query transformer. Must divide the vision tower's width.
         query_transformer_layer_norm_eps (`float`, *optional*, defaults to 1e-6):
             Epsilon of the query transformer's layer norms.
         vision_feature_layer (`int`, *optional*, defaults to -2):
-            Index of the vision tower's hidden state whose patch features are queried.
+            Index of the vision tower's hidden state that the query transformer attends to.
         vision_feature_select_strategy (`"default"` or `"full"`, *optional*, defaults to `"default"`):
-            `"default"` drops the first feature (CLIP's class token), `"full"` keeps all (towers without one).
+            `"default"` drops the first feature (CLIP's class token), `"full"` keeps all features (for towers without a class
+            token).
         tie_word_embeddings (`bool`, *optional*):
-            Whether the head shares the weights of the token embeddings. Defaults to what `text_config` says.
+            Whether the language modeling head shares the token embeddings' weights. Defaults to
+            `text_config.tie_word_embeddings`.
         initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of freshly initialised weights.
+            Standard deviation of newly initialised weights.
+
+    Raises:
+        `ValueError`: if `num_query_tokens` is not a square number, the heads don't divide the vision tower's width, that width
+            is not a multiple of 4, or the vision tower has no such `vision_feature_layer`.
 
     Example:
 
@@ -89,7 +96,7 @@ class MQTLlavaConfig(PreTrainedConfig):
     model_type = "mqt_llava"
     attribute_map = {"image_token_index": "image_token_id"}
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]  # of `Trainer`'s predictions
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]  # left out of `Trainer`'s predictions
 
     vision_config: SubConfig = None
     text_config: SubConfig = None
@@ -122,12 +129,12 @@ class MQTLlavaConfig(PreTrainedConfig):
         elif isinstance(self.text_config, dict):
             self.text_config = AutoConfig.for_model(**{"model_type": "llama", **self.text_config})
 
-        # Language models have the flag in their own config; here the embeddings are tied at the top. Both say the same
+        # The embeddings are tied in the full model; the language model's own flag is kept equal
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         self.text_config.tie_word_embeddings = self.tie_word_embeddings
 
-        # Checked here and not in a `validate_...` method, whose errors are no `ValueError`
+        # Not in a `validate_...` method, whose errors are not a `ValueError`
         queries, width = self.num_query_tokens, self.vision_config.hidden_size
         heads = self.query_transformer_num_attention_heads
         if queries < 1 or math.isqrt(queries) ** 2 != queries:
@@ -143,7 +150,7 @@ class MQTLlavaConfig(PreTrainedConfig):
         num_layers = getattr(self.vision_config, "num_hidden_layers", None)
         if num_layers is not None and not -num_layers - 1 <= self.vision_feature_layer <= num_layers:
             raise ValueError(
-                f"`vision_feature_layer` must be from {-num_layers - 1} to {num_layers} for a vision tower of {num_layers} "
+                f"`vision_feature_layer` must be from {-num_layers - 1} to {num_layers} for a vision tower with {num_layers} "
                 f"layers; got {self.vision_feature_layer}."
             )
         if self.vision_feature_select_strategy not in ("default", "full"):
@@ -156,19 +163,19 @@ class MQTLlavaConfig(PreTrainedConfig):
 
     @property
     def vision_feature_depth(self) -> int:
-        """After how many layers of the vision tower the features are taken."""
+        """The number of vision tower layers that are run before the features are taken."""
         layer = self.vision_feature_layer
         return layer if layer >= 0 else self.vision_config.num_hidden_layers + 1 + layer
 
     def __getattr__(self, name):
-        if name == "auto_map":  # which TRL asks every config for: that of a folder without code has none
+        if name == "auto_map":  # TRL reads it from every config, and a folder without code has none
             return {}
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """See [`~PreTrainedConfig.save_pretrained`]. Names all classes that the folder's code has: on its own,
-        transformers names those of the config and of the model that is saved, but vLLM asks for the base model and some
-        tools for a causal language model."""
+        """See [`~PreTrainedConfig.save_pretrained`]. The saved `auto_map` lists every class of the code: by default,
+        transformers lists only the config and the model that is saved, but vLLM needs the base model and some tools a causal
+        language model."""
         self.auto_map = dict(AUTO_MAP)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 

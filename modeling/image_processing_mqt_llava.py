@@ -1,7 +1,7 @@
 """Image processor class for MQT-LLaVA"""
 
 # isort: off
-from .configuration_mqt_llava import OLDEST_TRANSFORMERS  # noqa: F401  before all others: it says so where transformers is too old
+from .configuration_mqt_llava import OLDEST_TRANSFORMERS  # noqa: F401  first, since it checks the version of transformers
 # isort: on
 
 import base64
@@ -29,20 +29,20 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-DOWNLOAD_TIMEOUT = 30  # seconds without a byte
-MAX_PIXELS = 2**28  # of an image on its way to the vision tower, 0.8 GB: more than PIL opens
+DOWNLOAD_TIMEOUT = 30  # seconds without receiving a byte
+MAX_PIXELS = 2**28  # of an intermediate image, 0.8 GB: more than PIL's own limit for opening files
 STRIP_PIXELS = 2**24
-ORIENTATION = 0x0112  # the tag of EXIF
+ORIENTATION = 0x0112  # EXIF tag
 
 
 class MQTLlavaImageProcessorKwargs(ImagesKwargs, total=False):
     """
     num_visual_tokens (`int` or `list[int]`, *optional*):
-        m, the number of visual tokens of every image or of each, from 1 to M, for the processor: pixels do not depend on it.
-        Set for the image processor, it is the processor's default.
+        m, the number of visual tokens of every image or of each, from 1 to M. It doesn't affect the pixels. If the image
+        processor has it, it is the processor's default.
     draft (`bool`, *optional*, defaults to `False`):
-        Decode large JPEG files at a reduced size, at least twice that of the vision tower. Faster, and the pixels differ a
-        little. Files must not be decoded yet, as `PIL.Image.open` leaves them.
+        Decode large JPEG files at a reduced size, at least twice that of the vision tower. Faster, but the pixels differ
+        slightly. Has an effect only on images that are not decoded yet, as returned by `PIL.Image.open`.
     """
 
     num_visual_tokens: int | list[int] | None
@@ -51,12 +51,22 @@ class MQTLlavaImageProcessorKwargs(ImagesKwargs, total=False):
 
 class MQTLlavaImageProcessor(LlavaImageProcessorPil):
     r"""
-    Makes `pixel_values` of images: padded to a square with the mean colour, resized, rescaled and normalized. The pixels are
-    those of [`LlavaImageProcessorPil`], bit for bit, made in several threads and without the large square.
+    Converts images to `pixel_values`: pads them to a square with the mean colour, resizes, rescales and normalizes them. The
+    result equals that of [`LlavaImageProcessorPil`] bit for bit, but images are processed in several threads and the padded
+    image is never held in full.
 
-    Whatever an image is given as, it is decoded in one way, and looks as a viewer shows it: upright by its EXIF orientation,
-    transparent parts on white, levels of 16 or 32 bits and floats scaled to 8 bits. Arrays and tensors hold levels up to 255,
-    or floats from 0 to 1, channels first or last.
+    All kinds of input are decoded the same way, as an image viewer shows them: rotated according to EXIF, transparent parts
+    on white, 16-bit, 32-bit and float values scaled to 8 bits. Arrays and tensors hold values from 0 to 255, or floats from 0
+    to 1, channels first or last.
+
+    Args:
+        num_visual_tokens (`int` or `list[int]`, *optional*):
+            The processor's default for `num_visual_tokens`.
+        draft (`bool`, *optional*, defaults to `False`):
+            Decode large JPEG files at a reduced size, at least twice that of the vision tower. Faster, but the pixels differ
+            slightly. Has an effect only on images that are not decoded yet, as returned by `PIL.Image.open`.
+        kwargs:
+            As for [`LlavaImageProcessorPil`]: `size`, `crop_size`, `do_pad`, `image_mean`, `image_std` ...
     """
 
     valid_kwargs = MQTLlavaImageProcessorKwargs
@@ -73,11 +83,11 @@ class MQTLlavaImageProcessor(LlavaImageProcessorPil):
 
     @property
     def side(self) -> int:
-        """Height and width in pixels of what comes out, which is what the vision tower takes."""
+        """Height and width of `pixel_values` in pixels."""
         return (self.crop_size if self.do_center_crop else self.size)["height"]
 
     def fetch_images(self, image_url_or_urls):
-        """The images themselves, in the same nesting, of whatever [`load_image`] takes. Files are not decoded yet."""
+        """Load anything that [`load_image`] accepts, in any nesting, which is kept. Files are not decoded yet."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
         return load_image(image_url_or_urls)
@@ -89,11 +99,12 @@ class MQTLlavaImageProcessor(LlavaImageProcessorPil):
                 An image, or a list of them: PIL images of any mode, arrays, tensors, paths, URLs, base64.
 
         Returns:
-            [`BatchFeature`]: `pixel_values`, of shape `(num_images, 3, height, width)` where `return_tensors` is given.
+            [`BatchFeature`]: `pixel_values`, of shape `(num_images, 3, height, width)` if `return_tensors` is given, else a
+            list of arrays of shape `(3, height, width)`.
 
         Raises:
-            `ValueError`: for images that cannot be read, naming which, and for arguments that would give them a shape which
-            the vision tower cannot take.
+            `ValueError`: for an image that cannot be read, with its index and file name, and for arguments that lead to another
+                size than the vision tower's.
         """
         images = cast(list, make_flat_list_of_images(self.fetch_images(images)))
         settings = {name: getattr(self, name, None) for name in self.valid_kwargs.__annotations__}
@@ -110,13 +121,13 @@ class MQTLlavaImageProcessor(LlavaImageProcessorPil):
                 if isinstance(image, Image.Image) or settings["do_rescale"]:
                     image = to_rgb(image, settings.get("input_data_format"))
                 return _pad_and_resize(image, self.side, background) if does_geometry else image
-            except Exception as error:  # a damaged file can lead a decoder to any exception
+            except Exception as error:  # decoders raise all kinds of exceptions on damaged files
                 name = getattr(image, "filename", "")
                 raise ValueError(f"Image {index}{f' ({name})' if name else ''} cannot be used: {error}") from error
 
-        # Each object once: threads must not decode the same lazy file, and there is nothing to gain
+        # Each object once: two threads must not decode the same lazy file
         distinct = {id(image): (index, image) for index, image in reversed(list(enumerate(images)))}
-        if len(distinct) > 1 and torch.get_num_threads() > 1:  # PIL lets other threads run while it works
+        if len(distinct) > 1 and torch.get_num_threads() > 1:  # PIL releases the GIL
             with ThreadPoolExecutor(min(len(distinct), torch.get_num_threads())) as pool:
                 prepared = dict(zip(distinct, pool.map(prepare, distinct.values())))
         else:
@@ -129,11 +140,11 @@ class MQTLlavaImageProcessor(LlavaImageProcessorPil):
         processed = super().preprocess([prepared[id(image)] for image in images], **kwargs)
         shape = tuple(np.shape(processed["pixel_values"][0])[-2:])
         if shape != (self.side, self.side):
-            raise ValueError(self._wrong_shape(f"these arguments make them {shape[0]} x {shape[1]}: {kwargs}"))
+            raise ValueError(self._wrong_shape(f"these arguments give {shape[0]} x {shape[1]}: {kwargs}"))
         return processed
 
     def _does_geometry(self, kwargs) -> bool:
-        """Whether images are padded and resized here, the fast way, or by transformers."""
+        """Whether to pad and resize with [`_pad_and_resize`] instead of transformers' slower steps."""
         arguments = {"do_pad", "do_resize", "do_center_crop", "size", "crop_size", "resample", "image_mean"}
         given = {name for name, value in kwargs.items() if value is not None}
         size = dict(self.size)
@@ -142,8 +153,8 @@ class MQTLlavaImageProcessor(LlavaImageProcessorPil):
         return not arguments & given and is_square and pads and self.resample == Image.Resampling.BICUBIC
 
     def _check_shapes(self, images, kwargs, settings, does_geometry: bool):
-        """Refuse, before any work, what cannot end as the vision tower's square or needs much memory on the way there: a
-        server's clients choose images and arguments."""
+        """Refuse, before any work, what cannot become an image of the vision tower's size or would need too much memory: on a
+        server, clients choose images and arguments."""
         for name in ("size", "crop_size", "pad_size"):
             given = kwargs.get(name)
             if given is not None and given not in (self.side, {"height": self.side, "width": self.side}):
@@ -157,8 +168,8 @@ class MQTLlavaImageProcessor(LlavaImageProcessorPil):
             if not width or not height:
                 raise ValueError(f"Image {index} is empty, {width} x {height} pixels.")
             if not (settings["do_resize"] or settings["do_center_crop"]) and image.size != (self.side, self.side):
-                raise ValueError(self._wrong_shape(f"without resizing, {width} x {height} stay as they are"))
-            # transformers makes the whole square
+                raise ValueError(self._wrong_shape(f"image {index} has {width} x {height} pixels and is not resized"))
+            # transformers allocates the whole padded square
             longest = max(image.size)
             if longest * (self.side if does_geometry or not settings["do_pad"] else longest) > MAX_PIXELS:
                 raise ValueError(f"Image {index}, of {width} x {height} pixels, is too long to be padded to a square.")
@@ -169,17 +180,17 @@ class MQTLlavaImageProcessor(LlavaImageProcessorPil):
 
 def load_image(image):
     """
-    An image, not decoded yet, of anything that stands for one.
+    Load an image. Files are opened, but not decoded yet.
 
     Args:
-        image: A PIL image, array or tensor; a path or an http(s) URL; base64, with `data:image/...;base64,`
-            before it or without; the bytes of a file; a `dict` of `bytes` or `path`, as `datasets` has images.
+        image: A PIL image, an array or a tensor; a path or an http(s) URL; base64, with or without the prefix
+            `data:image/...;base64,`; the bytes of a file; a `dict` with `bytes` or `path`, as in `datasets`.
 
     Raises:
-        `ValueError`: when there is no image.
+        `ValueError`: if there is no such image, or it cannot be read.
     """
     if is_valid_image(image):
-        return image[None] if getattr(image, "ndim", 3) == 2 else image  # grey, in transformers' layout
+        return image[None] if getattr(image, "ndim", 3) == 2 else image  # grayscale, with a channel dimension
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") else image.get("path")
     try:
@@ -192,16 +203,16 @@ def load_image(image):
                 return Image.open(io.BytesIO(_download(image)))
             return Image.open(io.BytesIO(base64.b64decode(image.rpartition(",")[2], validate=True)))
     except binascii.Error:
-        raise ValueError(f"There is no image file {_shorten(image)}, nor is it a URL or base64.") from None
-    except Exception as error:  # a damaged file can lead a decoder to any exception
-        raise ValueError(f"{_shorten(image)} is no image that can be read: {error}") from error
+        raise ValueError(f"{_shorten(image)} is neither an image file, a URL nor base64.") from None
+    except Exception as error:  # decoders raise all kinds of exceptions on damaged files
+        raise ValueError(f"Cannot read the image {_shorten(image)}: {error}") from error
     raise ValueError(
         f"An image must be a PIL image, an array, a tensor, a path, a URL, base64 or the bytes of a file; got {type(image)}."
     )
 
 
 def _download(url: str) -> bytes:
-    from huggingface_hub.utils import httpx  # the one that transformers uses
+    from huggingface_hub.utils import httpx  # the HTTP client of transformers
 
     return httpx.get(url, timeout=DOWNLOAD_TIMEOUT, follow_redirects=True).raise_for_status().content
 
@@ -211,11 +222,10 @@ def _shorten(source) -> str:
 
 
 def to_rgb(image, input_data_format=None) -> Image.Image:
-    """An RGB image of 8 bits as a viewer shows it, of a PIL image of any mode (of an animation the first frame), an array or a
-    tensor.
+    """Convert a PIL image of any mode (the first frame of an animation), an array or a tensor to 8-bit RGB, as a viewer shows it.
 
     Raises:
-        `ValueError`: for levels that have no scale: negative ones, and floats above 65535.
+        `ValueError`: for values whose scale is unknown: negative ones, and floats above 65535.
     """
     if not isinstance(image, Image.Image):
         image = _from_array(np.asarray(image.cpu() if isinstance(image, torch.Tensor) else image), input_data_format)
@@ -232,7 +242,7 @@ def to_rgb(image, input_data_format=None) -> Image.Image:
 def _is_turned(image: Image.Image) -> bool:
     try:
         return image.getexif().get(ORIENTATION, 1) != 1
-    except Exception:  # damaged metadata are no reason to refuse an image
+    except Exception:  # don't refuse an image for damaged metadata
         return False
 
 
@@ -246,25 +256,23 @@ def _from_array(levels: np.ndarray, input_data_format=None) -> Image.Image:
         levels = levels * np.uint8(255)
     elif levels.dtype != np.uint8:
         if is_scaled_image(levels) and np.issubdtype(levels.dtype, np.floating):
-            logger.warning_once("Arrays of floats from 0 to 1 are taken as images that were rescaled: 1 is white.")
+            logger.warning_once("Arrays of floats from 0 to 1 are treated as rescaled images, in which 1 is white.")
         mode = "F" if np.issubdtype(levels.dtype, np.floating) else "I;16" if levels.dtype == np.uint16 else "I"
         if mode == "I" and levels.min() < 0:
-            raise ValueError(f"levels from {levels.min()} have no scale; integers are 0 or more")
+            raise ValueError(f"integer values must not be negative; the smallest is {levels.min()}")
         levels = _to_8_bits(levels, mode)
     return Image.fromarray(np.ascontiguousarray(levels))
 
 
 def _to_8_bits(levels: np.ndarray, mode: str) -> np.ndarray:
-    """Levels of one of PIL's modes with more than 8 bits, which it would clip at 255."""
-    if mode == "I" and levels.min(initial=0) < 0:  # how PIL holds unsigned ones beyond 31 bits
+    """Scale values of a PIL mode with more than 8 bits, which PIL itself would clip at 255."""
+    if mode == "I" and levels.min(initial=0) < 0:  # PIL stores 32-bit unsigned values as signed ones
         levels = levels.astype(np.int64) & 0xFFFFFFFF
     lowest, highest = float(levels.min()), float(levels.max())
     if mode == "F":
         scale = 1 / 255 if highest <= 1 else 1 if highest <= 255 else 257
         if not (lowest >= 0 and highest <= 65535):  # NaN as well
-            raise ValueError(
-                f"levels from {lowest:g} to {highest:g} have no scale; floats go from 0 to 1, to 255 or to 65535"
-            )
+            raise ValueError(f"float values must be from 0 to 1, to 255 or to 65535; got {lowest:g} to {highest:g}")
     elif mode == "I":
         scale = 1 if highest <= 255 else 257 if highest <= 65535 else 0x1010101
     else:
@@ -273,7 +281,7 @@ def _to_8_bits(levels: np.ndarray, mode: str) -> np.ndarray:
 
 
 def _decode_smaller(image, side: int):
-    """Let a JPEG file that is not decoded yet be decoded at half, a quarter or an eighth of its size, `side` at least."""
+    """Set a JPEG file that is not decoded yet to be decoded at 1/2, 1/4 or 1/8 of its size, but with at least `side` pixels."""
     if getattr(image, "format", None) == "JPEG":
         scale = side / max(image.size)
         if scale < 1:
@@ -281,10 +289,10 @@ def _decode_smaller(image, side: int):
 
 
 def _pad_and_resize(image: Image.Image, side: int, background: tuple[int, ...]) -> Image.Image:
-    """Pad an RGB image to a square with the background colour and resize that: the reference's pixels, bit for bit.
+    """Pad an RGB image to a square with the background colour and resize it, bit for bit as the reference does.
 
-    PIL resizes rows first and columns then. So rows can be resized a strip at a time, those of padding not at all, and
-    the large square is never made.
+    PIL resizes horizontally first, then vertically. So the horizontal pass can run strip by strip and skip rows of padding,
+    and the padded image is never held in full.
     """
     width, height = image.size
     longest = max(width, height)

@@ -1,7 +1,7 @@
 """PyTorch MQT-LLaVA model"""
 
 # isort: off
-from .configuration_mqt_llava import MQTLlavaConfig  # before all others: it says so where transformers is too old
+from .configuration_mqt_llava import MQTLlavaConfig  # first, since it checks the version of transformers
 # isort: on
 
 import math
@@ -35,21 +35,26 @@ from .budget_mqt_llava import (
 
 
 class ImageOutputs:
-    """What outputs say about images: `image_outputs` is the output of [`MQTLlavaModel.get_image_features`]."""
+    """Adds `image_hidden_states` to outputs whose `image_outputs` is the output of [`MQTLlavaModel.get_image_features`]."""
 
     image_outputs: BaseModelOutputWithPooling | None
 
     @property
     def image_hidden_states(self) -> torch.Tensor | None:
-        """The visual tokens of all images one after the other, `(num_visual_tokens_of_all_images, hidden_size)`."""
+        """The visual tokens of all images, concatenated, of shape `(sum of visual_token_counts, text_hidden_size)`."""
         return None if self.image_outputs is None else torch.cat(list(self.image_outputs.pooler_output))  # type: ignore[arg-type]  # a list
 
 
-# The names of what they inherit, the cache's among them, are those of the installed transformers
+# Inherited, so that the cache has the name that the installed transformers uses
 @dataclass
 class MQTLlavaModelOutputWithPast(ImageOutputs, BaseModelOutputWithPast):
-    """[`~modeling_outputs.BaseModelOutputWithPast`] of the language model, and `image_outputs`: the images' visual tokens as
-    `pooler_output`, and what they were made of."""
+    """
+    [`~modeling_outputs.BaseModelOutputWithPast`] of the language model.
+
+    Args:
+        image_outputs (`BaseModelOutputWithPooling`, *optional*):
+            Output of [`MQTLlavaModel.get_image_features`], with the visual tokens as `pooler_output`.
+    """
 
     image_outputs: BaseModelOutputWithPooling | None = None
 
@@ -59,8 +64,14 @@ MODEL_OUTPUT_NAMES = tuple(field.name for field in fields(MQTLlavaModelOutputWit
 
 @dataclass
 class MQTLlavaCausalLMOutputWithPast(ImageOutputs, CausalLMOutputWithPast):
-    """[`~modeling_outputs.CausalLMOutputWithPast`], whose `logits` of shape `(batch_size, sequence_length, vocab_size)` count
-    the visual tokens that were used, and so follow `num_visual_tokens`; and `image_outputs`, as above."""
+    """
+    [`~modeling_outputs.CausalLMOutputWithPast`]. With `num_visual_tokens`, the `sequence_length` of `logits` is that of the
+    prompt with these visual tokens, not that of `input_ids`.
+
+    Args:
+        image_outputs (`BaseModelOutputWithPooling`, *optional*):
+            Output of [`MQTLlavaModel.get_image_features`], with the visual tokens as `pooler_output`.
+    """
 
     image_outputs: BaseModelOutputWithPooling | None = None
 
@@ -68,7 +79,7 @@ class MQTLlavaCausalLMOutputWithPast(ImageOutputs, CausalLMOutputWithPast):
 def sinusoidal_grid_positions(side: int, width: int) -> torch.Tensor:
     """Two-dimensional sine-cosine positions of a `side` x `side` grid in raster order, `(side * side, width)`.
 
-    The first half of the channels tells the column, the second half the row; each half is `[sin | cos]` over `width / 4`
+    The first half of the channels encodes the column, the second half the row; each half is `[sin | cos]` of `width / 4`
     frequencies from 1 down to 1 / 10000 (as in MAE, https://huggingface.co/papers/2111.06377).
     """
     frequencies = 10000 ** -(torch.arange(width // 4, dtype=torch.float32) / (width // 4))
@@ -94,11 +105,11 @@ def eager_attention_forward(
 
 
 class MQTLlavaQueryTransformer(nn.Module):
-    """Turns the patch features of an image into any number m of visual tokens from 1 to M.
+    """Turns the patch features of an image into m visual tokens, for any m from 1 to M.
 
-    One cross-attention layer: the first m of M learned queries look at the patches, then a projection leads to the
-    language model's width. Queries and keys are made of positions alone, the image enters through the values. So visual
-    token i is the same whatever m: the tokens of a small m are a prefix of those of a large one.
+    One cross-attention layer, in which the first m of M learned queries attend to the patches, followed by a projection to the
+    language model's width. Queries and keys depend on positions only; the image enters through the values. Visual token i is
+    the same for every m, so the tokens of a small m are a prefix of those of a larger one.
     """
 
     def __init__(self, config: MQTLlavaConfig):
@@ -123,12 +134,12 @@ class MQTLlavaQueryTransformer(nn.Module):
         self.text_proj = nn.Linear(width, config.text_config.hidden_size, bias=False)
 
     def patch_positions(self, num_patches: int) -> torch.Tensor:
-        """The queries' grid of positions resized to the patches' grid, `(num_patches, width)`: bicubic, in float32."""
+        """The queries' grid of positions, resized to the patches' grid (bicubic, in float32): `(num_patches, width)`."""
         patch_side, query_side = math.isqrt(num_patches), math.isqrt(self.num_query_tokens)
         if patch_side**2 != num_patches:
             raise ValueError(
-                f"The vision tower gave {num_patches} patch features, which make no square grid. Set "
-                '`vision_feature_select_strategy` to "default" for a tower with a class token, to "full" for one without.'
+                f"The vision tower returned {num_patches} patch features, which don't form a square grid. Set "
+                '`vision_feature_select_strategy` to "default" for a tower with a class token and to "full" for one without.'
             )
         if patch_side == query_side:
             return self.position_embedding
@@ -142,7 +153,7 @@ class MQTLlavaQueryTransformer(nn.Module):
             patch_features (`torch.Tensor` of shape `(num_images, num_patches, vision_hidden_size)`):
                 Patch features of the vision tower, on a square grid in raster order.
             num_visual_tokens (`int`):
-                m, how many of the M queries to compute.
+                m, the number of queries to use.
 
         Returns:
             `torch.Tensor` of shape `(num_images, num_visual_tokens, text_hidden_size)`.
@@ -153,7 +164,7 @@ class MQTLlavaQueryTransformer(nn.Module):
         keys = self.k_proj(self.key_norm(self.patch_positions(num_patches)))
         values = self.v_proj(self.value_norm(patch_features))
 
-        # (num_images, heads, tokens, head_dim); queries and keys are one and the same for every image
+        # (num_images, heads, tokens, head_dim); queries and keys are the same for every image
         queries = queries.view(1, -1, width // self.head_dim, self.head_dim).transpose(1, 2)
         keys = keys.view(1, -1, width // self.head_dim, self.head_dim).transpose(1, 2)
         values = values.view(num_images, num_patches, -1, self.head_dim).transpose(1, 2)
@@ -197,9 +208,9 @@ class MQTLlavaPreTrainedModel(PreTrainedModel):
             init.copy_(module.position_embedding, sinusoidal_grid_positions(side, width))
 
     def initialize_weights(self):
-        """The parts first, as models of their own. As parts of one from outside transformers, modules without tensors, such as
-        CLIP's attention, are passed over, and weights that a checkpoint lacks get another scale than a new model's."""
-        model: Any = self.base_model  # to torch's annotations any of its parts may be a tensor
+        """Initialise the parts first, as models of their own. Inside a model from outside transformers, modules without tensors,
+        such as CLIP's attention, are skipped, and weights missing from a checkpoint would get another scale than in a new model."""
+        model: Any = self.base_model  # torch's annotations allow each part to be a tensor
         model.vision_tower.initialize_weights()
         model.language_model.initialize_weights()
         super().initialize_weights()
@@ -219,10 +230,10 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
         self.post_init()
 
     def drop_unused_vision_layers(self):
-        """Leave out of the vision tower what is behind the features, so that its last hidden state is the features.
+        """Remove the layers after the features from the vision tower, so that its last hidden state is the features.
 
-        Checkpoints of the whole tower hold those tensors, which are not loaded. (SigLIP's pooling head among them would break
-        vLLM, which swaps the Linear inside its `nn.MultiheadAttention`.)
+        Their tensors, which checkpoints of the whole tower have, are not loaded. (SigLIP's pooling head would break vLLM, which
+        replaces the `nn.Linear` in its `nn.MultiheadAttention`.)
         """
         tower, depth = self.vision_tower, self.config.vision_feature_depth
         layers = [f"encoder.layers.{index}." for index in range(depth, len(tower.encoder.layers))]
@@ -246,22 +257,23 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
 
         Args:
             pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`):
-                Images as the processor prepares them.
+                Images as returned by the processor.
             visual_token_counts (`torch.LongTensor` of shape `(num_images,)`, `list[int]` or `int`, *optional*):
-                How many visual tokens to make of each image, 1 to M. Defaults to M.
+                The number of visual tokens of each image, from 1 to M. Defaults to M.
 
         Returns:
-            [`~modeling_outputs.BaseModelOutputWithPooling`]: as `last_hidden_state` the hidden state of the vision tower
-            that is queried, of shape `(num_images, num_patches (+ 1), vision_hidden_size)`, and as `pooler_output` a list
-            of one tensor of shape `(m_i, text_hidden_size)` for each image (compiled without counts, one tensor). Its
-            first rows are what fewer visual tokens would be, so features of M tokens do for every m. To keep them, call
-            this under `torch.no_grad()`: else they hold what a backward pass through the vision tower would need.
+            [`~modeling_outputs.BaseModelOutputWithPooling`]: `last_hidden_state` is the hidden state of the vision tower that
+            the query transformer attends to, of shape `(num_images, num_patches (+ 1), vision_hidden_size)`. `pooler_output`
+            is a list with a tensor of shape `(m_i, text_hidden_size)` for each image (a single tensor in a compiled model
+            without counts). The first rows are the visual tokens of a smaller m, so features with M tokens serve every m. Call
+            this under `torch.no_grad()` to cache them; otherwise they keep the activations of the vision tower in memory.
 
         Raises:
-            `ValueError`: for counts that are not one integer from 1 to M per image.
+            `ValueError`: if the counts are not one integer from 1 to M per image.
         """
         refuse_num_visual_tokens(kwargs, "`visual_token_counts`")
-        num_query_tokens, counts = self.config.num_query_tokens, None  # exported, it takes any number of images
+        num_query_tokens, counts = self.config.num_query_tokens, None
+        # While exporting, counts stay `None`, since the number of images is dynamic
         if visual_token_counts is not None or not torch.compiler.is_compiling():
             counts = resolve_visual_token_counts(visual_token_counts, len(pixel_values), num_query_tokens)
         wanted = kwargs.pop("output_hidden_states", None)
@@ -275,7 +287,7 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
         features = outputs.last_hidden_state
         if not self.tower_ends_at_features:
             features = outputs.hidden_states[self.config.vision_feature_layer]
-        first_patch = int(self.config.vision_feature_select_strategy == "default")  # behind the class token
+        first_patch = int(self.config.vision_feature_select_strategy == "default")  # after the class token
         num_visual_tokens = num_query_tokens if counts is None else max(counts, default=0)
         visual_tokens = self.query_transformer(features[:, first_patch:], num_visual_tokens)
         if counts is not None:
@@ -288,10 +300,10 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
         )
 
     def get_placeholder_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Where the image placeholders are: a bool tensor of shape `(batch_size, sequence_length)`."""
+        """Bool tensor of shape `(batch_size, sequence_length)` that is `True` at image placeholders."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
-        assert inputs_embeds is not None  # one of the two is there
+        assert inputs_embeds is not None
         token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
@@ -310,26 +322,35 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Prompts in which image i has as many placeholders as it shall have visual tokens.
+                Prompts with as many placeholders for each image as it has visual tokens.
             pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`, *optional*):
                 The images of all rows, in the order of their placeholders.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                1 for tokens to attend to, 0 for padding.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Positions of the tokens. Defaults to the language model's own.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, text_hidden_size)`, *optional*):
+                Embeddings instead of `input_ids`. Placeholders are recognised by their embedding.
             visual_token_counts (`torch.LongTensor` of shape `(num_images,)`, *optional*):
-                Visual tokens of each image. Where it is missing, one run of placeholders is one image.
+                The number of visual tokens of each image. By default, each run of placeholders is one image.
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
                 `{"image": output of get_image_features}`, instead of `pixel_values`.
             kwargs:
-                For the language model. The cache is among them, by the name that the installed transformers has for it.
+                Passed on to the language model, the cache among them: `past_key_values`, or `cache` since transformers 5.24.
+
+        Returns:
+            [`MQTLlavaModelOutputWithPast`]: `last_hidden_state` of shape `(batch_size, sequence_length, text_hidden_size)`.
 
         Raises:
-            `ValueError`: when images and placeholders do not match, in number or in visual tokens.
+            `ValueError`: if images and placeholders don't match, in number or in visual tokens.
         """
-        refuse_num_visual_tokens(kwargs, "a prompt made with it, or `MQTLlavaForConditionalGeneration`")
+        refuse_num_visual_tokens(kwargs, "it to the processor, or to `MQTLlavaForConditionalGeneration`")
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         image_outputs: Any = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None and image_outputs is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
-        if pixel_values is not None and len(pixel_values) == 0:  # TRL's share of the images for rows that have none
+        if pixel_values is not None and len(pixel_values) == 0:  # how TRL splits a batch for rows without images
             count_visual_tokens(self.get_placeholder_mask(input_ids, inputs_embeds), 0, visual_token_counts)
             pixel_values = None
         if inputs_embeds is None:
@@ -339,7 +360,7 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
             is_placeholder = self.get_placeholder_mask(input_ids, inputs_embeds)
             passed_over: int | torch.Tensor = 0
             if torch.compiler.is_compiling():
-                # The counts are data: M tokens of every image are made, and some passed over
+                # Shapes must not depend on the counts: all images are encoded to M tokens, and those not needed are skipped
                 if pixel_values is not None:
                     sizes = len(pixel_values), self.config.num_query_tokens
                     passed_over = rows_passed_over(is_placeholder, *sizes, visual_token_counts)
@@ -361,10 +382,10 @@ class MQTLlavaModel(MQTLlavaPreTrainedModel):
 
 
 def merge_visual_tokens(inputs_embeds, is_placeholder, visual_tokens, passed_over=0) -> torch.Tensor:
-    """The embeddings `(batch_size, sequence_length, hidden_size)` of a prompt with `visual_tokens`, a list of one tensor for
-    each image or one tensor of all, for its placeholders: every placeholder picks its own row."""
+    """Replace the placeholders in `inputs_embeds`, `(batch_size, sequence_length, hidden_size)`, with `visual_tokens`: a list with
+    one tensor per image, or one tensor. Each placeholder looks up its own row of the visual tokens."""
     table = visual_tokens.flatten(0, 1) if isinstance(visual_tokens, torch.Tensor) else torch.cat(list(visual_tokens))
-    # Text picks row 0, which gets no gradient
+    # Text looks up row 0, which gets no gradient
     table = nn.functional.pad(table.to(inputs_embeds.device, inputs_embeds.dtype), (0, 0, 1, 0))
     row = (is_placeholder.flatten().cumsum(0) + passed_over).clamp(max=len(table) - 1)
     visual_tokens = nn.functional.embedding(row.view_as(is_placeholder) * is_placeholder, table, padding_idx=0)
@@ -372,7 +393,8 @@ def merge_visual_tokens(inputs_embeds, is_placeholder, visual_tokens, passed_ove
 
 
 class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin):
-    """MQT-LLaVA with a language modeling head: answers about images, with any number m of visual tokens per image."""
+    """MQT-LLaVA with a language modeling head. Generates text from images and text, with any number m of visual tokens per
+    image from 1 to M."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -413,25 +435,37 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Prompts as the processor makes them.
+                Prompts as returned by the processor.
             pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`, *optional*):
                 The images of all rows, in the order of their placeholders.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                1 for tokens to attend to, 0 for padding.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Positions of the tokens. Defaults to the language model's own.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, text_hidden_size)`, *optional*):
+                Embeddings instead of `input_ids`. Placeholders are recognised by their embedding.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Labels for the language modeling loss; -100 is ignored.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                How many of the last positions to compute logits for, or the indices of the positions; 0 means all.
             visual_token_counts (`torch.LongTensor` of shape `(num_images,)`, *optional*):
-                Visual tokens of each image, as the processor returns it. It settles adjacent images.
+                The number of visual tokens of each image, as returned by the processor. Needed for adjacent images only.
             num_visual_tokens (`int` or `list[int]`, *optional*):
-                m, for all images or for each, whatever the prompt was prepared with: see [`rebudget`]. Defaults to the number
+                m for all images or for each, whatever the prompt was prepared with: see [`rebudget`]. Defaults to the number
                 of placeholders in the prompt.
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
-                `{"image": output of get_image_features}`, instead of `pixel_values`. With `num_visual_tokens` the first
-                tokens of each image are taken.
+                `{"image": output of get_image_features}`, instead of `pixel_values`. With `num_visual_tokens`, the first
+                tokens of each image are used.
             kwargs:
-                For the language model and the loss. The cache is among them, by the name that the installed transformers has
-                for it.
+                Passed on to the language model and the loss, the cache among them: `past_key_values`, or `cache` since
+                transformers 5.24.
+
+        Returns:
+            [`MQTLlavaCausalLMOutputWithPast`]: `logits` of shape `(batch_size, sequence_length, vocab_size)`, where
+            `sequence_length` is that of the prompt with `num_visual_tokens`, and `loss`, a scalar, if `labels` are given.
 
         Raises:
-            `ValueError`: for anything but integers from 1 to M, and when images and placeholders do not match.
+            `ValueError`: if `num_visual_tokens` is anything but integers from 1 to M, or if images and placeholders don't match.
         """
         inputs = {
             "input_ids": input_ids,
@@ -459,8 +493,8 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         return MQTLlavaCausalLMOutputWithPast(loss=loss, logits=logits, **outputs)
 
     def save_pretrained(self, *args, **kwargs):
-        """See [`~PreTrainedModel.save_pretrained`]. A generation config that is marked as made of the model's config would be
-        loaded without its `num_visual_tokens`: it is saved without the mark."""
+        """See [`~PreTrainedModel.save_pretrained`]. The generation config is saved without the mark that it was derived from the
+        model's config, which would make transformers drop its `num_visual_tokens` when it is loaded."""
         settings = {
             name: value for name, value in self.generation_config.to_dict().items() if not name.startswith("_")
         }
@@ -480,26 +514,40 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         **kwargs,
     ):
         r"""
-        Generate answers: [`~generation.GenerationMixin.generate`], with any number of visual tokens.
+        [`~generation.GenerationMixin.generate`] with any number of visual tokens.
 
-        To go on from the cache of an earlier call (`past_key_values`, `cache` since transformers 5.24), pass the whole
-        conversation or what follows the cached positions, and the new images alone. Images that the cache holds keep their
-        visual tokens, so a conversation that is passed whole must be prepared with them: `processor(...,
-        num_visual_tokens=m)`.
+        Whatever `num_visual_tokens` is, the returned sequences begin with the caller's `input_ids`, so
+        `out[:, inputs["input_ids"].shape[1]:]` is the answer. Stopping criteria, logits processors and
+        `prefix_allowed_tokens_fn` see the caller's `input_ids` too. Use `max_new_tokens` rather than `max_length`, which counts
+        the prompt with its new number of visual tokens.
+
+        To continue from the cache of an earlier call (`past_key_values`, or `cache` since transformers 5.24), pass either the
+        whole conversation or only what follows the cached positions, and the new images only. Images in the cache keep their
+        visual tokens, so a conversation that is passed whole must be prepared with the same numbers:
+        `processor(..., num_visual_tokens=m)`.
 
         Args:
             num_visual_tokens (`int`, `list[int]`, `"auto"` or [`VisualTokenSchedule`], *optional*):
-                m, for all images or for each, whatever the prompt was prepared with: see [`rebudget`]; or as many as each row
-                needs, by the `visual_token_schedule` of the generation config or by another one. Defaults to `num_visual_tokens`
-                of the generation config, where that has it, or the number of placeholders in the prompt. Whatever m, sequences
-                begin with the caller's own `input_ids`, so `out[:, inputs["input_ids"].shape[1]:]` is the answer, and so do the
-                rows that stopping criteria, logits processors and `prefix_allowed_tokens_fn` are called with. `max_length`
-                counts the prompt as it is used: say `max_new_tokens`.
+                m for all images or for each, whatever the prompt was prepared with: see [`rebudget`]. With `"auto"` or a
+                [`VisualTokenSchedule`], each row gets as many as it needs; `"auto"` uses the `visual_token_schedule` of the
+                generation config. Defaults to `num_visual_tokens` of the generation config if that is set, else to the number
+                of placeholders in the prompt.
+            max_flops (`float`, *optional*):
+                With a schedule, run only as many of its stages as take at most this many FLOPs: see [`schedule_within`].
+            max_seconds (`float`, *optional*):
+                The same in seconds on the CPU, an estimate.
+            kwargs:
+                The inputs from the processor and all other arguments of [`~generation.GenerationMixin.generate`].
+
+        Returns:
+            `torch.LongTensor` or `ModelOutput`: ids of shape `(batch_size, sequence_length)`; with
+            `return_dict_in_generate=True`, an output that has them as `sequences`, which is an [`AdaptiveGenerateOutput`] if a
+            schedule was used.
 
         Raises:
-            `ValueError`: for any other m, when images and placeholders do not match, for a cache that does not fit the prompt, for
-            a model in training whose generation config has another m than the prompt, for all but greedy decoding by a
-            schedule, and for assisted decoding or `use_cache=False` with a cache that holds something.
+            `ValueError`: for any other `num_visual_tokens`, if images and placeholders don't match, for a cache that doesn't fit
+                the prompt, for a model in training mode whose generation config sets another m than the prompt has, for anything
+                but greedy decoding with a schedule, and for assisted decoding or `use_cache=False` with a cache that is not empty.
         """
         if inputs is not None:
             kwargs["input_ids"] = inputs
@@ -514,7 +562,7 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         kwargs, num_visual_tokens = begin_schedule(self, kwargs, args, num_visual_tokens, configs)
         if num_visual_tokens is not None:
             kwargs = rebudget(kwargs, num_visual_tokens, self.config, "left", num_cached)
-        if self.generation_config.suppress_tokens is None:  # a generated placeholder would stand for no image
+        if self.generation_config.suppress_tokens is None:  # a generated placeholder would have no image
             self.generation_config.suppress_tokens = [self.config.image_token_id]
         own_prompt, callbacks = None, (logits_processor, stopping_criteria, prefix_allowed_tokens_fn)
         if input_ids is not None and kwargs["input_ids"] is not input_ids:
@@ -527,7 +575,8 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
         return outputs if own_prompt is None else own_prompt.restore(outputs, cache)
 
     def encode_images(self, inputs: dict, num_cached: int = 0) -> dict:
-        """The inputs of `generate` with visual tokens for pixels, of the images behind the `num_cached` first positions."""
+        """Replace `pixel_values` in the inputs of `generate` with visual tokens. The images are those after the first `num_cached`
+        positions."""
         names = ("pixel_values", "visual_token_counts", "mm_encoder_outputs")
         pixel_values, counts, encoded = (inputs.get(name) for name in names)
         inputs = {name: value for name, value in inputs.items() if name not in names}
@@ -544,9 +593,9 @@ class MQTLlavaForConditionalGeneration(MQTLlavaPreTrainedModel, GenerationMixin)
                     image_outputs = self.model.get_image_features(pixel_values, counts, return_dict=True)
             elif is_placeholder.any():
                 raise ValueError(
-                    "The prompt has placeholders, but no images stand behind them: pass `pixel_values` too."
+                    "The prompt has image placeholders, but there are no images: pass `pixel_values` too."
                 )
-        if image_outputs is not None:  # with a list of our own, since transformers repeats it for beams in place
+        if image_outputs is not None:  # a copy of the list, which transformers repeats for beams in place
             image_outputs = BaseModelOutputWithPooling(pooler_output=list(image_outputs.pooler_output))  # type: ignore[arg-type]  # a list, as LLaVA's
             inputs["mm_encoder_outputs"] = {**(encoded or {}), "image": image_outputs}
         return inputs

@@ -1,10 +1,10 @@
 """Processor class for MQT-LLaVA"""
 
 # isort: off
-from .configuration_mqt_llava import AUTO_MAP  # before all others: it says so where transformers is too old
+from .configuration_mqt_llava import AUTO_MAP  # first, since it checks the version of transformers
 # isort: on
 
-# No `from __future__ import annotations` here: vLLM reads the annotation of `__call__` to learn which keyword arguments a
+# No `from __future__ import annotations` here: vLLM reads the annotations of `__call__` to find the keyword arguments that a
 # request may set.
 from typing import Any, cast
 
@@ -23,9 +23,9 @@ SYSTEM_PROMPT = (
     "polite answers to the user's questions."
 )
 
-# Vicuna v1, as LLaVA 1.5 prompts it: images first in a turn, no space between an answer's `</s>` and the next turn. It
-# writes the BOS itself, since vLLM's chat adds no special tokens. Where content comes in parts, an `<image>` in a text would
-# stand for no image: servers tokenize what the template writes and never ask the processor whether the numbers fit.
+# The Vicuna v1 format as used by LLaVA 1.5: images come first in a turn, and there is no space between an answer's `</s>` and the
+# next turn. The template writes the BOS itself, since vLLM's chat adds no special tokens. It refuses `<image>` in text parts:
+# servers tokenize the rendered prompt without the processor's check that images and placeholders match.
 CHAT_TEMPLATE = (
     "{% macro text_of(content) %}"
     "{% if content is string %}{{ content }}{% else %}"
@@ -35,11 +35,11 @@ CHAT_TEMPLATE = (
     "{% for message in messages if message['content'] is not string %}"
     "{% for part in message['content'] %}"
     "{% if part['type'] == 'text' and '<image>' in part['text'] %}"
-    "{{ raise_exception('A text must not contain <image>, which stands for an image: send images as parts') }}"
+    "{{ raise_exception('Text must not contain <image>, the placeholder of an image: send images as parts of type image') }}"
     "{% elif part['type'] == 'image' and message['role'] != 'user' %}"
-    "{{ raise_exception('Images belong to turns of the user; got one of the ' + message['role']) }}"
+    "{{ raise_exception('Only user turns may have images; got one from role ' + message['role']) }}"
     "{% elif part['type'] not in ('text', 'image') %}"
-    "{{ raise_exception('Parts of a turn are of type text or image; got ' + part['type']) }}"
+    "{{ raise_exception('The type of a part must be text or image; got ' + part['type']) }}"
     "{% endif %}"
     "{% endfor %}"
     "{% endfor %}"
@@ -60,37 +60,40 @@ CHAT_TEMPLATE = (
     "{% elif message['role'] == 'assistant' %}"
     "{% generation %}{{ ' ' + text_of(message['content']) + eos_token }}{% endgeneration %}"
     "{% else %}"
-    "{{ raise_exception('Roles are system (first), user and assistant; got ' + message['role']) }}"
+    "{{ raise_exception('Roles must be system (first turn only), user or assistant; got ' + message['role']) }}"
     "{% endif %}"
     "{% endfor %}"
 )
 
 
 class MQTLlavaProcessorKwargs(ProcessingKwargs, total=False):
-    # As all of transformers' own processors have it, which are not checked. 5.19 cannot do without `_defaults`
+    # As in transformers' own processors, which are not type-checked. 5.19 needs `_defaults`
     _defaults = {}  # type: ignore[misc]
     images_kwargs: MQTLlavaImageProcessorKwargs  # type: ignore[misc]
 
 
 class MQTLlavaProcessor(ProcessorMixin):
     r"""
-    Turns images and text into inputs for MQT-LLaVA: an image processor and a tokenizer in one.
+    Prepares images and text for MQT-LLaVA: combines an image processor and a tokenizer.
 
     Args:
         image_processor (`BaseImageProcessor`):
-            A [`MQTLlavaImageProcessor`], or any whose `pixel_values` fit the vision tower. That of transformers' LLaVA, which
-            older checkpoints name, becomes ours.
+            A [`MQTLlavaImageProcessor`], or any other whose `pixel_values` fit the vision tower. transformers' LLaVA image
+            processor, which older checkpoints have, is replaced with a [`MQTLlavaImageProcessor`].
         tokenizer (`PreTrainedTokenizerBase`):
-            A tokenizer that has `image_token` as a token of its own.
+            A tokenizer with `image_token` in its vocabulary.
         num_query_tokens (`int`, *optional*, defaults to 256):
-            M, the number of queries of the model.
+            M, the model's number of queries.
         chat_template (`str`, *optional*):
-            A Jinja template. Defaults to that of Vicuna v1 with images, as in LLaVA 1.5.
+            A Jinja template. Defaults to the Vicuna v1 format with images, as in LLaVA 1.5.
         image_token (`str`, *optional*, defaults to `"<image>"`):
             The placeholder of an image.
+
+    Raises:
+        `ValueError`: if the tokenizer doesn't know `image_token`.
     """
 
-    valid_processor_kwargs = MQTLlavaProcessorKwargs  # type: ignore[assignment]  # as above
+    valid_processor_kwargs = MQTLlavaProcessorKwargs  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -113,7 +116,7 @@ class MQTLlavaProcessor(ProcessorMixin):
             settings = image_processor.to_dict()
             known = MQTLlavaImageProcessor.valid_kwargs.__annotations__
             image_processor = MQTLlavaImageProcessor(**{name: settings[name] for name in settings if name in known})
-        # `save_pretrained` would add it: a processor is the same before and after
+        # Set here, so that `save_pretrained`, which adds it, doesn't change the processor
         self.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         alone, after_image, after_space = (
@@ -133,26 +136,28 @@ class MQTLlavaProcessor(ProcessorMixin):
         r"""
         Args:
             images (`ImageInput`, *optional*):
-                The images of all texts in the order of their `<image>`, or one list for each text. Any PIL mode.
+                The images of all texts in the order of their `<image>` placeholders, or one list per text: PIL images, arrays,
+                tensors, paths, URLs or base64.
             text (`str` or `list[str]`, *optional*):
-                Prompts with one `<image>` for each image. Where all of them begin with the BOS, as those of the chat template
-                do, no other is added, unless `add_special_tokens` says so.
+                Prompts with one `<image>` per image. If all of them begin with the BOS token, as after `apply_chat_template`,
+                `add_special_tokens` defaults to `False`.
             num_visual_tokens (`int` or `list[int]`, *optional*):
                 m, the number of visual tokens of every image or of each, from 1 to M. Defaults to
-                `image_processor.num_visual_tokens`, where that is set, or M.
+                `image_processor.num_visual_tokens` if that is set, else to M.
+            kwargs:
+                As for any [`~transformers.ProcessorMixin`], such as `return_tensors`, `padding` and `draft`.
 
         Returns:
             [`BatchFeature`]: `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)` with m
-            placeholders for each image, and `pixel_values` of shape `(num_images, 3, height, width)`. Where placeholders
-            of two images are adjacent, or no text says where they stand, `visual_token_counts` of shape `(num_images,)`
-            tells m for each image.
+            placeholders for each image, and `pixel_values` of shape `(num_images, 3, height, width)`. If two images are
+            adjacent, or if there is no text, also `visual_token_counts` of shape `(num_images,)`, with m of each image.
 
         Raises:
-            `ValueError`: for anything but integers from 1 to M, images and `<image>` that differ in number,
-            unknown keyword arguments, and arguments that give images a shape which the vision tower cannot take.
+            `ValueError`: if `num_visual_tokens` is anything but integers from 1 to M, if the numbers of images and of `<image>`
+                differ, for unknown keyword arguments, and for arguments that lead to another image size than the vision tower's.
         """
         self._check_kwargs(kwargs)
-        # Resolved here, before any work, and not where transformers checks types, whose errors are no `ValueError`
+        # Taken out before transformers checks types, whose errors are not a `ValueError`
         nested = kwargs.get("images_kwargs") or {}
         if "num_visual_tokens" in nested:
             kwargs["images_kwargs"] = {name: nested[name] for name in nested if name != "num_visual_tokens"}
@@ -177,17 +182,17 @@ class MQTLlavaProcessor(ProcessorMixin):
         )
         inputs = super().__call__(images=images if num_images else None, text=text, **kwargs)
         if num_images and text is not None and not is_served:
-            # Not to be handed on where the placeholders say the same: trainers such as TRL's know the names of tensors
+            # Dropped if the placeholders already determine the counts: trainers such as TRL's know only certain tensor names
             rows = (torch.as_tensor(row) == self.image_token_id for row in inputs["input_ids"])
             if sum(len(placeholder_runs(row[None])) for row in rows) == num_images:
                 inputs.pop("visual_token_counts")
         return inputs
 
     def _check_kwargs(self, kwargs):
-        """Refuse what transformers would drop with a warning: a misspelt `num_visual_tokens` must not become the default."""
+        """Refuse arguments that transformers would drop with a warning: a misspelt `num_visual_tokens` must not be ignored."""
         for name in ("videos", "audio"):
             if kwargs.get(name) is not None:
-                raise ValueError(f"{type(self).__name__} takes images and text, no `{name}`.")
+                raise ValueError(f"{type(self).__name__} takes images and text, but no `{name}`.")
         structured = self.valid_processor_kwargs.__annotations__
         known = {"common_kwargs", "videos", "audio", "text_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs"}
         for name, kwargs_class in structured.items():
@@ -198,13 +203,13 @@ class MQTLlavaProcessor(ProcessorMixin):
         unknown = sorted(set(kwargs) - known)
         if unknown:
             raise ValueError(
-                f"{type(self).__name__} got unknown keyword arguments: {', '.join(unknown)}. For images it takes "
+                f"{type(self).__name__} got unknown keyword arguments: {', '.join(unknown)}. Those for images are "
                 f"{', '.join(sorted(structured['images_kwargs'].__annotations__))}."
             )
 
     def _check_serving_kwargs(self, kwargs):
-        """vLLM, which asks for offsets, caches each image under the arguments of its request: with a list as `num_visual_tokens`
-        the same images in another order would get those of the first. And it slices tensors."""
+        """For vLLM, which asks for offsets. It caches images by the arguments of their request, so with a list as
+        `num_visual_tokens`, the same images in another order would get wrong counts. And it slices tensors."""
         if kwargs.get("num_visual_tokens") is not None and not isinstance(kwargs["num_visual_tokens"], int):
             raise ValueError(
                 "`num_visual_tokens` must be one integer for all images of a request; got "
@@ -214,7 +219,7 @@ class MQTLlavaProcessor(ProcessorMixin):
             raise ValueError(f'`return_tensors` must be "pt" for serving; got {kwargs["return_tensors"]!r}.')
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """As many images as `<image>`: in every text if there is one list of images for each, else in all together."""
+        """Check that there are as many images as `<image>`: per text for nested lists of images, else in total."""
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
         if text is None:
             return
@@ -233,7 +238,7 @@ class MQTLlavaProcessor(ProcessorMixin):
 
     def _process_images(self, images, num_visual_tokens=None, **kwargs):
         images = make_flat_list_of_images(images)
-        # Resolved by `__call__`; tools that come here on another way may leave the default
+        # Resolved in `__call__` already, unless another tool calls this method
         counts = resolve_visual_token_counts(num_visual_tokens, len(images), self.num_query_tokens)
         processed = self.image_processor(images, **kwargs)
         processed["visual_token_counts"] = counts
@@ -246,10 +251,10 @@ class MQTLlavaProcessor(ProcessorMixin):
         return super().get_text_with_replacements([self.begin_chunks(sample) for sample in text], *args, **kwargs)
 
     def begin_chunks(self, text: str) -> str:
-        """Let the text after every image begin as a text does, with `▁` in Llama's tokenizer.
+        """Make the text after an image tokenize like the beginning of a text, with a `▁` in Llama's tokenizer.
 
-        The reference tokenizes the text around images in chunks of their own. Where the tokenizer does not begin a
-        chunk so by itself (Llama's with `legacy=False`), a space in front comes to the same.
+        The reference tokenizes the chunks of text between images separately. If the tokenizer doesn't add the `▁` itself
+        (Llama's with `legacy=False`), a leading space has the same effect.
         """
         if not self._chunks_need_space:
             return text
@@ -261,20 +266,20 @@ class MQTLlavaProcessor(ProcessorMixin):
         return start + self.image_token.join([first, *(" " + chunk if chunk else "" for chunk in others)])
 
     def go_on(self, text: str) -> str:
-        """An answer as the chat template writes it, so that its ids are those that it has behind its prompt.
+        """Remove an answer's leading space, so that its ids are the same as after its prompt.
 
-        TRL tokenizes prompts and answers apart, and Llama's tokenizer begins every text with a space of its own.
+        TRL tokenizes prompts and answers separately, and Llama's tokenizer adds a space to the beginning of every text.
         """
         eos = self.tokenizer.eos_token or ""
         is_answer = text.startswith(" ") and text.endswith(eos) and text[1:].removesuffix(eos).strip()
         return text[1:] if is_answer else text
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
-        """M placeholders for each image, whatever it will have: vLLM sizes its buffers by this.
+        """The largest number of placeholders per image, M, by which vLLM sizes its buffers.
 
         Args:
             image_sizes (`list[list[int]]`, *optional*):
-                Height and width of each image.
+                Height and width of each image in pixels.
         """
         if image_sizes is None:
             return MultiModalData()
@@ -285,7 +290,7 @@ class MQTLlavaProcessor(ProcessorMixin):
 
 
 def _count_images(images):
-    """How many images there are in one image, a list or nested lists of them, or a batched array; None has none."""
+    """The number of images in an image, a (nested) list of images, a batched array or `None`."""
     if images is None:
         return 0
     if isinstance(images, (list, tuple)):
@@ -294,7 +299,7 @@ def _count_images(images):
 
 
 def _without_none(images):
-    """Images without the `None` that stands for no image in rows of mixed data; `None` where that leaves nothing."""
+    """`images` without the `None` entries that rows without an image have in mixed data. `None` for `None`."""
     if not isinstance(images, (list, tuple)):
         return images
     rows = [_without_none(row) for row in images]

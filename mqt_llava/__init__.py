@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 
-TINY_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "mqt-llava-tiny")  # the one that the package ships
+TINY_CHECKPOINT = str(Path(__file__).parent / "checkpoints" / "mqt-llava-tiny")  # shipped with the package
 
 __all__ = [
     "__version__",

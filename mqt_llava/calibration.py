@@ -1,12 +1,12 @@
-"""Choose when an answer with few visual tokens is sure enough, with a guarantee: the loss against all M visual tokens is at most a
-tolerance, by a stated confidence.
+"""Calibrate a schedule with a guarantee: at a given confidence, its loss in accuracy against all M visual tokens is at most a given
+tolerance.
 
-The questions are asked once with each number of visual tokens. Any schedule with any thresholds can be judged from that, since
-the confidence at a stage is that of the answer with this m. One part of the pictures proposes schedules, from the safest to the
-cheapest. The other part tests them one after the other, until one fails: fixed sequence testing, so none of them needs a
-correction for the others (Learn then Test, https://arxiv.org/abs/2110.01052). The test is a bet against the hypothesis that the
-loss, a mean over questions, is larger than the tolerance (https://arxiv.org/abs/2010.09686). It is laid picture by picture, since
-questions about one picture are not independent of each other, and knows no distribution.
+Each question is answered once with each number of visual tokens. That is enough to evaluate any schedule with any thresholds,
+since the confidence in a stage is that of the answer with its m. The images are split in two. One part proposes schedules, from
+the safest to the cheapest. The other part tests them one by one until one fails: fixed sequence testing, which needs no correction
+for multiple tests (Learn then Test, https://arxiv.org/abs/2110.01052). Each test bets against the hypothesis that the loss, a mean
+over questions, exceeds the tolerance (https://arxiv.org/abs/2010.09686). It bets image by image, since questions about the same
+image are not independent, and assumes nothing about the distribution.
 """
 
 import itertools
@@ -18,9 +18,9 @@ from .modeling.adaptive_mqt_llava import VisualTokenSchedule
 
 
 MAX_STAGES = 3
-NUM_THRESHOLDS = 12  # tried for each stage
+NUM_THRESHOLDS = 12  # candidates per stage
 NUM_PROPOSALS = 40
-PROPOSING_SHARE = 1 / 3  # of the pictures
+PROPOSING_SHARE = 1 / 3  # of the images
 
 
 @dataclass
@@ -29,14 +29,14 @@ class Answers:
     The answers to questions with each number of visual tokens.
 
     Args:
-        num_visual_tokens (`list[int]`): rising; the last one is what others are compared with.
-        confidence (`np.ndarray` of shape `(len(num_visual_tokens), num_questions)`): in each answer.
-        right (`np.ndarray` of the same shape): from 0 to 1, how right each answer is: by its reference, or by what the largest
-            number of visual tokens answers.
-        text_tokens (`np.ndarray` of shape `(num_questions,)`): of each prompt.
-        new_tokens (`np.ndarray` of shape `(len(num_visual_tokens), num_questions)`): of each answer.
-        picture (`np.ndarray` of shape `(num_questions,)`): what each question is about, as integers. Questions about one picture
-            are not independent of each other, pictures are.
+        num_visual_tokens (`list[int]`): in ascending order. The others are compared with the last one.
+        confidence (`np.ndarray` of shape `(len(num_visual_tokens), num_questions)`): the confidence in each answer, from 0 to 1.
+        right (`np.ndarray` of the same shape): the score of each answer, from 0 to 1, against its reference or against the answer
+            with the largest number of visual tokens.
+        text_tokens (`np.ndarray` of shape `(num_questions,)`): the number of text tokens of each prompt.
+        new_tokens (`np.ndarray` of shape `(len(num_visual_tokens), num_questions)`): the number of tokens of each answer.
+        picture (`np.ndarray` of shape `(num_questions,)`): an integer for the image that each question is about. Images are
+            independent of each other, questions about the same image are not.
     """
 
     num_visual_tokens: list[int]
@@ -47,13 +47,13 @@ class Answers:
     picture: np.ndarray
 
     def select(self, questions) -> "Answers":
-        """Those to some of the questions."""
+        """The answers to a subset of the questions."""
         rows = {name: getattr(self, name)[:, questions] for name in ("confidence", "right", "new_tokens")}
         one = {name: getattr(self, name)[questions] for name in ("text_tokens", "picture")}
         return replace(self, **rows, **one)
 
     def stops(self, schedule: VisualTokenSchedule) -> np.ndarray:
-        """At which of `num_visual_tokens` each question is answered."""
+        """The index into `num_visual_tokens` at which the schedule accepts an answer, for each question."""
         stages = [self.num_visual_tokens.index(m) for m in schedule.num_visual_tokens]
         stop = np.full(self.confidence.shape[1], stages[-1])
         for stage, threshold in reversed(list(zip(stages, schedule.thresholds))):
@@ -67,48 +67,48 @@ class Answers:
         return np.array(self.num_visual_tokens)[stop]
 
     def language_model_tokens(self, schedule, stop) -> np.ndarray:
-        """Tokens that the language model computes for each question: the text anew at each stage, visual tokens once, those of the
-        answer once (drafts that are taken back not counted)."""
+        """The number of tokens that the language model processes for each question: text once per stage, visual tokens and the
+        answer once. Rejected drafts are not counted."""
         stages = [self.num_visual_tokens.index(m) for m in schedule.num_visual_tokens]
         visited = sum((stop > stage).astype(int) for stage in stages) + 1
         last = self.new_tokens[stop, np.arange(len(stop))]
         return self.visual_tokens(stop) + visited * self.text_tokens + last - 1 + (visited - 1)
 
     def loss(self, stop) -> float:
-        """By how much the answers are worse than with the largest number of visual tokens, from -1 to 1: a mean over questions."""
+        """The mean loss in score against the largest number of visual tokens, from -1 to 1."""
         return float((self.right[-1] - self.accuracy(stop)).mean())
 
     def excess(self, stop, tolerance: float) -> np.ndarray:
-        """By how much each picture's answers lose more than the tolerance, at most 1 - tolerance. Its mean over pictures is above 0
-        where the loss, as a mean over questions, is above the tolerance: pictures with more questions weigh more."""
+        """For each image, by how much its loss exceeds the tolerance, at most 1 - tolerance. Images are weighted by their number of
+        questions, so the mean is above 0 if and only if the mean loss over questions exceeds the tolerance."""
         _, picture, count = np.unique(self.picture, return_inverse=True, return_counts=True)
         return np.bincount(picture, self.right[-1] - self.accuracy(stop) - tolerance) / count.max()
 
 
 def wealth(excess, bet: float) -> float:
-    """What one unit has at most become when in each round `bet` of it is laid on an excess below 0. If its mean is above, that is
-    more than 1 / p with a probability of at most p."""
+    """The largest capital that a start of 1 reaches if each round bets the share `bet` on an excess below 0. If the mean excess is
+    above 0, it exceeds 1 / p with a probability of at most p."""
     return float(np.exp(np.cumsum(np.log1p(-bet * excess))).max(initial=1.0))
 
 
 def best_bet(excess, tolerance: float) -> float:
-    """The bet that would have grown fastest, of those that cannot lose everything."""
+    """The bet with the fastest growth, among those that cannot lose everything."""
     bets = np.linspace(0, 0.95 / (1 - tolerance), 96)
     return float(bets[np.argmax([np.log1p(-bet * excess).sum() for bet in bets])])
 
 
 def pictures_needed(tolerance: float, confidence: float, evenness: float = 1.0) -> int:
-    """How many pictures a test needs at least, where not one answer changes.
+    """The smallest number of images with which a test can pass, which suffices if no answer changes.
 
     Args:
-        evenness (`float`, *optional*): the mean number of questions about a picture, as a share of the largest.
+        evenness (`float`, *optional*, defaults to 1.0): the mean number of questions per image as a share of the largest.
     """
     growth = np.log1p(0.95 / (1 - tolerance) * tolerance * evenness)
     return int(np.ceil(np.log(1 / (1 - confidence)) / growth))
 
 
 def propose(answers: Answers) -> list[VisualTokenSchedule]:
-    """Schedules from the safest to the cheapest: of those that cost as much, the one that loses least here."""
+    """Schedules from the safest to the cheapest: those that no other schedule beats in both cost and loss."""
     sizes, found = answers.num_visual_tokens, []
     grid = [np.unique(np.quantile(confidence, np.linspace(0, 1, NUM_THRESHOLDS))) for confidence in answers.confidence]
     for number in range(1, MAX_STAGES + 1):
@@ -131,7 +131,7 @@ def propose(answers: Answers) -> list[VisualTokenSchedule]:
 
 
 def split(answers: Answers, seed: int = 0) -> tuple[Answers, Answers]:
-    """Those that propose and those that test, by pictures drawn at random."""
+    """Split the answers at random, by image, into those that propose schedules and those that test them."""
     pictures = np.random.default_rng(seed).permutation(np.unique(answers.picture))
     proposing = np.isin(answers.picture, pictures[: int(PROPOSING_SHARE * len(pictures))])
     return answers.select(proposing), answers.select(~proposing)
@@ -142,13 +142,13 @@ def calibrate(answers: Answers, tolerance: float, confidence: float, seed: int =
     The cheapest schedule whose loss against the largest number of visual tokens is shown to be at most the tolerance.
 
     Args:
-        answers (`Answers`): to questions about pictures that are drawn at random from those that will come.
-        tolerance (`float`): as a share of 1.
-        confidence (`float`): of 0.95, at most one calibration in twenty chooses a schedule that loses more.
-        seed (`int`): of the split. To try several and take the one that is liked best voids the guarantee.
+        answers (`Answers`): answers about images that are a random sample of those in use.
+        tolerance (`float`): the largest loss in accuracy, from 0 to 1.
+        confidence (`float`): at 0.95, at most one calibration in twenty chooses a schedule that loses more.
+        seed (`int`, *optional*, defaults to 0): seed of the split. Trying several and picking the best voids the guarantee.
 
     Returns:
-        `VisualTokenSchedule`: the largest number of visual tokens alone, where nothing cheaper can be shown.
+        `VisualTokenSchedule`: a single stage with the largest number of visual tokens if nothing cheaper passes the test.
     """
     best = VisualTokenSchedule(answers.num_visual_tokens[-1:], [])
     proposer, tester = split(answers, seed)
@@ -171,12 +171,15 @@ def doubling(num_query_tokens: int) -> list[int]:
 
 def collect(answers, num_questions: int, num_visual_tokens: list[int], picture, right) -> Answers:
     """
-    The answers of [`~mqt_llava.evaluation.answer_questions`] as a table.
+    Collect the answers of [`~mqt_llava.evaluation.answer_questions`] in arrays.
 
     Args:
-        picture (`list[int]`): what each question is about.
-        right (`Callable`): how right an answer is, called with the index of a question, its text and that with the largest number of
-            visual tokens.
+        picture (`list[int]`): the index of the image that each question is about.
+        right (`Callable[[int, str, str], float]`): scores an answer from 0 to 1. Called with the index of the question, the answer,
+            and the answer with the largest number of visual tokens.
+
+    Raises:
+        `ValueError`: if an answer has an error.
     """
     shape = len(num_visual_tokens), num_questions
     texts, confidence, new_tokens = np.empty(shape, object), np.zeros(shape), np.zeros(shape, int)

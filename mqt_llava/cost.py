@@ -1,7 +1,7 @@
-"""What an answer costs, before it is paid for: FLOPs, memory and time of an MQT-LLaVA model for any number of visual tokens.
+"""Estimate FLOPs, memory and time of an MQT-LLaVA model for any number of visual tokens, without running it.
 
-Nothing is a formula for one architecture. The model is built on the meta device, where tensors have shapes and no data,
-runs there as it would run anywhere, and torch's FLOP counter counts. That takes about a second at 7B sizes, and no weights.
+No formula is specific to an architecture: the model is built and run on the meta device, where tensors have no data, under torch's
+FLOP counter. That takes about a second at 7B sizes and needs no weights.
 
     costs = CostModel(AutoConfig.from_pretrained("my-mqt-llava"))
     costs(64, num_text_tokens=40).flops                      # FLOPs up to the first token
@@ -27,25 +27,25 @@ from .modeling.modeling_mqt_llava import MQTLlavaForConditionalGeneration
 from .speed import DeviceSpeed, measure_device, resolve_dtype
 
 
-COST_MODELS: dict[str, "CostModel"] = {}  # the last one that `schedule_within` used, by its config
+COST_MODELS: dict[str, "CostModel"] = {}  # only the last one that `schedule_within` used, keyed by its config
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one batch of prompts costs with m visual tokens per image.
+    """The cost of one batch of prompts with m visual tokens per image.
 
     Args:
         num_visual_tokens (`int`): m.
-        num_prompt_tokens (`int`): length of each prompt, text and visual tokens.
-        prefill_flops (`dict[str, int]`): FLOPs up to the first token of each part of the model, for the whole batch.
-        prefill_tokens (`dict[str, int]`): on how many tokens at once each part computes them.
-        decode_flops (`int`): FLOPs of one further token for each row of the batch, at the mean length.
-        num_decode_steps (`int`): how many further tokens there are.
-        weight_bytes (`dict[str, int]`): the weights of each part. An `lm_head` tied to the embeddings has none.
-        prefill_read_bytes (`dict[str, int]`): the weights that each part reads up to the first token.
-        decode_read_bytes (`int`): the weights and cache that one further token reads.
-        kv_cache_bytes (`int`): the cache when the last token is there. Sliding windows are not taken off.
-        activation_bytes (`int`): an estimate of the largest tensors alive at once; see [`CostModel`].
+        num_prompt_tokens (`int`): number of text and visual tokens of each prompt.
+        prefill_flops (`dict[str, int]`): FLOPs of each part of the model up to the first token, for the whole batch.
+        prefill_tokens (`dict[str, int]`): number of tokens that each part processes at once in the prefill.
+        decode_flops (`int`): FLOPs of one decoding step for the whole batch, at the mean length.
+        num_decode_steps (`int`): number of decoding steps after the first token.
+        weight_bytes (`dict[str, int]`): weights of each part, in bytes. An `lm_head` tied to the embeddings has none.
+        prefill_read_bytes (`dict[str, int]`): weights that each part reads in the prefill, in bytes.
+        decode_read_bytes (`int`): weights and cache that one decoding step reads, in bytes.
+        kv_cache_bytes (`int`): size of the cache at the last token, in bytes. Sliding windows are not deducted.
+        activation_bytes (`int`): estimate of the largest tensors alive at once, in bytes; see [`CostModel`].
     """
 
     num_visual_tokens: int
@@ -62,15 +62,16 @@ class Cost:
 
     @property
     def flops(self) -> int:
-        """Floating point operations up to the last token; a multiplication and an addition are two."""
+        """Floating-point operations up to the last token, for the whole batch; a multiply-add counts as two."""
         return sum(self.prefill_flops.values()) + self.decode_flops * self.num_decode_steps
 
     @property
     def memory_bytes(self) -> int:
+        """Weights, cache and activations, in bytes."""
         return sum(self.weight_bytes.values()) + self.kv_cache_bytes + self.activation_bytes
 
     def time_to_first_token(self, speed: DeviceSpeed) -> float:
-        """Seconds up to the first token on prepared inputs."""
+        """Seconds up to the first token, without preparing the inputs."""
         tower = speed if speed.image_rate is None else DeviceSpeed(speed.image_rate, speed.bytes_per_second)
         return sum(
             (tower if part == "vision_tower" else speed).seconds(
@@ -80,34 +81,34 @@ class Cost:
         )
 
     def time_per_token(self, speed: DeviceSpeed) -> float:
-        """Seconds for one further token of each row."""
+        """Seconds per decoding step."""
         return speed.seconds(self.decode_flops, self.decode_read_bytes, self.prefill_tokens["lm_head"])
 
     def latency(self, speed: DeviceSpeed) -> float:
-        """Seconds up to the last token."""
+        """Seconds up to the last token, without preparing the inputs."""
         return self.time_to_first_token(speed) + self.num_decode_steps * self.time_per_token(speed)
 
 
 class CostModel:
-    """Costs of the model that a config describes, without its weights.
+    """Estimates the cost of the model that a config describes. Needs no weights.
 
-    Every text and vision config works whose model is a standard transformer: attention over the whole prompt, so that
-    the language model's FLOPs are `b * length + c * length ** 2`, which two short runs determine. Attention is counted in
-    full, as torch's counter does, though kernels may skip the half that a causal mask hides.
+    Works for any vision and text config of a standard transformer with full attention: the language model's FLOPs are then
+    `b * length + c * length ** 2`, which two short runs determine. Attention is counted in full, as torch's counter does, although
+    kernels may skip the half that a causal mask hides.
 
-    Activations are estimated as two tensors of the hidden size (residual and input) and three of the MLP's width (gate,
-    up, product) per token, in the vision tower or in the language model, whichever needs more, since attention that is
-    not `eager` keeps no scores.
+    Activations are estimated per token as two tensors of the hidden size (residual and input) and three of the MLP's width (gate,
+    up, product), in the vision tower or in the language model, whichever needs more. Attention scores are not counted, since only
+    `eager` attention stores them.
 
     Args:
-        config (`MQTLlavaConfig`): of the model.
+        config (`MQTLlavaConfig`): the model's config.
     """
 
     def __init__(self, config: MQTLlavaConfig):
         self.config = config
         with torch.device("meta"):
-            # Eager attention is made of plain products, the only ones that the counter knows on every device. A copy of
-            # the config, since the model writes the choice into it.
+            # The counter knows only plain matrix products on every device, which eager attention uses. The model writes its
+            # attention implementation into the config, hence the copy
             model = MQTLlavaForConditionalGeneration._from_config(
                 copy.deepcopy(config), attn_implementation="eager", dtype=torch.float32
             ).eval()
@@ -148,7 +149,7 @@ class CostModel:
         self.text_width = activation_width(parts.language_model, text.hidden_size)
 
     def count_query_transformer(self, num_visual_tokens: int, num_images: int) -> int:
-        """FLOPs of the query transformer: it is small enough to be run for every question."""
+        """FLOPs of the query transformer. It is small enough to be run each time."""
         width = self.config.vision_config.hidden_size
         features = torch.empty(num_images, self.num_patches, width, device="meta")
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -156,7 +157,7 @@ class CostModel:
         return counter.get_total_flops()
 
     def count_text(self, length: int) -> int:
-        """FLOPs of the language model, without head, on one prompt of so many tokens, visual ones included."""
+        """FLOPs of the language model, without its head, for one prompt of `length` text and visual tokens."""
         return self.flops_per_token * length + self.flops_per_pair * length**2
 
     def __call__(
@@ -171,17 +172,21 @@ class CostModel:
     ) -> Cost:
         """
         Args:
-            num_visual_tokens (`int`, *optional*): m, for every image. Defaults to M.
-            num_text_tokens (`int`): tokens of each prompt that stand for no image. 40 is a short question in a chat.
-            num_images (`int`): images in each prompt.
-            batch_size (`int`): prompts.
-            num_new_tokens (`int`): tokens of each answer. The first one comes with the prefill.
-            dtype (`torch.dtype` or its name): of weights, cache and activations.
-            num_cached_tokens (`int`): text tokens at the beginning of each prompt whose keys and values are there already, as
-                from a [`PrefixCache`].
+            num_visual_tokens (`int`, *optional*): m of every image. Defaults to M.
+            num_text_tokens (`int`, *optional*, defaults to 40): number of text tokens of each prompt. 40 is a short question in the
+                chat template.
+            num_images (`int`, *optional*, defaults to 1): number of images in each prompt.
+            batch_size (`int`, *optional*, defaults to 1): number of prompts.
+            num_new_tokens (`int`, *optional*, defaults to 1): number of tokens of each answer. The prefill gives the first.
+            dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.bfloat16`): of weights, cache and activations.
+            num_cached_tokens (`int`, *optional*, defaults to 0): number of text tokens at the beginning of each prompt that are in
+                the cache already, as from a [`PrefixCache`].
+
+        Returns:
+            [`Cost`]: the cost of answering the whole batch.
 
         Raises:
-            `ValueError`: for m that is no integer from 1 to M, and for sizes that are too small.
+            `ValueError`: for m that is not an integer from 1 to M, and for sizes that are too small.
         """
         m = resolve_visual_token_counts(num_visual_tokens, 1, self.config.num_query_tokens)[0]
         sizes = {"num_text_tokens": (num_text_tokens, 0), "num_images": (num_images, 0)}
@@ -194,7 +199,9 @@ class CostModel:
         if length == 0:
             raise ValueError("The prompt is empty: `num_text_tokens` and `num_images` are both 0.")
         if num_cached_tokens > num_text_tokens:
-            raise ValueError(f"`num_cached_tokens` is {num_cached_tokens}, of {num_text_tokens} text tokens.")
+            raise ValueError(
+                f"`num_cached_tokens` must be at most `num_text_tokens`, {num_text_tokens}; got {num_cached_tokens}."
+            )
         itemsize = resolve_dtype(dtype).itemsize
         weights = {part: number * itemsize for part, number in self.num_parameters.items()}
 
@@ -259,7 +266,7 @@ class CostModel:
             if not fits:
                 least = measures[name](self(1, **request))
                 raise ValueError(
-                    f"No number of visual tokens fits `{name}` = {budget:.4g}: m = 1 costs {least:.4g} already."
+                    f"No number of visual tokens fits `{name}` = {budget:.4g}: even m = 1 costs {least:.4g}."
                 )
             fitting.append(fits)
         return min(fitting)
@@ -273,14 +280,17 @@ class CostModel:
         **request,
     ) -> list[Cost]:
         """
-        What each stage of a schedule costs at most: every answer is as long as it may be, is taken back as a whole, checked as a
-        draft by the next stage, and rejected, though its tokens stay in the cache. What is gone on from are the visual tokens of the
-        first image. In a batch what stands before the image and what stands behind it are padded apart, at most to the
-        longest prompt each.
+        Upper bounds on the cost of each stage of a schedule. In the worst case, every stage's answer has the full length, is
+        verified as a draft by the next stage and rejected, and its tokens stay in the cache. Of the cache, only the visual tokens of
+        the first image are kept from stage to stage. In a batch, the text before the image and the text after it are padded
+        separately, each at most to the longest prompt.
 
         Args:
             schedule (`VisualTokenSchedule`): as for `generate(num_visual_tokens=...)`.
-            num_text_tokens, num_images, batch_size, request: as for a call, at most.
+            num_text_tokens, num_images, batch_size, request: upper limits on the arguments of `__call__`.
+
+        Raises:
+            `ValueError`: if `num_images` is 0.
         """
         if num_images < 1:
             raise ValueError(f"`num_images` must be at least 1 for a schedule; got {num_images}.")
@@ -288,7 +298,7 @@ class CostModel:
         request |= {"num_images": num_images, "batch_size": batch_size}
         costs = [self(m, **request) for m in schedule.num_visual_tokens]
         query = self.count_query_transformer(schedule.num_visual_tokens[-1], num_images * batch_size)
-        first = costs[0].prefill_flops  # its head also looks where the image ends, should a prompt end there
+        first = costs[0].prefill_flops  # the head also runs on the image's last token, where a prompt may end
         flops = {**first, "query_transformer": query, "lm_head": 2 * first["lm_head"]}
         costs[0] = replace(costs[0], prefill_flops=flops)
         for i in range(1, len(costs)):
@@ -328,20 +338,22 @@ class CostModel:
             spent = list(itertools.accumulate(map(measures[name], costs)))
             if spent[0] > budget:
                 raise ValueError(
-                    f"The first stage, m = {schedule.num_visual_tokens[0]}, costs up to {spent[0]:.4g}, more than `{name}` = {budget:.4g}."
+                    f"The first stage, m = {schedule.num_visual_tokens[0]}, may cost {spent[0]:.4g}, more than `{name}` = {budget:.4g}."
                 )
             number = min(number, bisect.bisect_right(spent, budget))
         return replace(
             schedule,
             num_visual_tokens=list(schedule.num_visual_tokens[:number]),
             thresholds=list(schedule.thresholds[: number - 1]),
-            calibration=schedule.calibration if number == len(costs) else None,  # it was another schedule's
+            calibration=schedule.calibration
+            if number == len(costs)
+            else None,  # which holds for the whole schedule only
         )
 
 
 def check_budgets(budgets: dict, allowed: str):
     if not budgets:
-        raise ValueError(f"Give at least one budget: {allowed}.")
+        raise ValueError(f"At least one budget is needed: {allowed}.")
     for name, budget in budgets.items():
         if not isinstance(budget, Real) or isinstance(budget, bool) or math.isnan(budget):
             raise ValueError(f"`{name}` must be a number; got {budget!r}.")
@@ -350,21 +362,24 @@ def check_budgets(budgets: dict, allowed: str):
 def schedule_within(
     config: MQTLlavaConfig, schedule: VisualTokenSchedule, **budgets_and_request
 ) -> VisualTokenSchedule:
-    """The first stages of a schedule, as many as fit every budget that is given, whatever is answered and however often that is
-    taken back: with prompts and answers as long as said here at most, `model.generate(num_visual_tokens=...)` takes no more FLOPs.
+    """Cut a schedule to as many of its first stages as fit in every given budget, even in the worst case: with prompts and answers
+    no longer than given here, `model.generate(num_visual_tokens=schedule)` takes no more FLOPs than `max_flops`.
 
     Args:
-        config (`MQTLlavaConfig`): of the model.
-        schedule (`VisualTokenSchedule`): of which the last stages are left out.
+        config (`MQTLlavaConfig`): the model's config.
+        schedule (`VisualTokenSchedule`): the schedule to cut.
         max_flops (`float`, *optional*): FLOPs up to the last token, for the whole batch.
-        max_seconds (`float`, *optional*): up to the last token on prepared inputs; an estimate, as all times of [`CostModel`].
-        speed (`DeviceSpeed`, *optional*): for `max_seconds`. Defaults to that of the CPU, measured now.
-        num_text_tokens, num_images, batch_size, num_new_tokens, dtype: as for [`CostModel`], at most.
+        max_seconds (`float`, *optional*): seconds up to the last token, without preparing the inputs. An estimate.
+        speed (`DeviceSpeed`, *optional*): the device that `max_seconds` is for. Defaults to this CPU, which is then measured.
+        num_text_tokens, num_images, batch_size, num_new_tokens, dtype: as for [`CostModel`], as upper limits.
+
+    Returns:
+        [`VisualTokenSchedule`]: the first stages of `schedule`.
 
     Raises:
-        `ValueError`: when no budget is given, and when not even the first stage fits, with what that costs.
+        `ValueError`: if no budget is given, or if the first stage exceeds one.
     """
-    key = config.to_json_string()  # a cost model takes a second at 7B sizes, and `generate` asks at every call
+    key = config.to_json_string()  # building a cost model takes a second at 7B sizes, and each `generate` may need one
     if key not in COST_MODELS:
         COST_MODELS.clear()
         COST_MODELS[key] = CostModel(config)
@@ -372,18 +387,21 @@ def schedule_within(
 
 
 def num_visual_tokens_for(config: MQTLlavaConfig, **budgets_and_request) -> int:
-    """The largest m, from 1 to M, whose cost is within every budget that is given.
+    """The largest m, from 1 to M, whose cost fits in every given budget.
 
     Args:
-        config (`MQTLlavaConfig`): of the model.
+        config (`MQTLlavaConfig`): the model's config.
         flops (`float`, *optional*): FLOPs up to the last token, for the whole batch.
-        memory_bytes (`float`, *optional*): weights, cache and activations.
-        latency_s (`float`, *optional*): seconds up to the last token on prepared inputs.
-        speed (`DeviceSpeed`, *optional*): for `latency_s`. Defaults to that of the CPU, measured now.
+        memory_bytes (`float`, *optional*): weights, cache and activations, in bytes.
+        latency_s (`float`, *optional*): seconds up to the last token, without preparing the inputs. An estimate.
+        speed (`DeviceSpeed`, *optional*): the device that `latency_s` is for. Defaults to this CPU, which is then measured.
         num_text_tokens, num_images, batch_size, num_new_tokens, dtype: as for [`CostModel`].
 
+    Returns:
+        `int`: m.
+
     Raises:
-        `ValueError`: when no budget is given, and when not even m = 1 fits, with what that costs.
+        `ValueError`: if no budget is given, or if even m = 1 exceeds one.
     """
     return CostModel(config).num_visual_tokens_for(**budgets_and_request)
 
@@ -393,6 +411,6 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def activation_width(transformer: nn.Module, hidden_size: int) -> int:
-    """Numbers per token alive at once: two of the hidden size and three of the widest linear layer's."""
+    """Number of activations per token alive at once: two tensors of the hidden size and three of the widest linear layer's."""
     widest = max(module.out_features for module in transformer.modules() if isinstance(module, nn.Linear))
     return 2 * hidden_size + 3 * widest

@@ -1,4 +1,4 @@
-"""bfloat16 weights on CPUs that have no units for bfloat16: products of many tokens are computed in float32."""
+"""bfloat16 weights on CPUs without bfloat16 instructions: matrix products of many tokens are computed in float32."""
 
 import time
 
@@ -7,16 +7,16 @@ from torch import nn
 from torch.nn import functional as F
 
 
-# Of a weight, as many rows as make so many numbers are in float32 at a time: 16 MB. More than 32 MB would be given back to the
-# system after each use, and be cleared by it before the next
+# Elements of a weight that are cast to float32 at a time, 16 MB. The allocator returns blocks above 32 MB to the system after each
+# use, which clears them again for the next
 BLOCK = 2**22
-FEW_TOKENS = 8  # for fewer, reading the weights takes longer than the products
+FEW_TOKENS = 8  # with fewer, reading the weights takes longer than the product
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that stays in its dtype and multiplies in float32, a block of its weight after the other.
+    """A linear layer that keeps its dtype, but multiplies in float32, one block of its weight at a time.
 
-    The result is rounded to the dtype of the input. For few tokens, and where gradients are wanted, it is a plain layer.
+    The output has the dtype of the input. With few tokens, or if gradients are needed, it is a plain `nn.Linear`.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -38,21 +38,31 @@ class Float32Linear(nn.Linear):
 
 def compute_in_float32(model: nn.Module) -> nn.Module:
     """
-    Let a bfloat16 or float16 model on a CPU multiply in float32 where there are many tokens: in the vision tower, the query
-    transformer and the prefill. The weights stay as and where they are, so it takes no more memory than a block of one of
-    them. Decoding reads them as before.
+    Make the linear layers of a bfloat16 or float16 model on a CPU multiply in float32 if they process many tokens, as in the
+    vision tower, the query transformer and the prefill. Weights keep their dtype and are cast block by block, so that memory
+    grows by 16 MB only. Decoding is not affected.
 
     Args:
-        model (`nn.Module`): changed in place. Layers that something else has replaced, as quantization does, stay.
+        model (`nn.Module`): modified in place. Only layers of type `nn.Linear` are changed, so quantized layers are not.
+
+    Returns:
+        `nn.Module`: the same model.
     """
     for layer in model.modules():
         if type(layer) is nn.Linear and layer.weight.dtype in (torch.bfloat16, torch.float16):
-            layer.__class__ = Float32Linear  # hooks and references stay, as with torch's parametrizations
+            layer.__class__ = Float32Linear  # keeps hooks and references, as torch's parametrizations do
     return model
 
 
 def is_slow(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies in float32 faster than in `dtype`: measured, in some ten milliseconds."""
+    """Whether this CPU multiplies matrices faster in float32 than in `dtype`. Measures it, in a few tens of milliseconds.
+
+    Args:
+        dtype (`torch.dtype`): such as `torch.bfloat16`.
+
+    Returns:
+        `bool`: whether [`compute_in_float32`] helps.
+    """
     if dtype == torch.float32:
         return False
     input, weight = torch.randn(64, 1024), torch.randn(1024, 1024)

@@ -1,12 +1,12 @@
-"""What an answer looks at: exact maps of the visual tokens, and heat maps of an answer over the picture.
+"""Explain an answer: exact maps of the visual tokens, and heat maps of an answer over the image.
 
-Queries and keys of the query transformer are made of positions alone, so which patches a visual token reads is fixed by the
-checkpoint ([`token_maps`]). A picture enters through the values, and what it adds to a visual token is a sum over patches
-([`contribution`]). What visual tokens do to an answer is a question to the language model, which several methods answer in
-different ways ([`explain`]). `benchmarks/explain.py` measures how often they are right.
+Queries and keys of the query transformer depend on positions only, so the patches that a visual token attends to are fixed by the
+checkpoint ([`token_maps`]). The image enters through the values, and a visual token is a sum over patches ([`contribution`]). How
+the language model uses visual tokens for an answer can only be estimated, and several methods do it differently ([`explain`]).
+`benchmarks/explain.py` measures how often they are right.
 
-A patch here is a feature of the vision tower. It knows its surroundings through the tower's own attention, which no map shows;
-occlusion alone changes the picture itself.
+A patch here is a feature of the vision tower. Through the tower's attention it also holds information from other patches, which
+no map shows; only occlusion changes the image itself.
 """
 
 import contextlib
@@ -30,31 +30,30 @@ from .speed import resolve_dtype
 
 METHODS = ("integrated_gradients", "gradient", "attention", "rollout", "occlusion")
 NUM_STEPS = 8  # of integrated gradients
-WINDOW = 3  # patches in a row that occlusion covers at once
-MAX_SIDE = 1024  # pixels of pictures that are drawn over
-LOCK = threading.Lock()  # settings of the model are changed for a while
+WINDOW = 3  # side in patches of the window that occlusion covers at once
+MAX_SIDE = 1024  # pixels of images that heat maps are drawn on
+LOCK = threading.Lock()  # settings of the model are changed temporarily
 
 
 @dataclass
 class Explanation:
     """
-    What an answer rests on, as one method has it.
+    Which patches and visual tokens an answer depends on, according to one method.
 
     Args:
-        question (`str`): as it was asked.
-        answer (`str`): as it was given.
-        words (`list[str]`): of the answer, between spaces.
-        visual_token_counts (`list[int]`): m, of each image.
-        log_probs (`torch.Tensor` of shape `(num_words,)`): natural logarithms of the words' probabilities, each after the words
-            before it.
-        evidence (`list[torch.Tensor]`): one for each image, of shape `(num_words, side, side)`: what each patch, in raster order,
-            did for each word. For gradients and occlusion in natural logarithms of the word's probability, and below 0 where
-            a patch spoke against it; for attention a share of it.
-        tokens (`list[torch.Tensor]` or `None`): one for each image, of shape `(num_words, m)`: the same for each visual token.
-            None by occlusion, which does not know them.
-        pictures (`list[PIL.Image.Image]`): the images as the grid of patches lies on them, padding included.
-        boxes (`list[tuple[int, int, int, int]]`): where in each of `pictures` the image is: left, top, right, bottom.
-        method (`str`): of [`METHODS`].
+        question (`str`): the question.
+        answer (`str`): the answer.
+        words (`list[str]`): the answer, split at spaces.
+        visual_token_counts (`list[int]`): m of each image.
+        log_probs (`torch.Tensor` of shape `(num_words,)`): natural logarithm of each word's probability given the words before it.
+        evidence (`list[torch.Tensor]`): for each image, a tensor of shape `(num_words, side, side)` with the effect of each patch, in
+            raster order, on each word. In nats of the word's log-probability for gradients and occlusion, negative if a patch makes
+            the word less likely; a share of the attention for `attention` and `rollout`.
+        tokens (`list[torch.Tensor]` or `None`): for each image, a tensor of shape `(num_words, m)` with the same for each visual
+            token. `None` for occlusion.
+        pictures (`list[PIL.Image.Image]`): the images with their padding, as covered by the grid of patches.
+        boxes (`list[tuple[int, int, int, int]]`): the box of each image in its padded picture, in pixels: left, top, right, bottom.
+        method (`str`): `"integrated_gradients"`, `"gradient"`, `"attention"`, `"rollout"` or `"occlusion"`.
     """
 
     question: str
@@ -69,25 +68,42 @@ class Explanation:
     method: str
 
     def heat(self, word: int | None = None) -> list[torch.Tensor]:
-        """A heat map for each image, `(side, side)`: each patch's share of all that spoke for a word, or for the whole answer where
-        `word` is None. All images' together sum to 1, or to 0 where nothing spoke for it."""
+        """
+        A heat map for each image: each patch's share of the positive evidence.
+
+        Args:
+            word (`int`, *optional*): the index of a word. Defaults to the whole answer.
+
+        Returns:
+            `list[torch.Tensor]`: for each image, of shape `(side, side)`. They sum to 1 over all images, or to 0 if there is no
+            positive evidence.
+        """
         maps = self.support(word)
         total = sum(float(one.sum()) for one in maps)
         return [one / total if total > 0 else one for one in maps]
 
     def support(self, word: int | None = None) -> list[torch.Tensor]:
-        """The evidence for a word, or for the whole answer, that is above 0: for each image, `(side, side)`."""
+        """The positive evidence for a word, or for the whole answer: for each image, a tensor of shape `(side, side)`."""
         return [(of_image.sum(0) if word is None else of_image[word]).clamp(min=0) for of_image in self.evidence]
 
     def importance(self, word: int | None = None) -> list[torch.Tensor] | None:
-        """What each visual token did for a word, or for the whole answer: for each image a tensor of shape `(m,)`; None by
-        occlusion, which does not know."""
+        """The effect of each visual token on a word, or on the whole answer: for each image, a tensor of shape `(m,)`. `None` for
+        occlusion."""
         return self.tokens and [of_image.sum(0) if word is None else of_image[word] for of_image in self.tokens]
 
     def draw(self, word: int | None = None, image: int = 0) -> Image.Image:
-        """An image with the heat map of a word, or of the whole answer, over it: the hottest patch of all images is red, what has
-        no part in it shows the picture in grey. By gradients and occlusion, colours are the paler the less than a nat (a factor
-        of e in the probability) all that spoke for it comes to, so that a word which needs no picture does not look as if it did."""
+        """
+        Draw a heat map over an image. The patch with the most evidence in all images is red; patches without evidence stay grey.
+        For gradients and occlusion, colours fade if the total evidence is below 1 nat (a factor of e in probability), so that words
+        that don't depend on the image get no strong colours.
+
+        Args:
+            word (`int`, *optional*): the index of a word. Defaults to the whole answer.
+            image (`int`, *optional*, defaults to 0): the index of the image.
+
+        Returns:
+            `PIL.Image.Image`: the image without its padding.
+        """
         support = self.support(word)
         hottest, total = max(float(one.max()) for one in support), sum(float(one.sum()) for one in support)
         strength = 1.0 if self.method in ("attention", "rollout") else min(1.0, total)
@@ -98,7 +114,7 @@ class Explanation:
 
 
 def overlay(picture: Image.Image, mask: Image.Image, strength: float = 1.0) -> Image.Image:
-    """A picture in grey, coloured where an 8-bit mask of its size is not 0: yellow, then red; as opaque as `strength`, up to 1."""
+    """A grayscale picture, coloured from yellow to red by an 8-bit mask of its size, with an opacity of `strength` (0 to 1)."""
     colours = [(255, max(0, 230 - level * 230 // 255), 0) for level in range(256)]
     heat = mask.copy()
     heat.putpalette([channel for colour in colours for channel in colour])
@@ -107,7 +123,7 @@ def overlay(picture: Image.Image, mask: Image.Image, strength: float = 1.0) -> I
 
 
 def base_model(model):
-    """The [`MQTLlavaForConditionalGeneration`] of a model that PEFT may have wrapped; adapters stay where they are in it."""
+    """The [`MQTLlavaForConditionalGeneration`] inside a model that PEFT may have wrapped, with its adapters."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(model, "get_image_features") or not hasattr(model.base_model, "query_transformer"):
         raise ValueError(f"Only an MQT-LLaVA model can be explained; got {type(model).__name__}.")
@@ -116,14 +132,17 @@ def base_model(model):
 
 def token_maps(model) -> torch.Tensor:
     """
-    Which patches each visual token reads, whatever the picture shows: the attention of the query transformer.
+    The attention weights of the query transformer: which patches each visual token attends to, for every image.
 
     Args:
-        model ([`MQTLlavaForConditionalGeneration`]): or a `PeftModel` of one.
+        model (`MQTLlavaForConditionalGeneration`): the model, or a `PeftModel` of one.
 
     Returns:
-        `torch.Tensor` of shape `(M, num_heads, num_patches)`, float32. It sums to 1 over the patches, which lie on a square grid
-        in raster order: `maps.mean(1).unflatten(-1, (side, side))` are pictures.
+        `torch.Tensor` of shape `(M, num_heads, num_patches)`, float32. It sums to 1 over the patches, which form a square grid in
+        raster order: `maps.mean(1).unflatten(-1, (side, side))` gives M maps.
+
+    Raises:
+        `ValueError`: for another model.
     """
     model = base_model(model)
     vision = model.config.vision_config
@@ -144,23 +163,23 @@ def _maps(model, num_patches: int) -> torch.Tensor:
 
 
 def _patch_features(model, image_outputs) -> torch.Tensor:
-    """What the query transformer reads, `(num_images, num_patches, vision_hidden_size)`."""
-    first_patch = int(model.config.vision_feature_select_strategy == "default")  # behind the class token
+    """The input of the query transformer, `(num_images, num_patches, vision_hidden_size)`."""
+    first_patch = int(model.config.vision_feature_select_strategy == "default")  # after the class token
     return image_outputs.last_hidden_state[:, first_patch:]
 
 
 class PatchParts:
     """Visual tokens as sums over patches.
 
-    The query transformer is linear behind the values, so visual token i is `constant + sum over patches of part(i, patch)`, where
-    `part(i, patch)` is `sum over heads of maps[i, head, patch] * values[patch, head]`. The values are what the picture adds,
-    through value, output and text projection. All biases, that of the values' layer norm too, are in `constant`, which is the
-    same for every picture and every token, since attention sums to 1.
+    The query transformer is linear in the values, so visual token i is `constant + sum over patches of part(i, patch)`, where
+    `part(i, patch)` is `sum over heads of maps[i, head, patch] * values[patch, head]`. The values are the image's contribution after
+    value, output and text projection. All biases, including that of the values' layer norm, are in `constant`, which is the same for
+    every image and every token, since attention sums to 1.
 
     Args:
-        maps (`torch.Tensor` of shape `(m, num_heads, num_patches)`).
-        values (`torch.Tensor` of shape `(num_images, num_patches, num_heads, hidden_size)`), float32.
-        constant (`torch.Tensor` of shape `(hidden_size,)`), float32.
+        maps (`torch.Tensor` of shape `(m, num_heads, num_patches)`): attention weights, see [`token_maps`].
+        values (`torch.Tensor` of shape `(num_images, num_patches, num_heads, text_hidden_size)`): float32.
+        constant (`torch.Tensor` of shape `(text_hidden_size,)`): float32.
     """
 
     def __init__(self, maps: torch.Tensor, values: torch.Tensor, constant: torch.Tensor):
@@ -169,14 +188,14 @@ class PatchParts:
     @classmethod
     @torch.no_grad()
     def of(cls, model, image_outputs) -> "PatchParts":
-        """Those of images that `get_image_features` has encoded."""
+        """The parts of images, from the output of `get_image_features`."""
         model, features = base_model(model), _patch_features(base_model(model), image_outputs)
         part = model.base_model.query_transformer
         nothing = torch.zeros_like(features[0, 0])
-        offset = part.v_proj(part.value_norm(nothing))  # layer norm makes its bias of zeros
+        offset = part.v_proj(part.value_norm(nothing))  # the layer norm of zeros is its bias
         values = part.v_proj(part.value_norm(features)) - offset
         num_heads = values.shape[-1] // part.head_dim
-        # Each head alone, the others 0, through projections that may be adapted or quantized
+        # Each head alone, with the others at 0, through the projections, which may be adapted or quantized
         alone = torch.eye(num_heads, dtype=values.dtype, device=values.device).repeat_interleave(part.head_dim, 1)
         projected = part.text_proj(part.out_proj(values[:, :, None] * alone))
         bias = part.text_proj(part.out_proj(nothing))
@@ -187,31 +206,34 @@ class PatchParts:
         return PatchParts(self.maps, self.values[images], self.constant)
 
     def vectors(self, num_visual_tokens: int) -> torch.Tensor:
-        """The parts themselves, `(num_images, m, num_patches, hidden_size)`. At 7B, 256 tokens of one image are 2.4 GB."""
+        """The parts, `(num_images, m, num_patches, text_hidden_size)`. For a 7B model, 256 tokens of one image take 2.4 GB."""
         return torch.einsum("ihp,nphd->nipd", self.maps[:num_visual_tokens], self.values)
 
     def norms(self, num_visual_tokens: int) -> torch.Tensor:
-        """Their lengths, `(num_images, m, num_patches)`, from the products of the heads with each other."""
+        """The norms of the parts, `(num_images, m, num_patches)`, computed from the products of the heads."""
         maps, products = self.maps[:num_visual_tokens], self.values @ self.values.mT
         return torch.einsum("ihp,nphg,igp->nip", maps, products, maps).clamp(min=0).sqrt()
 
     def along(self, directions: torch.Tensor) -> torch.Tensor:
-        """The products of one image's parts with directions of shape `(rows, m, hidden_size)`: `(rows, m, num_patches)`."""
+        """Dot products of the first image's parts with `directions` of shape `(rows, m, text_hidden_size)`: `(rows, m, num_patches)`."""
         projected = torch.einsum("rid,phd->riph", directions, self.values[0])
         return torch.einsum("riph,ihp->rip", projected, self.maps[: directions.shape[1]])
 
 
 def contribution(model, pixel_values: torch.Tensor, num_visual_tokens: int | None = None) -> torch.Tensor:
     """
-    How much each patch adds to each visual token: the norm of its part of the sum that the token is; see [`PatchParts`].
+    How much each patch contributes to each visual token: the norm of its part of the sum, see [`PatchParts`].
 
     Args:
-        model ([`MQTLlavaForConditionalGeneration`]): or a `PeftModel` of one.
-        pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`): as the processor makes them.
+        model (`MQTLlavaForConditionalGeneration`): the model, or a `PeftModel` of one.
+        pixel_values (`torch.Tensor` of shape `(num_images, num_channels, height, width)`): images as returned by the processor.
         num_visual_tokens (`int`, *optional*): m. Defaults to M.
 
     Returns:
         `torch.Tensor` of shape `(num_images, m, num_patches)`, float32, in units of the language model's embeddings.
+
+    Raises:
+        `ValueError`: for another model, and for m that is not an integer from 1 to M.
     """
     model = base_model(model)
     m = resolve_visual_token_counts(num_visual_tokens, 1, model.config.num_query_tokens)[0]
@@ -222,13 +244,16 @@ def contribution(model, pixel_values: torch.Tensor, num_visual_tokens: int | Non
 
 class EncodedImages:
     """
-    Images in one vision pass, and with them a grey one, which says what there is without a picture. For any number of questions.
+    Images that are encoded once for any number of questions, together with a grey image as the baseline.
 
     Args:
-        model ([`MQTLlavaForConditionalGeneration`]): or a `PeftModel` of one.
-        processor ([`MQTLlavaProcessor`]): the model's.
-        images (`PIL.Image.Image` or `list`): as the processor takes them.
-        num_visual_tokens (`int` or `list[int]`, *optional*): as many as will be asked for, at most. Defaults to M.
+        model (`MQTLlavaForConditionalGeneration`): the model, or a `PeftModel` of one.
+        processor (`MQTLlavaProcessor`): its processor.
+        images (`PIL.Image.Image` or `list`): anything the processor accepts.
+        num_visual_tokens (`int` or `list[int]`, *optional*): the largest number that will be asked for. Defaults to M.
+
+    Raises:
+        `ValueError`: if there is no image, for one that cannot be read, and for numbers that are not integers from 1 to M.
     """
 
     def __init__(self, model, processor, images, num_visual_tokens: int | list[int] | None = None):
@@ -264,25 +289,29 @@ def explain(
     batch_size: int = 16,
 ) -> Explanation:
     """
-    Ask a question about images, and find what the answer rests on.
+    Answer a question about images, and find which parts of them the answer depends on.
 
     Args:
-        model ([`MQTLlavaForConditionalGeneration`]): or a `PeftModel` of one. Its weights get no gradients.
-        processor ([`MQTLlavaProcessor`]): the model's.
-        images (`PIL.Image.Image`, `list` or [`EncodedImages`]): as the processor takes them, or encoded already.
-        question (`str` or `list[dict]`): a question about all of the images; or the messages of a conversation, as
-            `apply_chat_template` takes them, of which the next answer is explained.
-        num_visual_tokens (`int` or `list[int]`, *optional*): m, for all images or for each. Defaults to M.
-        method (`str`): of [`METHODS`].
-        answer (`str`, *optional*): to explain in place of the model's own.
-        per_word (`bool`): whether each word is explained. If not, the whole answer is the one "word", and gradients need fewer rows.
-        max_new_tokens (`int`): length of an answer, at most.
-        batch_size (`int`): rows that the language model computes at once. A word is one of the rows of `gradient`, and `NUM_STEPS`
-            of those of `integrated_gradients`; a patch is one of the rows of `occlusion`.
+        model (`MQTLlavaForConditionalGeneration`): the model, or a `PeftModel` of one. Its weights get no gradients.
+        processor (`MQTLlavaProcessor`): its processor.
+        images (`PIL.Image.Image`, `list` or [`EncodedImages`]): anything the processor accepts, or images encoded before.
+        question (`str` or `list[dict]`): a question about all images; or the messages of a conversation, as for
+            `apply_chat_template`, whose next answer is explained.
+        num_visual_tokens (`int` or `list[int]`, *optional*): m of all images or of each. Defaults to M.
+        method (`str`, *optional*): `"integrated_gradients"` (the default), `"gradient"`, `"attention"`, `"rollout"` or `"occlusion"`.
+        answer (`str`, *optional*): an answer to explain instead of the model's own.
+        per_word (`bool`, *optional*, defaults to `True`): explain each word. Otherwise the whole answer counts as one word, which
+            takes fewer rows.
+        max_new_tokens (`int`, *optional*, defaults to 64): the maximum length of the answer.
+        batch_size (`int`, *optional*, defaults to 16): number of rows that the language model processes at once. `gradient` takes a
+            row per word, `integrated_gradients` 8 rows per word, `occlusion` a row per patch.
+
+    Returns:
+        [`Explanation`]: the answer and what it depends on.
 
     Raises:
-        `ValueError`: for an unknown method, an empty question or answer, a prompt that is too long, and whatever processor and model
-            refuse.
+        `ValueError`: for an unknown method, an empty question or answer, a prompt that is too long, and inputs that the processor or
+            the model refuse.
     """
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {', '.join(METHODS)}; got {method!r}.")
@@ -291,7 +320,7 @@ def explain(
 
 
 class AskedQuestion:
-    """A question with its answer, its images encoded: what all methods start from. Arguments as [`explain`] has them."""
+    """A question with its answer and encoded images, from which all methods start. Takes the arguments of [`explain`]."""
 
     def __init__(
         self,
@@ -310,12 +339,14 @@ class AskedQuestion:
         counts = resolve_visual_token_counts(num_visual_tokens, len(images), model.config.num_query_tokens)
         if isinstance(images, EncodedImages) and max(counts) > images.num_visual_tokens:
             raise ValueError(
-                f"`images` are encoded for {images.num_visual_tokens} visual tokens at most; got {num_visual_tokens}."
+                f"`images` were encoded for at most {images.num_visual_tokens} visual tokens; got {num_visual_tokens}."
             )
         self.counts, self.question, messages = counts, question, question
         if isinstance(question, str):
             if processor.image_token in question:
-                raise ValueError(f"The question must not contain {processor.image_token}, which stands for an image.")
+                raise ValueError(
+                    f"The question must not contain {processor.image_token}, the placeholder of an image."
+                )
             parts = [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]
             messages = [{"role": "user", "content": parts}]
         else:
@@ -326,12 +357,14 @@ class AskedQuestion:
         length = self.prompt_ids.shape[1]
         limit = getattr(model.config.text_config, "max_position_embeddings", None) or float("inf")
         if length >= limit:
-            raise ValueError(f"The prompt has {length} tokens, the model takes {limit}.")
+            raise ValueError(f"The prompt has {length} tokens, but the model supports at most {limit}.")
         told_ids = None
         if answer is not None:
             told_ids = self.tokenize(processor, [*messages, {"role": "assistant", "content": answer.strip()}])
             if not torch.equal(told_ids[:, :length], self.prompt_ids):
-                raise ValueError("With this tokenizer, no answer can be given: it joins it to the prompt.")
+                raise ValueError(
+                    "`answer` cannot be used with this tokenizer, which merges it with the end of the prompt."
+                )
 
         if not isinstance(images, EncodedImages):
             images = EncodedImages(model, processor, images, counts)
@@ -347,7 +380,7 @@ class AskedQuestion:
             mask = torch.ones_like(self.prompt_ids)
             told_ids = model.generate(input_ids=self.prompt_ids, attention_mask=mask, **settings)
         ids = told_ids[0, length:].tolist()
-        while ids and ids[-1] in processor.tokenizer.all_special_ids:  # the end of the answer is none of its words
+        while ids and ids[-1] in processor.tokenizer.all_special_ids:  # the end-of-sequence token belongs to no word
             ids.pop()
         self.answer, self.words, word_of = split_words(processor.tokenizer, ids)
         if not self.words:
@@ -356,19 +389,19 @@ class AskedQuestion:
             self.words, word_of = [self.answer], [0] * len(ids)
         self.answer_ids = torch.tensor([ids], device=self.prompt_ids.device)
         self.ids = torch.cat([self.prompt_ids, self.answer_ids], 1)
-        # Sums over the tokens of each word
+        # A product with it sums over the tokens of each word
         self.in_word = torch.zeros(len(self.words), len(ids), device=self.ids.device)
         self.in_word[word_of, range(len(ids))] = 1
 
     def tokenize(self, processor, messages) -> torch.Tensor:
-        """The ids of a conversation, `(1, length)`. They don't depend on what the images show."""
+        """The ids of a conversation, `(1, length)`. They don't depend on the content of the images."""
         blanks = [Image.new("RGB", (1, 1))] * len(self.counts)
         text = processor.apply_chat_template(messages, add_generation_prompt=messages[-1]["role"] == "user")
         options = {"num_visual_tokens": self.counts, "add_special_tokens": False, "return_tensors": "pt"}
         return processor(images=blanks, text=text, **options)["input_ids"].to(self.model.device)
 
     def explain(self, method: str, batch_size: int = 16) -> Explanation:
-        """By one method; see [`explain`]."""
+        """Explain the answer with one method; see [`explain`]."""
         with torch.no_grad():
             log_probs = self.log_probs(self.visual_tokens[None])[0]
         evidence, tokens = getattr(self, f"by_{method}")(batch_size)
@@ -387,7 +420,7 @@ class AskedQuestion:
         )
 
     def run(self, visual_tokens: torch.Tensor, **options):
-        """The language model's outputs on the prompt and its answer, for rows of visual tokens `(rows, all tokens, hidden_size)`."""
+        """The model's outputs on the prompt and its answer, for visual tokens of shape `(rows, all tokens, text_hidden_size)`."""
         rows = len(visual_tokens)
         counts, ids = self.counts * rows, self.ids.expand(rows, -1)
         of_images = list(visual_tokens.flatten(0, 1).split(counts))
@@ -404,8 +437,8 @@ class AskedQuestion:
         return chosen[..., 0] @ self.in_word.T
 
     def gradients(self, shares: list[float], batch_size: int) -> torch.Tensor:
-        """Of each word's log-probability by the visual tokens, `(num_words, all tokens, hidden_size)`: the mean over places on the way
-        from a grey picture's tokens (0) to the own ones (1). In one backward pass, or in several of `batch_size` rows."""
+        """Gradients of each word's log-probability with respect to the visual tokens, `(num_words, all tokens, text_hidden_size)`: the
+        mean over points on the line from a grey image's tokens (share 0) to the image's own (share 1)."""
         rows = [(word, share) for word in range(len(self.words)) for share in shares]
         way = self.visual_tokens - self.grey_tokens
         gradients = torch.zeros(len(self.words), *way.shape, device=way.device)
@@ -419,7 +452,7 @@ class AskedQuestion:
         return gradients / len(shares)
 
     def by_gradient(self, batch_size: int, shares=(1.0,)):
-        """Gradient times what the picture adds to a grey one's visual tokens, patch by patch."""
+        """Gradient times the difference between the parts of the image's and a grey image's visual tokens, patch by patch."""
         gradients = self.gradients(shares, batch_size).split(self.counts, 1)
         parts = PatchParts.of(self.model, self.images.outputs)
         added = PatchParts(parts.maps, parts.values[:-1] - parts.values[-1:], parts.constant)
@@ -427,16 +460,16 @@ class AskedQuestion:
         return [one.sum(1) for one in products], [one.sum(2) for one in products]
 
     def by_integrated_gradients(self, batch_size: int):
-        """The same with gradients from all along the way from the grey picture's tokens (integrated gradients,
-        https://arxiv.org/abs/1703.01365): all patches' evidence sums to what the picture did for the word."""
+        """The same with the mean gradient on the way from a grey image's tokens (integrated gradients, https://arxiv.org/abs/1703.01365):
+        the evidence of all patches sums to the word's difference in log-probability from the grey image."""
         return self.by_gradient(batch_size, [(step + 0.5) / NUM_STEPS for step in range(NUM_STEPS)])
 
     def by_attention(self, batch_size: int, rolled_out: bool = False):
-        """Attention of the language model to visual tokens, a mean over layers and heads, times the norms of the patches' parts."""
+        """The language model's attention to visual tokens, averaged over layers and heads, times the norms of the patches' parts."""
         with LOCK, torch.no_grad(), eager_attention(self.model):
             layers = self.run(self.visual_tokens[None], output_attentions=True, logits_to_keep=1).attentions
         if not layers or any(layer is None or layer.ndim != 4 for layer in layers):
-            raise ValueError("This language model does not tell its attention: take another `method`.")
+            raise ValueError("This language model does not return attention weights: use another `method`.")
         layers = [layer[0].to(self.ids.device, torch.float32).mean(0) for layer in layers]
         reach = sum(layers) / len(layers)
         if rolled_out:  # https://arxiv.org/abs/2005.00928
@@ -453,12 +486,12 @@ class AskedQuestion:
         return evidence, list(tokens)
 
     def by_rollout(self, batch_size: int):
-        """The same with attention multiplied through the layers, which counts what tokens hand on to each other."""
+        """The same with attention multiplied through the layers, which includes attention by way of other tokens."""
         return self.by_attention(batch_size, rolled_out=True)
 
     def by_occlusion(self, batch_size: int, window: int = WINDOW):
-        """By how much each word's log-probability falls where a window around each patch is grey: a mean over the windows that a
-        patch is in. Every window is a vision pass and one of the language model."""
+        """The drop in each word's log-probability if a window around a patch is grey, averaged over the windows that contain a patch.
+        Each window takes a forward pass of the whole model."""
         reach, grid = window // 2, torch.arange(self.images.side, device=self.ids.device)
         near = (grid[:, None] - grid).abs() <= reach
         covered = (near[:, None, :, None] & near[None, :, None, :]).flatten(2).flatten(0, 1)  # (windows, patches)
@@ -471,9 +504,9 @@ class AskedQuestion:
 
     @torch.no_grad()
     def log_probs_without(self, image: int, covered: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """The words' log-probabilities, `(rows, num_words)`, with patches of an image in grey: `covered` is bool, `(rows, num_patches)`."""
+        """The words' log-probabilities, `(rows, num_words)`, with the patches in `covered`, bool of shape `(rows, num_patches)`, in grey."""
         pixels, m, results = self.images.pixel_values[image], self.counts[image], []
-        size = pixels.shape[-1] // self.images.side  # a rest at the right and the bottom is in no patch
+        size = pixels.shape[-1] // self.images.side  # pixels left over at the right and the bottom belong to no patch
         first = sum(self.counts[:image])
         for rows in covered.unflatten(-1, (self.images.side, self.images.side)).split(batch_size):
             mask = rows.repeat_interleave(size, 1).repeat_interleave(size, 2)
@@ -486,7 +519,7 @@ class AskedQuestion:
 
 
 def text_of(message: dict) -> str:
-    """Of a turn, whose content may come in parts."""
+    """The text of a message, whose content may be a list of parts."""
     content = message["content"]
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
@@ -494,31 +527,31 @@ def text_of(message: dict) -> str:
 def flat_list(image_processor, images) -> list:
     images = make_flat_list_of_images(image_processor.fetch_images(images))
     if not images:
-        raise ValueError("There is no image, so there is nothing to look at.")
+        raise ValueError("At least one image is needed.")
     return images
 
 
 def split_words(tokenizer, ids: list[int]) -> tuple[str, list[str], list[int]]:
-    """The text of an answer, its words, and to which of them each token belongs: to the last that it has a part in."""
+    """The text of an answer, its words, and for each token the index of its word, the last one if it spans several."""
     text = tokenizer.decode(ids, skip_special_tokens=True).strip()
     words = text.split()
     word_of = [max(0, len(words) - 1)] * len(ids)
     for end in range(len(ids) - 1, 0, -1):
         so_far = tokenizer.decode(ids[:end], skip_special_tokens=True)
-        # A token that begins a character belongs to the one that ends it
+        # A token with only a part of a character belongs to the word of the token that completes it
         is_whole = not so_far.endswith("\ufffd")
         word_of[end - 1] = max(0, len(so_far.split()) - 1) if is_whole else word_of[end]
     return text, words, word_of
 
 
 def padding_colour(image_processor) -> tuple[int, ...]:
-    """Of what stands for no picture: the grey with which pictures are padded."""
+    """The mean colour, which pads images and fills covered patches."""
     return tuple(int(255 * mean) for mean in image_processor.image_mean)
 
 
 def lay_out(image_processor, image, pixel_values: torch.Tensor) -> tuple[Image.Image, tuple[int, int, int, int]]:
-    """A picture as the patches lie on it, and where in it the image is: padded to a square, or, where the processor does not pad, as
-    the vision tower sees it."""
+    """The picture that the grid of patches covers, and the image's box in it: the image padded to a square, or the vision tower's
+    input if the processor does not pad."""
     if not image_processor.do_pad or image_processor.do_center_crop:
         levels = pixel_values.float()
         if image_processor.do_normalize:
@@ -538,10 +571,9 @@ def lay_out(image_processor, image, pixel_values: torch.Tensor) -> tuple[Image.I
 
 @contextlib.contextmanager
 def checkpointing(language_model):
-    """Layers keep their inputs alone for the backward pass, and are computed again in it. transformers has that for models in
-    training, whose dropout is not wanted here."""
+    """Gradient checkpointing. transformers' own needs a model in training mode, which would turn on dropout."""
     layers = [module for module in language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    own = [layer.__dict__.get("forward") for layer in layers]  # as accelerate sets it
+    own = [layer.__dict__.get("forward") for layer in layers]  # set by accelerate
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
@@ -555,7 +587,7 @@ def checkpointing(language_model):
 
 @contextlib.contextmanager
 def eager_attention(model):
-    """The language model computes attention in the way that can tell it."""
+    """Switch the language model to eager attention, which returns attention weights."""
     text_model = model.base_model.language_model
     before = text_model.config._attn_implementation
     text_model.set_attn_implementation("eager")
@@ -577,14 +609,14 @@ def extra_bytes(
     dtype: torch.dtype | str = torch.bfloat16,
 ) -> int:
     """
-    What [`explain`] needs at its fullest beside the weights, in bytes: an estimate.
+    Estimate the peak memory of [`explain`] in bytes, without the weights.
 
     Args:
-        costs ([`CostModel`]): of the model.
+        costs (`CostModel`): the model's.
         num_visual_tokens (`int`): m.
-        num_words (`int`): that are explained; 1 for the whole answer.
-        method, batch_size: as [`explain`] takes them.
-        num_text_tokens, num_new_tokens, num_images, dtype: as [`CostModel`] takes them.
+        num_words (`int`, *optional*, defaults to 1): number of words that are explained; 1 for the whole answer.
+        method, batch_size: as for [`explain`].
+        num_text_tokens, num_new_tokens, num_images, dtype: as for [`CostModel`].
     """
     text = costs.config.text_config
     itemsize, length = resolve_dtype(dtype).itemsize, num_text_tokens + num_images * num_visual_tokens + num_new_tokens
@@ -608,12 +640,12 @@ def extra_bytes(
 
 def sheet(explanations: list[Explanation], max_words: int = 7):
     """
-    A figure of one question: each image with heat maps over it, and below them what each visual token did. Of one explanation those
-    of the answer and of its first words, of several those of the answers, side by side.
+    Draw a figure with the heat maps of an answer, and the importance of each visual token below. A single explanation is shown for
+    the answer and its first words, several side by side for their answers.
 
     Args:
-        explanations (`list[Explanation]`): of the same images, as with several numbers of visual tokens.
-        max_words (`int`): words that are shown, at most.
+        explanations (`list[Explanation]`): of the same images, such as for several numbers of visual tokens.
+        max_words (`int`, *optional*, defaults to 7): the maximum number of words to show.
 
     Returns:
         `matplotlib.figure.Figure`.
@@ -642,7 +674,7 @@ def sheet(explanations: list[Explanation], max_words: int = 7):
                 axes.set_title(titles[column - 1], fontsize=9, parse_math=False)
     for column, (one, word) in enumerate(panels if has_bars else [], 1):
         axes, tokens = figure.add_subplot(grid[-1, column]), one.importance(word) or []
-        for of_image in tokens:  # images over each other
+        for of_image in tokens:  # several images overlap
             axes.bar(range(1, len(of_image) + 1), of_image.tolist(), width=1.0, alpha=1 / len(tokens) ** 0.5)
         num_visual_tokens = max(one.visual_token_counts)
         axes.set(xlim=(0.25, num_visual_tokens + 0.75), xticks=sorted({1, num_visual_tokens}))
@@ -655,7 +687,7 @@ def sheet(explanations: list[Explanation], max_words: int = 7):
 
 
 def title(explanation: Explanation, word: int | None) -> str:
-    """Of a panel: a word with its probability, or m and the answer, in lines of a panel's width."""
+    """The title of a panel: a word with its probability, or m and the answer, wrapped to the panel's width."""
     if word is not None:
         return f"{explanation.words[word]} ({100 * math.exp(explanation.log_probs[word]):.0f} %)"
     counts = sorted(set(explanation.visual_token_counts))

@@ -1,4 +1,4 @@
-"""Publishing a checkpoint: its model card, and the way to the Hub."""
+"""Write model cards and push checkpoints to the Hub."""
 
 import json
 import re
@@ -96,9 +96,9 @@ def write_card(
     """Write the model card, README.md, of a checkpoint folder.
 
     Args:
-        repo_id (`str`): What the usage snippet loads.
-        license (`str`, *optional*): As the Hub spells it (`apache-2.0`, `llama2`, ...).
-        base_models (`list[str]`, *optional*): Hub repositories that this model is made of; folders are left out.
+        repo_id (`str`): The repository or folder that the usage snippet loads.
+        license (`str`, *optional*): The Hub's identifier of a license (`apache-2.0`, `llama2`, ...).
+        base_models (`list[str]`, *optional*): Hub repositories of the models that this one is based on; folders are left out.
         origin (`str`, *optional*): A sentence about where the weights come from.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -134,11 +134,11 @@ def write_adapter_card(
     languages: list[str] | None = None,
     origin: str = "",
 ) -> Path:
-    """Write the model card of the folder of a PEFT adapter, with the metadata that PEFT gives its own cards.
+    """Write the model card of a PEFT adapter's folder, with the metadata of PEFT's own cards.
 
     Args:
-        num_query_tokens (`int`): M of the base model, which adapter_config.json names.
-        repo_id, license, datasets, languages, origin: as in [`write_card`].
+        num_query_tokens (`int`): M of the base model in adapter_config.json.
+        repo_id, license, datasets, languages, origin: as for [`write_card`].
     """
     adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     base = adapter["base_model_name_or_path"]
@@ -177,10 +177,10 @@ def _save(card: ModelCard, folder: Path) -> Path:
 
 
 def check_base_is_on_hub(base: str):
-    """Raise a `ValueError` for a folder: the card of an adapter on the Hub names its base, which others must find."""
+    """Raise a `ValueError` if the base model of an adapter to be pushed is a local folder, which others cannot load."""
     if Path(base).is_dir():
         raise ValueError(
-            f"An adapter on the Hub needs a base model there, and this one's is the folder {base}: push it first."
+            f"An adapter on the Hub needs a base model on the Hub, but its base is the local folder {base}: push that first."
         )
 
 
@@ -189,19 +189,19 @@ def is_repository(name: str) -> bool:
 
 
 def license_of(models: list[str]) -> str | None:
-    """The license that the card of the first of `models` states, if any can be read. Asks the Hub."""
+    """The license in the first model card that states one, or `None`. Reads the cards from the Hub."""
     return next((stated for name in models if (stated := stated_license(name))), None)
 
 
 def stated_license(model: str) -> str | None:
     try:
         return ModelCard.load(model).data.license
-    except Exception:  # no card, no network, no valid metadata: whatever the Hub's HTTP library raises
+    except Exception:  # no card, no network, invalid metadata ...
         return None
 
 
 def accuracy_table(folder: Path) -> str:
-    """What a checkpoint carries in accuracy.json, `{m: {question type: percent}}`, as a table with the compute of each m."""
+    """A checkpoint's accuracy.json, `{m: {question type: percent}}`, as a Markdown table with the compute of each m."""
     path = folder / "accuracy.json"
     if not path.exists():
         return ""
@@ -222,21 +222,21 @@ def accuracy_table(folder: Path) -> str:
 
 
 def show_results(folder: Path, results: Path) -> list[str]:
-    """Put what `mqt-llava evaluate` wrote into the model card of a checkpoint or an adapter.
+    """Add the results of `mqt-llava evaluate` to the model card of a checkpoint or an adapter.
 
     Args:
-        folder (`Path`): whose README.md has or gets a section "Accuracy and compute"; nothing else of it changes.
-        results (`Path`): with results.md and accuracy.json, which is copied, as `.eval_results` is.
+        folder (`Path`): the checkpoint or adapter. The section "Accuracy and compute" of its README.md is added or replaced.
+        results (`Path`): the folder that `mqt-llava evaluate` wrote. Its accuracy.json and `.eval_results` are copied.
 
     Returns:
-        `list[str]`: names of what was written.
+        `list[str]`: the names of the files that were written.
 
     Raises:
-        `ValueError`: for a folder without a model or an adapter, and for one without results.
+        `ValueError`: if `folder` has no checkpoint, adapter or model card, or if `results` has no results.
     """
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(
-            f"{folder} is no checkpoint and no adapter: it has neither config.json nor adapter_config.json"
+            f"{folder} is neither a checkpoint nor an adapter: it has no config.json and no adapter_config.json"
         )
     if not all((results / name).is_file() for name in ("results.md", "accuracy.json")):
         raise ValueError(f"{results} has no results: `mqt-llava evaluate` writes results.md and accuracy.json")
@@ -267,11 +267,14 @@ def push_folder(
     commit_message: str = "Upload MQT-LLaVA",
     token: str | None = None,
 ) -> str:
-    """Upload a checkpoint folder to the Hub as one commit, and say where it is.
+    """Upload a checkpoint folder to the Hub in one commit.
 
     Args:
-        private (`bool`, *optional*): Of a repository that is new. Defaults to what the account's organisation has.
-        revision (`str`, *optional*): A branch; it is made where it does not exist.
+        private (`bool`, *optional*): Whether a new repository is private. Defaults to the organisation's setting.
+        revision (`str`, *optional*): The branch, which is created if it doesn't exist.
+
+    Returns:
+        `str`: the URL of the repository.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -1,4 +1,4 @@
-"""Where a model fits, before its weights are read: in which dtype, and on which devices."""
+"""Choose the dtype and the devices of a model by the memory that is free, before its weights are read."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +9,8 @@ import torch
 from .cost import CostModel
 
 
-ROOM = 1.25  # how much of what float32 takes must be free, for it to be chosen in place of the checkpoint's own dtype
-QUANTIZED_ITEMSIZE = {4: 4.5 / 8, 8: 1.01}  # bytes of a weight with its share of the scales
+ROOM = 1.25  # float32 is the default on a CPU if this many times the memory that it needs is free
+QUANTIZED_ITEMSIZE = {4: 4.5 / 8, 8: 1.01}  # bytes per weight, with its share of the scales
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Placement:
     """How to load a model.
 
     Args:
-        dtype (`torch.dtype`): of weights that are not quantized.
-        options (`dict`): further arguments of `from_pretrained`, where a GPU does not hold all of it.
-        note (`str`, *optional*): what is to be said of it, in one line.
+        dtype (`torch.dtype`): of the weights that are not quantized.
+        options (`dict`): further arguments of `from_pretrained`, if the model doesn't fit on one GPU.
+        note (`str`, *optional*): a line to show to the user.
     """
 
     dtype: torch.dtype
@@ -29,16 +29,16 @@ class Placement:
 
 
 def stored_dtype(config) -> torch.dtype:
-    """Of a checkpoint's weights, by its config."""
+    """The dtype of a checkpoint's weights according to its config."""
     return config.dtype or config.text_config.dtype or torch.float32
 
 
 def free_memory(device, cgroups: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> float:
-    """Bytes that a device has free for this process: of a CPU, what the machine has available and the container, by its
-    cgroups' limits, allows. Infinite for a kind of device that cannot be asked here."""
+    """Free memory of a device in bytes. For a CPU, the smaller of what the machine has available and what the container's cgroup
+    limits leave. Infinite for a type of device that this function doesn't know."""
     device = torch.device(device)
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # in torch's cache
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
@@ -48,7 +48,7 @@ def free_memory(device, cgroups: Path = Path("/sys/fs/cgroup"), process: Path = 
 
 
 def _free_in_cgroups(root: Path, process: Path) -> list[int]:
-    """What each limit that holds for this process leaves, of version 1 or 2. Cached files are not counted as used."""
+    """What each cgroup limit of this process (version 1 or 2) leaves free, in bytes. Cached files don't count as used."""
     free = []
     for line in process.read_text().splitlines() if process.exists() else []:
         _, controllers, name = line.split(":", 2)
@@ -59,7 +59,7 @@ def _free_in_cgroups(root: Path, process: Path) -> list[int]:
         else:
             continue
         folder = home / name.lstrip("/")
-        # inside a container the own group is the root of what can be seen
+        # inside a container, the process's own group is the visible root
         for group in (folder, *folder.parents) if folder.is_dir() else (home,):
             try:
                 limit, used = (int((group / file).read_text()) for file in files)
@@ -75,8 +75,8 @@ def _free_in_cgroups(root: Path, process: Path) -> list[int]:
 
 
 def choose_dtype(costs: CostModel, device, **request) -> torch.dtype:
-    """In which dtype a model is loaded where nothing is said: the checkpoint's own; on a CPU float32, where there is room to
-    spare, since not every CPU computes fast in another one."""
+    """The default dtype of a model: that of the checkpoint, or float32 on a CPU with enough free memory, since not every CPU is
+    fast in another dtype."""
     own = stored_dtype(costs.config)
     if torch.device(device).type != "cpu":
         return own
@@ -88,17 +88,16 @@ def place_model(
     costs: CostModel, device, dtype: torch.dtype | None = None, num_bits: int | None = None, **request
 ) -> Placement:
     """
-    Find how a model fits into what a device has free.
+    Find out how a model fits in the free memory of a device.
 
     Args:
-        costs (`CostModel`): of the model.
-        dtype (`torch.dtype`, *optional*): of the weights. Without it that of [`choose_dtype`], or the checkpoint's own where
-            they are quantized.
-        num_bits (`int`, *optional*): 4 or 8, for a language model whose weights are quantized.
-        request: number and length of prompts and answers, as [`CostModel`] takes them.
+        costs (`CostModel`): the model's.
+        dtype (`torch.dtype`, *optional*): of the weights. Defaults to [`choose_dtype`], or to the checkpoint's own with `num_bits`.
+        num_bits (`int`, *optional*): 4 or 8 for a quantized language model.
+        request: number and length of prompts and answers, as for [`CostModel`].
 
     Raises:
-        `ValueError`: where it fits nowhere, with what is needed, what is free and what would fit.
+        `ValueError`: if it fits nowhere. The message says how much is needed, how much is free and what would fit.
     """
     device = torch.device(device)
     own = stored_dtype(costs.config)
@@ -118,7 +117,7 @@ def place_model(
     words = (
         f"the model needs {gigabytes(need)} with {as_options(dtype, num_bits)}; {device} has {gigabytes(free)} free"
     )
-    # What bitsandbytes has quantized for a GPU, it does not compute on a CPU
+    # bitsandbytes does not run layers on a CPU that it quantized for a GPU
     if device.type == "cuda" and num_bits is None:
         gpus: dict[int | str, float] = {
             index: free_memory(f"cuda:{index}") for index in range(torch.cuda.device_count())
@@ -130,9 +129,7 @@ def place_model(
             return Placement(dtype, options, f"{words}: the rest goes to {rest} (device_map='auto')")
     others = dict.fromkeys([(own, num_bits), (torch.bfloat16, num_bits), (own, 8), (own, 4)])
     fitting = [f"{as_options(*other)} needs {gigabytes(needed(*other))}" for other in others if needed(*other) <= free]
-    raise ValueError(
-        f"{words}. {'What would fit: ' + '; '.join(fitting) if fitting else 'Nothing that there is would fit'}"
-    )
+    raise ValueError(f"{words}. {'What would fit: ' + '; '.join(fitting) if fitting else 'No other option would fit'}")
 
 
 def as_options(dtype: torch.dtype, num_bits: int | None) -> str:
@@ -148,17 +145,17 @@ def check_training(
     costs: CostModel, device, dtype: torch.dtype, parts=(), num_moments: int = 2, num_bits: int | None = None
 ):
     """
-    Refuse a training that cannot fit, by what it needs at least: weights, and of those that are trained gradients and the
-    optimizer's moments. Activations come on top, and depend on much. LoRA's own weights are small.
+    Refuse a training run that cannot fit in memory, by a lower bound: the weights, and the gradients and optimizer states of those
+    that are trained. Activations and LoRA's own weights are not counted.
 
     Args:
-        dtype (`torch.dtype`): of weights, gradients and moments.
-        parts (`tuple[str]`): what is trained in full, as `Cost.weight_bytes` names it.
-        num_moments (`int`): numbers that the optimizer keeps for each weight, as AdamW its two.
-        num_bits (`int`, *optional*): 4 or 8, for a language model whose weights are quantized.
+        dtype (`torch.dtype`): of weights, gradients and optimizer states.
+        parts (`tuple[str]`): the parts that are trained in full, by their names in `Cost.weight_bytes`.
+        num_moments (`int`, *optional*, defaults to 2): numbers per weight in the optimizer's state; AdamW has two.
+        num_bits (`int`, *optional*): 4 or 8 for a quantized language model.
 
     Raises:
-        `ValueError`: with what is needed and what is free.
+        `ValueError`: if it cannot fit, with what is needed and what is free.
     """
     weights: dict[str, float] = dict(costs(1, dtype=dtype).weight_bytes)
     trained = sum(weights[part] for part in parts)

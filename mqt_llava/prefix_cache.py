@@ -1,4 +1,4 @@
-"""The beginning that all prompts share, prefilled once."""
+"""A cache of the prefix that all prompts share, prefilled once."""
 
 import copy
 
@@ -9,22 +9,24 @@ from .modeling.budget_mqt_llava import CACHE_NAME
 
 
 class PrefixCache:
-    """Keys and values of the beginning that prompts share, computed once and reused in every call of `generate`.
+    """Keys and values of the prefix that prompts share, computed once and reused in every call of `generate`.
 
     ```python
-    prefix = PrefixCache(model, processor)  # of the chat template: the system prompt
+    prefix = PrefixCache(model, processor)  # by default, the chat template's system prompt
     model.generate(**prefix(inputs), num_visual_tokens=16)
     ```
 
-    The answers are those without it, as long as weights and dtype of the model stay what they were. The cache is a dynamic
-    one: it goes neither with a static cache nor with assisted decoding. Worth most where m and the question are short: at
-    m = 16 the system prompt of LLaVA 1.5 is about half of the tokens that a question about an image takes.
+    It doesn't change the answers, as long as the model's weights and dtype stay the same. The cache is a `DynamicCache`, so it cannot
+    be combined with a static cache or assisted decoding. It saves most if m and the question are short: at m = 16, LLaVA 1.5's
+    system prompt is about half of a prompt with one image.
 
     Args:
-        model (`MQTLlavaForConditionalGeneration`): what will generate.
-        processor (`MQTLlavaProcessor`): makes the prompts.
-        text (`str`, *optional*): The shared beginning. Defaults to what the processor's chat template puts before the
-            first image or question.
+        model (`MQTLlavaForConditionalGeneration`): the model.
+        processor (`MQTLlavaProcessor`): its processor.
+        text (`str`, *optional*): the shared prefix. Defaults to what the chat template puts before the first image or question.
+
+    Raises:
+        `ValueError`: if the prompts have no prefix in common.
     """
 
     @torch.no_grad()
@@ -33,34 +35,34 @@ class PrefixCache:
         if text is None:
             contents = processor.image_token, "1", "a"
             samples = [_as_prompt(processor, content) for content in contents]
-            if samples[1] == samples[2]:  # a template that takes content in parts alone
+            if samples[1] == samples[2]:  # a template that only accepts lists of parts
                 parts = {"type": "image"}, {"type": "text", "text": "1"}, {"type": "text", "text": "a"}
                 samples = [_as_prompt(processor, [part]) for part in parts]
         else:
             bos = tokenizer.bos_token or ""
             samples = [bos + text.removeprefix(bos) + end for end in (processor.image_token, "1", " a")]
         ids = [tokenizer(sample, add_special_tokens=False)["input_ids"] for sample in samples]
-        # What follows can change how the end of a text is split into tokens, so only tokens that stay are shared
+        # The text that follows can change the last tokens of the prefix, so only tokens that stay the same are shared
         shared = next((i for i, tokens in enumerate(zip(*ids)) if len(set(tokens)) > 1), 0)
         if shared == 0:
-            raise ValueError(f"the prompts have no beginning in common: {samples[0]!r} and {samples[1]!r}")
+            raise ValueError(f"the prompts have no prefix in common: {samples[0]!r} and {samples[1]!r}")
         self.input_ids = torch.tensor(ids[0][:shared], device=model.device)
         self.cache = DynamicCache(config=model.config.get_text_config())
         model(input_ids=self.input_ids[None], use_cache=True, logits_to_keep=1, **{CACHE_NAME: self.cache})
 
     def __len__(self) -> int:
-        """How many tokens are shared."""
+        """The number of shared tokens."""
         return len(self.input_ids)
 
     def __call__(self, inputs, num_sequences: int = 1) -> dict:
         """
         Args:
-            inputs (`dict`): Of the processor, `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)`
-                among them. Left padding moves behind the shared beginning.
+            inputs (`dict`): the processor's output, with `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)`.
+                Left padding is moved after the shared tokens.
             num_sequences (`int`, *optional*, defaults to 1): `num_beams` or `num_return_sequences` of `generate`.
 
         Returns:
-            `dict`: the inputs for `generate`, with a copy of the cache under the name that the installed transformers has for it.
+            `dict`: the inputs for `generate`, with a copy of the cache as `past_key_values`, or `cache` since transformers 5.24.
 
         Raises:
             `ValueError`: for a prompt that does not begin with the shared tokens, or has nothing after them.
@@ -78,8 +80,8 @@ class PrefixCache:
         if not fits.all():
             row = int(fits.int().argmin())
             raise ValueError(
-                f"row {row} does not begin with the {len(self)} shared tokens and go on after them; it has "
-                f"{int(length - padding[row])} tokens that begin {input_ids[row, :8].tolist()}, the shared ones are "
+                f"row {row} does not begin with the {len(self)} shared tokens and continue after them; it has "
+                f"{int(length - padding[row])} tokens that begin with {input_ids[row, :8].tolist()}, the shared ones begin with "
                 f"{self.input_ids[:8].tolist()}..."
             )
         cache = copy.deepcopy(self.cache)

@@ -1,4 +1,4 @@
-"""How fast a device is: layers on few and many tokens, and reading memory, measured."""
+"""Measure the speed of a device: of layers with few and many tokens, and of reading memory."""
 
 import statistics
 import time
@@ -15,8 +15,8 @@ from .cpu import FEW_TOKENS, compute_in_float32, is_slow
 
 
 TOKEN_COUNTS = (1, FEW_TOKENS - 1, FEW_TOKENS, 32, 96, 288)
-SECONDS = 0.2  # for each of them
-# Two layers of each kind, of the sizes in a 7B model with CLIP ViT-L/14: together larger than caches are
+SECONDS = 0.2  # per token count
+# Two layers of each kind with the sizes of a 7B model with CLIP ViT-L/14, which together exceed a CPU's caches
 LANGUAGE_MODEL = LlamaConfig(num_hidden_layers=2, vocab_size=8)
 IMAGE_SIZE, PATCH_SIZE = 336, 14
 VISION_TOWER = CLIPVisionConfig(
@@ -34,10 +34,10 @@ class DeviceSpeed:
     """How fast a device multiplies matrices and reads memory; see [`measure_device`].
 
     Args:
-        flops_per_second (`float`): of a language model on many tokens.
-        bytes_per_second (`float`): at which memory is read.
-        token_rates (`tuple[tuple[int, float], ...]`, *optional*): FLOPs per second of a language model on so many tokens at once,
-            which is less for few of them, since all weights are read for them, too.
+        flops_per_second (`float`): FLOPs per second of a language model with many tokens.
+        bytes_per_second (`float`): memory bandwidth for reading, in bytes per second.
+        token_rates (`tuple[tuple[int, float], ...]`, *optional*): pairs of a number of tokens and the FLOPs per second of a language
+            model that processes them at once. Few tokens have a lower rate, since all weights must be read for them too.
         image_rate (`float`, *optional*): FLOPs per second of a vision tower.
     """
 
@@ -48,10 +48,12 @@ class DeviceSpeed:
 
     def seconds(self, flops: float, num_bytes: float, num_tokens: int | None = None) -> float:
         """
-        The time for so many FLOPs on so many bytes: computing and reading overlap, the slower one counts.
+        Seconds for a number of FLOPs that read a number of bytes. Computing and reading overlap, so the slower one counts.
 
         Args:
-            num_tokens (`int`, *optional*): on which the layers run at once. Without it the time is the least that is possible.
+            flops (`float`): floating-point operations.
+            num_bytes (`float`): bytes that are read.
+            num_tokens (`int`, *optional*): number of tokens that the layers process at once. Without it, the result is a lower bound.
         """
         rate = self.flops_per_second
         if num_tokens is not None and self.token_rates:
@@ -59,7 +61,7 @@ class DeviceSpeed:
             above = min(bisect_left(counts, num_tokens), len(counts) - 1)
             (low, low_rate), (high, high_rate) = self.token_rates[max(above - 1, 0)], self.token_rates[above]
             rate = high_rate
-            if low < num_tokens < high:  # a layer's time is all but linear in between
+            if low < num_tokens < high:  # a layer's time is nearly linear in between
                 share = (num_tokens - low) / (high - low)
                 rate = num_tokens / ((1 - share) * low / low_rate + share * high / high_rate)
         return max(flops / rate, num_bytes / self.bytes_per_second)
@@ -67,13 +69,19 @@ class DeviceSpeed:
 
 @torch.no_grad()
 def measure_device(device="cpu", dtype: torch.dtype | str = torch.bfloat16) -> DeviceSpeed:
-    """How fast layers run on a device: two of a 7B language model on few and many tokens, two of a vision tower on an image, and
-    a copy of memory. That takes some seconds, and up to 2 GB. Much smaller layers are slower by their FLOPs than these. On a CPU that is slow in `dtype` they multiply many tokens in float32,
-    see [`compute_in_float32`].
+    """Measure the speed of a device: of two layers of a 7B language model with few and many tokens, of two layers of a vision tower
+    with an image, and of copying memory. Takes a few seconds and up to 2 GB. Much smaller layers reach fewer FLOPs per second than
+    these. On a CPU that is slow in `dtype`, many tokens are multiplied in float32, see [`compute_in_float32`].
 
     Args:
-        device: as torch takes it.
-        dtype (`torch.dtype` or its name): of weights and activations.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): the device.
+        dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.bfloat16`): of weights and activations.
+
+    Returns:
+        [`DeviceSpeed`]: for the times of a [`Cost`].
+
+    Raises:
+        `ValueError`: for a dtype that is not a floating-point type.
     """
     device, dtype = torch.device(device), resolve_dtype(dtype)
     language, vision = (random_model(config, device, dtype) for config in (LANGUAGE_MODEL, VISION_TOWER))
@@ -96,7 +104,7 @@ def measure_device(device="cpu", dtype: torch.dtype | str = torch.bfloat16) -> D
 
 
 def random_model(config, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A model whose weights repeat themselves: to draw all of them would take longer than to time it."""
+    """A model whose weights repeat a block of random numbers: drawing all of them would take longer than timing the model."""
     with init_empty_weights():
         model = AutoModel.from_config(config, dtype=dtype).eval()
     numbers = 0.02 * torch.randn(2**20)
@@ -114,7 +122,7 @@ def count_linear(model: nn.Module) -> int:
 
 
 def mean_time(function, device: torch.device) -> float:
-    """Seconds of a call: the mean of the faster half, after one that is not counted. Those of a GPU are timed ten in a row."""
+    """Mean seconds per call over the faster half of the calls, after a warm-up. On a GPU, ten calls are timed at once."""
     calls = 1 if device.type == "cpu" else 10
     times: list[float] = []
     start = time.perf_counter()
@@ -132,5 +140,5 @@ def mean_time(function, device: torch.device) -> float:
 def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
-        raise ValueError(f"`dtype` must be a floating point type such as bfloat16 or float32; got {dtype!r}.")
+        raise ValueError(f"`dtype` must be a floating-point type such as bfloat16 or float32; got {dtype!r}.")
     return resolved

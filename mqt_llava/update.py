@@ -1,4 +1,4 @@
-"""A checkpoint carries its code. This puts today's code into one that was saved with older code."""
+"""Update the code in a checkpoint that was saved with an older version of this package."""
 
 import difflib
 import hashlib
@@ -15,20 +15,20 @@ from .modeling.configuration_mqt_llava import AUTO_MAP, __version__
 
 
 CODE = {path.name: path for path in sorted(Path(modeling.__file__).parent.glob("*_mqt_llava.py"))}
-# SHA-256 of every file that travelled with a checkpoint, for each version of this package before the present one
+# SHA-256 of every code file that earlier versions of this package saved with checkpoints
 HISTORY = json.loads(Path(__file__).with_name("code_history.json").read_text(encoding="utf-8"))
 
 
 @dataclass
 class Update:
-    """What an update changes.
+    """The changes of an update.
 
     Args:
         source (`str`): the folder or repository.
-        version (`str`, *optional*): of the code that is there; `None` where there is none, or none that we know.
+        version (`str`, *optional*): the version of the checkpoint's code; `None` if there is no code, or if it is unknown.
         files (`dict[str, bytes]`): the new contents of the files that change.
-        changes (`dict[str, str]`): for each of them, what changes, in words.
-        edited (`list[str]`): code files that no version of this package wrote.
+        changes (`dict[str, str]`): for each of these files, a description of the change.
+        edited (`list[str]`): code files that match no version of this package.
     """
 
     source: str
@@ -39,14 +39,14 @@ class Update:
 
 
 def plan_update(source: str, revision: str | None = None, token: str | None = None) -> Update:
-    """Find out what an update would change, and change nothing.
+    """Find out what an update would change, without changing anything.
 
     Args:
-        source (`str`): A folder, or a repository of the Hub.
-        revision (`str`, *optional*): Of the repository.
+        source (`str`): a folder or a Hub repository.
+        revision (`str`, *optional*): a branch, tag or commit of the repository.
 
     Raises:
-        `ValueError`: for what is no MQT-LLaVA checkpoint, and for one whose code lives in another repository.
+        `ValueError`: if this is not an MQT-LLaVA checkpoint, or if its code is in another repository.
     """
 
     def read(name: str) -> bytes | None:
@@ -60,10 +60,10 @@ def plan_update(source: str, revision: str | None = None, token: str | None = No
 
     config = read("config.json")
     if config is None or json.loads(config).get("model_type") != "mqt_llava":
-        raise ValueError(f"{source} is no MQT-LLaVA checkpoint: there is no config.json that says so")
+        raise ValueError(f"{source} is not an MQT-LLaVA checkpoint: it has no config.json with model_type 'mqt_llava'")
     elsewhere = {name.partition("--")[0] for name in json.loads(config).get("auto_map", {}).values() if "--" in name}
     if elsewhere:
-        raise ValueError(f"{source} has no code of its own, but that of {', '.join(sorted(elsewhere))}: update that")
+        raise ValueError(f"{source} uses the code of {', '.join(sorted(elsewhere))}: update that one")
 
     update = Update(source)
     for name, path in CODE.items():
@@ -80,7 +80,7 @@ def plan_update(source: str, revision: str | None = None, token: str | None = No
             before, after = (code.decode(errors="replace").splitlines() for code in (old, new))
             lines = [line[0] for line in difflib.ndiff(before, after)]
             origin = f"from {version}" if version else "edited by hand"
-            update.changes[name] = f"{origin}, {lines.count('+')} lines more, {lines.count('-')} less"
+            update.changes[name] = f"{origin}, {lines.count('+')} lines added, {lines.count('-')} removed"
         update.files[name] = new
     processor = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
     for name, auto_map in (("processor_config.json", processor), ("config.json", AUTO_MAP)):
@@ -92,26 +92,29 @@ def plan_update(source: str, revision: str | None = None, token: str | None = No
         if missing:
             settings["auto_map"] = {**settings.get("auto_map", {}), **auto_map}
             update.files[name] = (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
-            update.changes[name] = f"auto_map gets {', '.join(missing)}"
+            update.changes[name] = f"auto_map: {', '.join(missing)} added"
     return update
 
 
 def apply_update(update: Update, force: bool = False, revision=None, commit_message=None, token=None) -> str:
-    """Write what [`plan_update`] planned, to the folder or as one commit, and say where.
+    """Apply an update from [`plan_update`] to its folder, or to its repository as one commit.
 
     Args:
-        force (`bool`, *optional*, defaults to `False`): Replace code that was edited by hand, too.
+        force (`bool`, *optional*, defaults to `False`): also replace code that was edited by hand.
+
+    Returns:
+        `str`: the folder, or the URL of the commit.
 
     Raises:
-        `ValueError`: for code that was edited by hand, without `force`.
+        `ValueError`: for code that was edited by hand, unless `force` is set.
     """
     if update.edited and not force:
         raise ValueError(
-            f"no version of mqt-llava wrote {', '.join(update.edited)} in {update.source}: edited by hand, they would be lost. "
+            f"{', '.join(update.edited)} in {update.source} match no version of mqt-llava, so they were edited by hand. "
             "--force replaces them"
         )
     if os.path.isdir(update.source):
-        # All aside before any is moved; config.json, which names the code, goes last
+        # All files are written before any is moved. The config files, which refer to the code, are moved last
         names = sorted(update.files, key=lambda name: name.endswith(".json"))
         asides = {name: Path(update.source, f"{name}.{os.getpid()}.partial") for name in names}
         try:
@@ -138,5 +141,5 @@ def _digest(code: bytes) -> str:
 
 
 def _version_of(name: str, code: bytes) -> str | None:
-    """The version of this package that wrote a file; `None` for what none wrote."""
+    """The version of this package that a file is from, or `None`."""
     return next((version for version, files in HISTORY.items() if _digest(code) in files.get(name, ())), None)

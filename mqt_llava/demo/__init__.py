@@ -1,5 +1,5 @@
-"""The demo: a page that shows what the number of visual tokens does, and what an answer looks at.
+"""The demo: a page that shows the effect of the number of visual tokens, and what an answer depends on.
 
-`answers` is the model's side, `app` the page, `markup` what the page shows that Gradio has no component for, and `space` the
-same page as a Space on the Hub.
+`answers` runs the model, `app` is the page, `markup` generates HTML that Gradio has no component for, and `space` writes the demo as
+a Space for the Hub.
 """

@@ -1,4 +1,4 @@
-"""The model's side of the demo: answers, comparisons and explanations of pictures, without the page."""
+"""The model behind the demo: answers, comparisons and explanations, without the page."""
 
 import hashlib
 import json
@@ -21,36 +21,36 @@ from ..cli.options import AUTO, check_num_visual_tokens
 from ..explain import EncodedImages, Explanation, explain, token_maps
 
 
-MAX_PICTURES = 8  # whose visual tokens are kept
-MAX_SIDE = 4096  # pixels of a picture that is kept
+MAX_PICTURES = 8  # pictures whose visual tokens are cached
+MAX_SIDE = 4096  # pixels; larger pictures are scaled down
 MAX_QUESTION = 2000  # characters
-MAX_EXPLAINED = 64  # tokens of an answer that is explained
+MAX_EXPLAINED = 64  # tokens of an explained answer
 
 
 @dataclass
 class Picture:
-    """A picture that was asked about: encoded once, whatever is asked with however many visual tokens."""
+    """A picture that is encoded once for all questions and numbers of visual tokens."""
 
     image: Image.Image
     conversation: Conversation
-    seconds: float  # of encoding it
-    encoded: EncodedImages | None = None  # once more, beside a grey picture, where an answer is explained
+    seconds: float  # that encoding took
+    encoded: EncodedImages | None = None  # for explanations, with a grey picture as the baseline
 
 
 class Left(Exception):
-    """Nobody waits for the answer any more."""
+    """Raised when nobody waits for the answer any more."""
 
 
 class Answers:
     """
-    Answers questions about pictures. One request is computed at a time; each is complete in itself, and what can be reused from
-    earlier ones is: the visual tokens of the last pictures, and the keys and values of the last conversation about each.
+    Answers questions about pictures, one request at a time. Requests are stateless, but the visual tokens of recent pictures and
+    the keys and values of the last conversation about each are cached.
 
     Args:
-        processor, model: as the Auto classes load them.
-        checkpoint (`str`): where they are from; its accuracy.json is read, if it has one.
-        costs (`CostModel`, *optional*): of the model.
-        max_new_tokens (`int`): length of an answer, at most.
+        processor, model: as loaded by the Auto classes.
+        checkpoint (`str`): the folder or repository they are from; its accuracy.json is read if it has one.
+        costs (`CostModel`, *optional*): the model's.
+        max_new_tokens (`int`): the maximum length of an answer.
     """
 
     def __init__(self, processor, model, checkpoint: str, costs=None, max_new_tokens: int = 256):
@@ -66,7 +66,7 @@ class Answers:
 
     @classmethod
     def from_pretrained(cls, checkpoint: str, device=None, **settings) -> "Answers":
-        """Those of a checkpoint, on a GPU where there is one, in the checkpoint's own dtype; on a CPU in float32."""
+        """Load a checkpoint: on a GPU, if there is one, in the checkpoint's dtype, else on the CPU in float32."""
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         from ..cli.models import load_costs
@@ -84,38 +84,38 @@ class Answers:
 
     @property
     def compared(self) -> list[int]:
-        """Numbers of visual tokens to compare: 1, 4, 16, 64, M."""
+        """The numbers of visual tokens to compare: 1, 4, 16, 64, M."""
         return [m for m in (1, 4, 16, 64) if m < self.num_query_tokens] + [self.num_query_tokens]
 
     def ask(self, path: str | None, question: str, num_visual_tokens=None, history=(), auto: bool = False):
         """
-        Answer a question about a picture, with the turns before it.
+        Answer a question about a picture, given earlier turns.
 
         Args:
-            path (`str`): of the picture.
+            path (`str`): the picture's file.
             num_visual_tokens (`int`, *optional*): m. Defaults to M.
             history (`list[dict]`): earlier turns, as `{"role": "user" or "assistant", "content": text}`.
-            auto (`bool`): as many visual tokens as the question needs, by the checkpoint's schedule.
+            auto (`bool`): use as many visual tokens as the question needs, by the checkpoint's schedule.
 
         Yields:
-            `str`: the answer so far; at last a `dict` with `answer`, `num_visual_tokens`, `prompt_tokens`, `new_tokens`, `seconds`,
-            `flops` and `kv_cache_bytes`, and with auto `stage` and `confidence`.
+            `str`: the answer so far; finally a `dict` with `answer`, `num_visual_tokens`, `prompt_tokens`, `new_tokens`, `seconds`,
+            `flops` and `kv_cache_bytes`, and with `auto` also `stage` and `confidence`.
 
         Raises:
-            `UsageError`: for what the user can mend.
+            `UsageError`: for errors that the user can fix.
         """
         question = check_question(question)
         messages = as_messages(history, self.processor.image_token)
         m = self.check(num_visual_tokens)
         if auto and self.schedule is None:
-            raise UsageError(f"this checkpoint does not say what {AUTO} means: `mqt-llava calibrate` finds it out")
+            raise UsageError(f"this checkpoint has no schedule for {AUTO}: `mqt-llava calibrate` makes one")
 
         def work(write):
             start = time.perf_counter()
             picture = self.picture(path)
             conversation = self.conversation(picture, self.schedule) if auto else picture.conversation
             conversation.messages = messages
-            if not auto:  # visual tokens that its cache holds, and others do not want, it goes back before
+            if not auto:  # cached visual tokens of another m are dropped
                 conversation.num_visual_tokens = m
             row = conversation.ask(question, write)
             return self.with_costs(row | {"seconds": round(time.perf_counter() - start, 4)})
@@ -124,10 +124,10 @@ class Answers:
 
     def compare(self, path: str | None, question: str, num_visual_tokens: list[int] | None = None):
         """
-        Answer a question with each of several numbers of visual tokens, each from the beginning.
+        Answer a question with each of several numbers of visual tokens, without a cache.
 
         Yields:
-            `dict`: as of [`Answers.ask`], one after the other. The time of encoding the picture, measured once, counts for each.
+            `dict`: as from [`Answers.ask`]. Each `seconds` includes the time of encoding the picture, which is measured once.
         """
         question = check_question(question)
         for m in [self.check(m) for m in num_visual_tokens or self.compared]:
@@ -141,7 +141,7 @@ class Answers:
             yield row
 
     def explain(self, path: str | None, question: str, num_visual_tokens: int | None = None) -> Explanation:
-        """What the answer to a question rests on; see [`mqt_llava.explain.explain`]."""
+        """Explain the answer to a question; see [`mqt_llava.explain.explain`]."""
         question, m = check_question(question), self.check(num_visual_tokens)
         with self.lock:
             picture = self.picture(path)
@@ -153,7 +153,7 @@ class Answers:
                 raise UsageError(str(error)) from None
 
     def token_maps(self) -> torch.Tensor:
-        """Which patches each visual token reads, a mean over heads: `(M, side, side)`."""
+        """The patches that each visual token attends to, averaged over heads: `(M, side, side)`."""
         with self.lock:
             if self.maps is None:
                 maps = token_maps(self.model).mean(1)
@@ -162,14 +162,14 @@ class Answers:
         return self.maps
 
     def costs_of(self, num_visual_tokens: int, num_text_tokens: int = 40, num_new_tokens: int = 1):
-        """The [`Cost`] of a question about one picture; None where it is not known."""
+        """The [`Cost`] of a question about one picture, or `None` if it is unknown."""
         if self.costs is None:
             return None
         request = {"num_text_tokens": num_text_tokens, "num_new_tokens": num_new_tokens}
         return self.costs(num_visual_tokens, **request, dtype=self.model.dtype)
 
     def with_costs(self, row: dict) -> dict:
-        """An answer with its compute, of a prompt from the beginning, and the bytes of its cache. Auto's depends on its way."""
+        """Add the FLOPs, without any cache, and the size of the KV cache to an answer. With auto, FLOPs depend on the stages."""
         m = row["num_visual_tokens"]
         cost = self.costs_of(m, row["prompt_tokens"] - m, max(1, row["new_tokens"]))
         flops = None if cost is None or "stage" in row else cost.flops
@@ -179,11 +179,11 @@ class Answers:
         if isinstance(num_visual_tokens, float) and num_visual_tokens.is_integer():
             num_visual_tokens = int(num_visual_tokens)
         if num_visual_tokens is not None and type(num_visual_tokens) is not int:
-            raise UsageError(f"a number of visual tokens is an integer; got {num_visual_tokens!r}")
+            raise UsageError(f"a number of visual tokens must be an integer; got {num_visual_tokens!r}")
         return check_num_visual_tokens(num_visual_tokens, self.num_query_tokens)
 
     def picture(self, path: str | None) -> Picture:
-        """A picture with its visual tokens. Called with the lock held."""
+        """A picture with its visual tokens. The caller must hold the lock."""
         if not path:
             raise UsageError("choose a picture first")
         try:
@@ -208,15 +208,15 @@ class Answers:
         return self.pictures[key]
 
     def conversation(self, picture: Picture, num_visual_tokens) -> Conversation:
-        """A new conversation about a picture that is encoded."""
+        """A new conversation about an encoded picture."""
         features = picture.conversation.image_features
         return Conversation(
             self.processor, self.model, [picture.image], num_visual_tokens, self.max_new_tokens, features
         )
 
     def stream(self, work):
-        """Yield what `work(write)` writes, all of it so far each time, and at last what it returns. It works in a thread of its own,
-        while the lock is held; who stops iterating ends it at the next token."""
+        """Run `work(write)` in a thread that holds the lock. Yield the text written so far after each piece, and finally the return
+        value. If the caller stops iterating, the work stops at the next token."""
         news: SimpleQueue = SimpleQueue()
         left = threading.Event()
 
@@ -255,34 +255,33 @@ def check_question(question: str | None) -> str:
     if not question:
         raise UsageError("the question is empty")
     if len(question) > MAX_QUESTION:
-        raise UsageError(f"the question has {len(question)} characters; at most {MAX_QUESTION} are taken")
+        raise UsageError(f"the question has {len(question)} characters; at most {MAX_QUESTION} are allowed")
     return question
 
 
 def as_messages(history, image_token: str) -> list[dict]:
-    """Earlier turns as the chat template takes them, the picture in the first."""
+    """Earlier turns as messages for the chat template, with the picture in the first one."""
     messages: list[dict] = []
     for index, turn in enumerate(history or ()):
         role = ("user", "assistant")[index % 2]
         if not isinstance(turn, dict) or turn.get("role") != role or not isinstance(turn.get("content"), str):
             raise UsageError(
-                'a history is a list of {"role": "user", "content": text} and {"role": "assistant", "content": text} in turns'
+                'a history must alternate {"role": "user", "content": text} and {"role": "assistant", "content": text}'
             )
         parts = [{"type": "text", "text": turn["content"].replace(image_token, "")}]
         messages.append({"role": role, "content": parts if messages else [{"type": "image"}, *parts]})
     if len(messages) % 2:
-        raise UsageError("a history ends with an answer, of the assistant")
+        raise UsageError("a history must end with an answer of the assistant")
     return messages
 
 
 def read_accuracy(checkpoint: str) -> dict[int, float]:
-    """What a checkpoint's accuracy.json says: % right for each m, of all questions. Nothing where there is none, or one of another
-    make."""
+    """The accuracy in % over all questions for each m, from a checkpoint's accuracy.json. Empty if it has no valid one."""
     path = Path(checkpoint, "accuracy.json")
     try:
         if not Path(checkpoint).is_dir():
             path = Path(hf_hub_download(checkpoint, path.name))
         rows = json.loads(path.read_text(encoding="utf-8"))
         return {int(m): float(rows[m]["all"]) for m in sorted(filter(str.isdigit, rows), key=int)}
-    except Exception:  # no file, no network, no such numbers: whatever the Hub's HTTP library raises
+    except Exception:  # no file, no network, other content ...
         return {}

@@ -1,9 +1,9 @@
-"""The page of the demo, in Gradio."""
+"""The demo's page, in Gradio."""
 
 import os
 
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported, which reads it
 
 import functools
 from html import escape, unescape
@@ -18,7 +18,7 @@ from .answers import MAX_QUESTION, Answers
 
 
 FOLDER = Path(__file__).parent / "pictures"
-PICTURES = {  # and what is on them
+PICTURES = {  # with descriptions
     "scene.png": "a dog, a bear, a fish and the number 7 on red stripes",
     "10000011.png": "a moon, three pears, a banana and an octopus on purple",
     "10000008.png": "a zebra and two whales on white",
@@ -33,20 +33,20 @@ TINY_QUESTIONS = (
     "Which number is printed?",
 )
 QUESTIONS = ("What is in this picture?", "Describe the picture in detail.", "Which colours are there?")
-ABOUT_TINY = """**mqt-llava-tiny** was trained from scratch on drawn pictures: things in the style of emoji and printed numbers, on plain or
-patterned backgrounds. It can tell what is there, how many, where, which number is printed and which colour the background has, in short
-English sentences. It knows nothing about photographs or the world, and answers questions of any other kind with nonsense. It is
-made to show what the number of visual tokens does: with few of them it tells colours and numbers of things, with more of
-them also what is where."""
-ABOUT = """The page shows whatever model it was started with. Answers can be wrong with any number of visual tokens, most easily with few.
-What a model can and cannot do stands in its model card."""
+ABOUT_TINY = """**mqt-llava-tiny** was trained from scratch on drawn pictures of emoji-style objects and printed numbers, on plain or
+patterned backgrounds. In short English sentences, it can tell which objects there are, how many and where, which number is printed
+and which colour the background has. It knows nothing about photographs or the world, and its answers to any other question are
+nonsense. It was made to show the effect of the number of visual tokens: with few, it gets colours and counts right, with more also
+what is where."""
+ABOUT = """The page runs any MQT-LLaVA model. Answers can be wrong with any number of visual tokens, and more often with few. See the model
+card for what the model can and cannot do."""
 MAX_FILE_SIZE = "30mb"
-MAX_QUEUE = 32  # requests that wait; who comes then is told that the queue is full
-KEEP_SECONDS = 3600  # uploaded pictures
+MAX_QUEUE = 32  # waiting requests; later ones are refused with a message
+KEEP_SECONDS = 3600  # for uploaded pictures
 
 
 def settings() -> dict:
-    """Arguments of `launch` that the page needs: its looks, and nothing that leaves the machine or is kept."""
+    """Arguments of `launch`: the page's appearance, and settings under which nothing leaves the machine or is kept."""
     fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif"]
     mono = ["ui-monospace", "Consolas", "monospace"]
     theme = gr.themes.Default(
@@ -73,7 +73,7 @@ def settings() -> dict:
 
 
 def shown(function):
-    """A function whose errors are messages on the page, or in the client: those that the user can mend in full."""
+    """Show a function's errors on the page or in the client, if they are errors that the user can fix."""
 
     @functools.wraps(function)
     def checked(*args):
@@ -95,8 +95,8 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
     Build the page.
 
     Args:
-        answers ([`Answers`]): of the model.
-        gpu (`Callable`, *optional*): decorates what computes, as `spaces.GPU` does.
+        answers (`Answers`): runs the model.
+        gpu (`Callable`, *optional*): a decorator for functions that run the model, such as `spaces.GPU`.
     """
     num_query_tokens = answers.num_query_tokens
     is_tiny = Path(answers.checkpoint).exists() and Path(answers.checkpoint).samefile(TINY_CHECKPOINT)
@@ -105,12 +105,12 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
 
     def computes(function):
         function = shown(function)
-        return gpu(function) if gpu else function  # around the messages: from ZeroGPU's process no others come back
+        return gpu(function) if gpu else function  # outermost, since ZeroGPU's process returns only `gr.Error`
 
     @computes
     def show_answer(picture, question, m, chat, auto):
         chat = answered(chat)
-        news_of_answer = answers.ask(picture, question, m, turns_of(chat), auto)  # refuses before anything is shown
+        news_of_answer = answers.ask(picture, question, m, turns_of(chat), auto)  # raises before anything is shown
         chat = [*chat, message("user", question)]
         yield chat
         for news in news_of_answer:
@@ -143,12 +143,12 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
         Args:
             image: The picture, a file or a URL.
             question: What to ask about it.
-            num_visual_tokens: How many visual tokens the picture gets. Few are cheap and coarse, many are exact.
+            num_visual_tokens: Number of visual tokens for the picture. Few are cheap and coarse, many are exact.
             history: Earlier turns: a list of {"role": "user" or "assistant", "content": text}.
-            auto: Take as many visual tokens as the question needs, where the checkpoint knows how.
+            auto: Use as many visual tokens as the question needs, if the checkpoint has a schedule.
 
         Returns:
-            The answer, how many visual tokens and seconds it took, its compute and the size of its KV cache. While it is made: the answer
+            The answer with its number of visual tokens, seconds, compute and the size of its KV cache. While it is generated, the answer
             so far.
         """
         for news in answers.ask(image, question, num_visual_tokens, history, auto):
@@ -163,7 +163,7 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
             question: What to ask about it.
 
         Returns:
-            One answer for each number of visual tokens, with seconds, compute and the size of its KV cache.
+            An answer for each number of visual tokens, with seconds, compute and the size of its KV cache.
         """
         rows = []
         for row in answers.compare(image, question):
@@ -172,16 +172,16 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
 
     @computes
     def api_explain(image, question, num_visual_tokens):
-        """Answer a question about a picture, and tell which parts of the picture the answer rests on.
+        """Answer a question about a picture, and find which parts of the picture the answer depends on.
 
         Args:
             image: The picture, a file or a URL.
             question: What to ask about it.
-            num_visual_tokens: How many visual tokens the picture gets.
+            num_visual_tokens: Number of visual tokens for the picture.
 
         Returns:
-            The answer, its words, and for the whole answer and each word a heat map: rows of patches from the top, each patch's share
-            of what spoke for it. The padding that makes the picture a square is part of it.
+            The answer, its words, and a heat map for the whole answer and for each word: rows of patches from the top, with each patch's
+            share of the evidence. The padding that makes the picture square is included.
         """
         explanation = answers.explain(image, question, num_visual_tokens)
         yield {
@@ -248,7 +248,7 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
                             label="Conversation",
                             height=440,
                             buttons=[],
-                            render_markdown=False,  # what a model writes could load pictures from anywhere; see `message`
+                            render_markdown=False,  # Markdown from a model could load remote images; see `message`
                             latex_delimiters=[],
                             placeholder="Choose a picture, type a question, and press Enter.",
                             elem_id="chat",
@@ -303,10 +303,10 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
             **model,
             **page_only,
         )
-        # What needs no answer of the server is done in the browser, at once: a question must not be overtaken by what was before it
+        # Changes that don't need the server run in the browser at once, so that none can arrive after the next question
         asked.success(None, None, question, js="() => ''", **page_only)
         stop_button.click(None, cancels=[asked], **page_only)
-        # (`picture.change` would come when the picture is there, maybe after a question about it)
+        # (`picture.change` fires once the picture has loaded, which may be after a question about it)
         anew = [clear_button.click, to_try.select, picture.input]
         gr.on(anew, None, None, chat, js="() => [[]]", cancels=[asked], **page_only)
         compare_button.click(show_comparison, inputs, cards, show_progress="minimal", **model, **page_only)
@@ -326,8 +326,8 @@ def build(answers: Answers, gpu=None) -> gr.Blocks:
 
 
 def picture_input() -> gr.Image:
-    """Takes a picture as the path of its file, whatever it holds: what is wrong with it is said when it is asked about. (Gradio's own
-    reading would say "Error" alone. A subclass would have Gradio write a file beside this one.)"""
+    """An image input that passes on the path of any file. A broken one is reported when a question is asked. (Gradio's own decoding
+    would only report "Error", and for a subclass, Gradio would write a file next to this one.)"""
     picture = gr.Image(
         type="filepath",
         image_mode=None,
@@ -354,7 +354,7 @@ def listed(numbers: list[int]) -> str:
 
 
 def message(role: str, *lines: str) -> dict:
-    """A turn of the conversation on the page, whose component takes text for HTML: what is said, and lines about it."""
+    """A turn of the conversation on the page: what is said, and lines about it. Escaped, since the component renders HTML."""
     return {"role": role, "content": [escape(line) for line in lines]}
 
 
@@ -365,7 +365,7 @@ def text_of(turn: dict) -> str:
 
 
 def answered(chat: list[dict]) -> list[dict]:
-    """A conversation without a last question that got no answer, since it was refused or stopped."""
+    """The conversation without a last question that was refused or stopped, and so has no answer."""
     return chat[:-1] if chat and chat[-1]["role"] == "user" else chat
 
 

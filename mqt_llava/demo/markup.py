@@ -1,4 +1,4 @@
-"""What the page shows that Gradio has no component for, as HTML. Colours are those of the theme, in the light and in the dark."""
+"""HTML for what Gradio has no component for. Colours are those of the theme, light or dark."""
 
 import base64
 import io
@@ -55,7 +55,7 @@ CSS = """
 @media (max-width: 640px) { .chart text { font-size: 20px; } .look { grid-template-columns: 1fr; } .cards { grid-template-columns: 1fr 1fr; } }
 """
 
-# Which of the pictures to try was chosen
+# Report which of the pictures to try was clicked
 CHOOSE_PICTURE = """
 element.addEventListener('click', event => {
     const button = event.target.closest('button[data-name]');
@@ -63,7 +63,7 @@ element.addEventListener('click', event => {
 });
 """
 
-# A word's heat map is shown while the pointer or the focus is on it, and stays where it is clicked
+# A word's heat map is shown while the word is hovered over or focused, and stays after a click
 SHOW_WORDS = """
 const show = (word, stay) => {
     for (const image of element.querySelectorAll('img[data-word]')) image.classList.toggle('shown', image.dataset.word === word);
@@ -81,7 +81,7 @@ for (const name of ['mouseleave', 'focusout']) element.addEventListener(name, ()
 
 
 def pictures_to_try(pictures: dict[Path, str]) -> str:
-    """Thumbnails of files, each with what is on it."""
+    """Thumbnails of picture files, with their descriptions."""
     buttons = []
     for path, what in pictures.items():
         with Image.open(path) as image:
@@ -103,7 +103,7 @@ def tokens(number: int) -> str:
 
 
 def amount(value: float, unit: str) -> str:
-    """`1.23 GFLOP`, with three digits."""
+    """A number with an SI prefix and three significant digits: `1.23 GFLOP`."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
             return f"{value / factor:.3g} {prefix}{unit}"
@@ -115,7 +115,7 @@ def duration(seconds: float) -> str:
 
 
 def summary(row: dict) -> str:
-    """What stands behind an answer, in one line."""
+    """The cost of an answer in one line."""
     parts = [tokens(row["num_visual_tokens"]), duration(row["seconds"])]
     if row["flops"] is not None:
         parts.append(amount(row["flops"], "FLOP"))
@@ -123,7 +123,7 @@ def summary(row: dict) -> str:
 
 
 def reason(row: dict, schedule) -> str:
-    """Where "auto" stopped and why."""
+    """At which stage "auto" stopped, and why."""
     stage, stages = row["stage"], schedule.num_visual_tokens
     doubts = [
         f"with {tokens(m)} its confidence fell below {threshold:.2f}"
@@ -139,7 +139,7 @@ def reason(row: dict, schedule) -> str:
 
 
 def describe(m: int, cost, accuracy: dict[int, float]) -> str:
-    """What a number of visual tokens means, beside the slider."""
+    """The cost and accuracy of a number of visual tokens, for the line below the slider."""
     parts = []
     if cost is not None:
         parts.append(f"A short question: {amount(cost.flops, 'FLOP')} up to the first word")
@@ -151,7 +151,7 @@ def describe(m: int, cost, accuracy: dict[int, float]) -> str:
 
 
 def accuracy_at(m: int, accuracy: dict[int, float]) -> float:
-    """Between two measured numbers of visual tokens, on a straight line over log m."""
+    """The accuracy at m, interpolated linearly in log m."""
     below = max((known for known in accuracy if known <= m), default=min(accuracy))
     above = min((known for known in accuracy if known >= m), default=max(accuracy))
     share = 0 if below >= above else (log2(m) - log2(below)) / (log2(above) - log2(below))
@@ -159,7 +159,7 @@ def accuracy_at(m: int, accuracy: dict[int, float]) -> float:
 
 
 def mark_differences(answer: str, reference: str) -> str:
-    """An answer whose words are marked where another one has others."""
+    """Mark the words of an answer that differ from a reference."""
     words, others = answer.split(), reference.split()
     marked = []
     for kind, start, end, *_ in SequenceMatcher(None, words, others, autojunk=False).get_opcodes():
@@ -170,10 +170,10 @@ def mark_differences(answer: str, reference: str) -> str:
 
 
 def comparison(rows: list[dict], number: int, chosen: int, num_query_tokens: int) -> str:
-    """Answers side by side; those of all `number` runs once they are there.
+    """Answers side by side, as far as the `number` runs are done.
 
     Args:
-        chosen (`int`): m of the slider, whose card stands out.
+        chosen (`int`): m of the slider, whose card is highlighted.
     """
     most = {name: max(row[name] or 0 for row in rows) for name in ("seconds", "flops", "kv_cache_bytes")}
     cards = []
@@ -193,8 +193,8 @@ def comparison(rows: list[dict], number: int, chosen: int, num_query_tokens: int
             f'<li{" class=chosen" if m == chosen else ""}><h2>{tokens(m)}</h2><p class="answer">{answer}</p>{listed}</li>'
         )
     note = (
-        f"Marked: words that the answer with all {num_query_tokens} visual tokens does not have. Time and compute are of the whole "
-        "answer, with the picture, which was encoded once."
+        f"Marked: words that are not in the answer with all {num_query_tokens} visual tokens. Time and compute are those of the whole "
+        "answer, including the picture, which was encoded once."
         if len(rows) == number
         else f"{len(rows)} of {number} …"
     )
@@ -202,9 +202,9 @@ def comparison(rows: list[dict], number: int, chosen: int, num_query_tokens: int
 
 
 def accuracy_chart(accuracy: dict[int, float], m: int) -> str:
-    """The accuracy of a checkpoint against m, with the chosen m on it."""
+    """A chart of a checkpoint's accuracy against m, with the chosen m marked."""
     if len(accuracy) < 2:
-        return hint("This checkpoint says nothing about its accuracy: `mqt-llava evaluate` and `card` write it down.")
+        return hint("This checkpoint has no accuracy figures: `mqt-llava evaluate` and `mqt-llava card` add them.")
     width, height, left, right, top, bottom = 640, 250, 52, 20, 24, 44
     smallest, largest = min(accuracy), max(accuracy)
     low = 5 * int(min(accuracy.values()) / 5)
@@ -235,13 +235,13 @@ def accuracy_chart(accuracy: dict[int, float], m: int) -> str:
     parts.append(f'<circle class="here-dot" cx="{x:.1f}" cy="{y:.1f}" r="6"/>')
     anchor = "end" if x > width - 110 else "start" if x < left + 60 else "middle"
     parts.append(f'<text x="{x:.1f}" y="{top - 8}" text-anchor="{anchor}">m = {m}: {here:.1f} %</text>')
-    told = ", ".join(f"{percent:.1f} % with {number}" for number, percent in accuracy.items())
-    label = f"Accuracy against the number of visual tokens: {told}. Chosen: {m}."
+    figures = ", ".join(f"{percent:.1f} % with {number}" for number, percent in accuracy.items())
+    label = f"Accuracy against the number of visual tokens: {figures}. Chosen: {m}."
     return f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
 def heat_maps(explanation) -> str:
-    """The heat map of an answer and those of its words, one shown at a time; see `SHOW_WORDS`."""
+    """The heat maps of an answer and of its words, shown one at a time; see `SHOW_WORDS`."""
     entries: list[tuple[str, str, int | None]] = [("", "The whole answer", None)]
     entries += [(str(index), word, index) for index, word in enumerate(explanation.words)]
     buttons, images = [], []
@@ -249,7 +249,7 @@ def heat_maps(explanation) -> str:
         picture = explanation.draw(index)
         picture.thumbnail((SIDE, SIDE))
         what = "the whole answer" if index is None else f"the word “{text}”"
-        alt = escape(f"What {what} rests on, as colours over the picture: {where(explanation.heat(index)[0])}")
+        alt = escape(f"What {what} depends on, as colours over the picture: {where(explanation.heat(index)[0])}")
         shown = ' class="shown"' if index is None else ""
         images.append(f'<img data-word="{key}"{shown} src="{as_url(picture, "JPEG")}" alt="{alt}">')
         pressed = "true" if index is None else "false"
@@ -264,7 +264,7 @@ def heat_maps(explanation) -> str:
 
 
 def where(heat) -> str:
-    """In which ninth of the picture most of a heat map is, in words."""
+    """The ninth of the picture with the largest part of a heat map, in words."""
     side = len(heat)
     rows, columns = (["top", "middle", "bottom"], ["left", "middle", "right"])
     ninths = [[0.0] * 3 for _ in range(3)]
@@ -277,20 +277,20 @@ def where(heat) -> str:
 
 
 def importance_bars(importance) -> str:
-    """How much each visual token spoke for the answer."""
+    """A bar chart of each visual token's importance for the answer."""
     levels = importance.clamp(min=0)
     levels = levels / levels.max().clamp(min=1e-12)
     first = int(levels.argmax()) + 1
     bars = "".join(f'<span style="height: {100 * float(level):.0f}%"></span>' for level in levels)
-    label = f"How much each of {tokens(len(levels))} spoke for the answer; most of all number {first}"
+    label = f"Importance of each of {tokens(len(levels))} for the answer; number {first} is the most important"
     return f'<p>{escape(label)}:</p><div class="bars" role="img" aria-label="{escape(label)}">{bars}</div>'
 
 
 def map_grid(maps, m: int) -> str:
-    """Which patches each visual token reads, token by token in reading order; those that m leaves out are faint.
+    """The patches that each visual token attends to, token by token in reading order. Tokens beyond m are faint.
 
     Args:
-        maps (`torch.Tensor` of shape `(M, side, side)`).
+        maps (`torch.Tensor` of shape `(M, side, side)`): see [`~mqt_llava.explain.token_maps`].
     """
     number = len(maps)
     per_row = round(number**0.5)

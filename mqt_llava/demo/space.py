@@ -1,4 +1,4 @@
-"""The demo as a Space on the Hub, on ZeroGPU where the Space has it."""
+"""Write the demo as a Space for the Hub, with or without ZeroGPU."""
 
 import shutil
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -14,9 +14,9 @@ from ..hub import is_repository
 APP = '''"""A demo of MQT-LLaVA: see README.md. Written by `mqt-llava demo --space`."""
 
 try:
-    import spaces  # before torch: on ZeroGPU it stands in for CUDA until a GPU is lent
+    import spaces  # before torch: on ZeroGPU it emulates CUDA until a GPU is assigned
 except ImportError:
-    spaces = None  # another machine, with or without a GPU
+    spaces = None  # not on ZeroGPU
 
 from mqt_llava import TINY_CHECKPOINT
 from mqt_llava.demo.answers import Answers
@@ -30,14 +30,14 @@ if __name__ == "__main__":
 TEXT = """
 # MQT-LLaVA: choose how many visual tokens an answer gets
 
-Ask about a picture with any number of visual tokens, compare the answers, and see what they rest on. The model is
+Ask about a picture with any number of visual tokens, compare the answers, and see what they depend on. The model is
 {model}; [the paper](https://arxiv.org/abs/2405.19315) describes the method.
 
-| file | what |
+| file | content |
 | --- | --- |
-| `app.py` | starts the page; on ZeroGPU a GPU is borrowed for each answer |
-| `mqt_llava/` | the package mqt-llava {version}, as it was when the Space was written |
-| `requirements.txt` | what the package needs |
+| `app.py` | starts the page; on ZeroGPU, each answer requests a GPU |
+| `mqt_llava/` | the package mqt-llava {version} |
+| `requirements.txt` | the package's requirements |
 
 To run it anywhere else: `pip install -r requirements.txt gradio=={gradio} && python app.py`.
 """
@@ -45,22 +45,22 @@ To run it anywhere else: `pip install -r requirements.txt gradio=={gradio} && py
 
 def write_space(folder: Path, checkpoint: str | None = None) -> list[str]:
     """
-    Write a Space: `huggingface-cli upload --repo-type space NAME FOLDER` puts it on the Hub.
+    Write a Space, to upload with `huggingface-cli upload --repo-type space NAME FOLDER`.
 
     Args:
-        folder (`Path`): new, or empty.
-        checkpoint (`str`, *optional*): a repository on the Hub. Defaults to the checkpoint that the package ships.
+        folder (`Path`): a new or empty folder.
+        checkpoint (`str`, *optional*): a repository on the Hub. Defaults to the checkpoint shipped with the package.
 
     Returns:
-        `list[str]`: names of what was written.
+        `list[str]`: the names of the files and folders that were written.
 
     Raises:
-        `ValueError`: for a folder that holds something, a checkpoint that is not on the Hub, and where gradio or the metadata of the
-            package are missing.
+        `ValueError`: if the folder is not empty, the checkpoint is not the name of a Hub repository, or gradio or the package is not
+            installed.
     """
     if checkpoint is not None and not is_repository(checkpoint):
         raise ValueError(
-            f"a Space loads its model from the Hub, and {checkpoint} is not the name of a repository there (ORG/NAME): push it first"
+            f"a Space loads its model from the Hub, but {checkpoint} is not the name of a Hub repository (ORG/NAME): push it first"
         )
     try:
         gradio, package, needed = version("gradio"), version("mqt-llava"), requires("mqt-llava") or []
@@ -80,7 +80,7 @@ def write_space(folder: Path, checkpoint: str | None = None) -> list[str]:
         short_description="Choose how many visual tokens an answer gets",
         suggested_hardware="zero-a10g",
     )
-    model = f"[{name}](https://huggingface.co/{name})" if checkpoint else f"{name}, which comes with the package"
+    model = f"[{name}](https://huggingface.co/{name})" if checkpoint else f"{name}, which is part of the package"
     text = TEXT.format(model=model, version=package, gradio=gradio)
     loaded = repr(checkpoint) if checkpoint else "TINY_CHECKPOINT"
     with new_folder(folder) as partial:
@@ -93,7 +93,7 @@ def write_space(folder: Path, checkpoint: str | None = None) -> list[str]:
 
 
 def copy_package(target: Path, with_checkpoint: bool):
-    """The package, wherever its parts lie."""
+    """Copy the package, whose parts may be in several folders."""
     parts = {"": Path(TINY_CHECKPOINT).parents[1]}
     parts |= {part.__name__.rpartition(".")[2]: Path(part.__path__[0]) for part in (modeling, conversion)}
     left_out = ["__pycache__", *([] if with_checkpoint else ["checkpoints"])]

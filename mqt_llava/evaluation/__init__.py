@@ -1,4 +1,4 @@
-"""Accuracy against the number of visual tokens, on any questions."""
+"""Evaluate accuracy against the number of visual tokens, on any questions."""
 
 from .answers import Answer, answer_questions
 from .metrics import METRICS, load_metric

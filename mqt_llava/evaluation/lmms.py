@@ -1,7 +1,7 @@
 """lmms-eval's tasks, without a fork of it: `lmms-eval --model mqt_llava --model_args pretrained=DIR,num_visual_tokens=16 ...`
 
-lmms-eval finds [`manifest`] through the entry point group `lmms_eval.models`. It makes the model from the text of `--model_args`,
-builds the requests of all tasks and hands them over at once, on every rank its own share of them.
+lmms-eval finds [`manifest`] through the entry point group `lmms_eval.models`. It creates the model from `--model_args`, builds the
+requests of all tasks and passes each rank its share of them at once.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from ..placement import Placement, stored_dtype
 from ..training.data import SampleError, open_image
 
 
-# Tasks have others among them, of single models such as `image_aspect_ratio`
+# Other settings in tasks are for certain models, such as `image_aspect_ratio`
 GENERATION_SETTINGS = (
     "min_new_tokens",
     "repetition_penalty",
@@ -47,7 +47,7 @@ SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")
 
 
 def manifest() -> ModelManifest:
-    """What the entry point `lmms_eval.models` names."""
+    """The entry point in the group `lmms_eval.models`."""
     return ModelManifest(
         "mqt_llava",
         chat_class_path=f"{__name__}.MQTLlavaLmms",
@@ -58,7 +58,7 @@ def manifest() -> ModelManifest:
 
 @dataclass
 class VisualTokenCounts(TokenCounts):
-    """What `--log_samples` writes of an answer. `input_tokens` are text and visual tokens, `visual_tokens` those of all its images."""
+    """Token counts of an answer for `--log_samples`. `input_tokens` includes `visual_tokens`, those of all images."""
 
     visual_tokens: int | None = None
 
@@ -68,24 +68,24 @@ class VisualTokenCounts(TokenCounts):
 
 class MQTLlavaLmms(lmms):
     """
-    An MQT-LLaVA model for lmms-eval. Of several processes (`accelerate launch`, `torchrun`) each has the whole model and answers its
-    share of the questions.
+    An MQT-LLaVA model for lmms-eval. With several processes (`accelerate launch`, `torchrun`), each loads the whole model and answers
+    its share of the questions.
 
     Args:
         pretrained (`str`): a folder or a Hub repository. Defaults to the base model of `adapter`.
-        num_visual_tokens (`int` or `"auto"`): m, of each image, or as many as the question needs, by the schedule of the
-            checkpoint's generation config. Defaults to what that config says, or M.
-        batch_size (`int`): questions at once. lmms-eval sets it, by `--batch_size`.
-        device (`str`): "cpu", "cuda:1" and so on; "auto" takes a GPU where there is one. lmms-eval sets it, by `--device`.
-        device_map (`str`): "auto", "balanced" and so on, to spread one model over several GPUs.
+        num_visual_tokens (`int` or `"auto"`): m of every image, or as many as each question needs, by the schedule in the
+            checkpoint's generation config. Defaults to that config's `num_visual_tokens`, or M.
+        batch_size (`int`): number of questions per batch. Set by lmms-eval's `--batch_size`.
+        device (`str`): "cpu", "cuda:1" and so on; "auto" uses a GPU if there is one. Set by lmms-eval's `--device`.
+        device_map (`str`): "auto", "balanced" and so on, to split the model across several GPUs.
         dtype (`str`): of the weights. "auto": float32 on a CPU, else that of the checkpoint.
         attn_implementation (`str`): as for `from_pretrained`.
-        adapter (`str`): a LoRA adapter to merge, a folder or a repository.
-        max_new_tokens (`int`): where a task does not say it.
-        system_prompt (`str`): text or a file of it, in place of the chat template's.
+        adapter (`str`): a LoRA adapter to merge, a folder or a Hub repository.
+        max_new_tokens (`int`): the maximum length of an answer if the task doesn't set it.
+        system_prompt (`str`): a text, or a file with it, that replaces the chat template's.
 
     Raises:
-        `ValueError`: for all that is not so, before the weights are read.
+        `ValueError`: for invalid arguments, before the weights are read.
     """
 
     is_simple = False
@@ -107,20 +107,20 @@ class MQTLlavaLmms(lmms):
         super().__init__()
         if unknown:
             raise ValueError(
-                f"mqt_llava has no model argument {', '.join(unknown)}; it has pretrained, num_visual_tokens, batch_size, device, "
+                f"mqt_llava has no model argument {', '.join(unknown)}; it takes pretrained, num_visual_tokens, batch_size, device, "
                 "device_map, dtype, attn_implementation, adapter, max_new_tokens and system_prompt."
             )
         if pretrained is None and adapter is None:
-            raise ValueError("Say which model: --model_args pretrained=DIR_OR_REPO.")
+            raise ValueError("A model is needed: --model_args pretrained=DIR_OR_REPO.")
         self.batch_size = _positive_integer("batch_size", batch_size)
         self.max_new_tokens = _positive_integer("max_new_tokens", max_new_tokens)
         if dtype not in list(Dtype):
-            raise ValueError(f"dtype is one of {', '.join(Dtype)}; got {dtype!r}.")
+            raise ValueError(f"dtype must be one of {', '.join(Dtype)}; got {dtype!r}.")
         self.system_prompt = system_prompt and self._resolve_system_prompt(system_prompt.replace("\\n", "\n"))
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self._world_size > 1 and device_map is not None:
-            raise ValueError("device_map spreads one model: start one process for it, not several.")
+            raise ValueError("device_map splits one model across GPUs: start a single process.")
         try:
             checkpoint = name_checkpoint(pretrained, adapter)
             config = load_config(checkpoint)
@@ -132,16 +132,18 @@ class MQTLlavaLmms(lmms):
             self.processor, self._model = load_model(checkpoint, self.device, Placement(dtype, options), adapter)
         except UsageError as error:
             raise ValueError(error.message) from None
-        self.device = self._model.device  # of the embeddings, where inputs go
+        self.device = self._model.device  # that of the embeddings, for the inputs
         self.max_length = getattr(config.get_text_config(), "max_position_embeddings", float("inf"))
-        self.count_flops = cache(partial(_count_flops, CostModel(config), self.schedule))  # many answers are alike
+        self.count_flops = cache(
+            partial(_count_flops, CostModel(config), self.schedule)
+        )  # many answers have the same cost
         self.totals = Counter()
 
     # ------------------------------------------------------------------------------------------------------ answers
 
     def generate_until(self, requests) -> list[GenerationResult]:
-        """Answers, in the order of the requests. Those with equal settings share batches, the longest prompts first, so that what
-        does not fit into memory shows at once."""
+        """Answers in the order of the requests. Requests with equal settings share batches, the longest prompts first, so that a
+        lack of memory shows at once."""
         settings = [json.dumps(self.settings_of(request), sort_keys=True, default=str) for request in requests]
         order = sorted(range(len(requests)), key=lambda i: (settings[i], -len(requests[i].args[0])))
         results = [None] * len(requests)
@@ -168,15 +170,15 @@ class MQTLlavaLmms(lmms):
         return doc_to_messages(self.task_dict[task][split][doc_id])
 
     def read_settings(self, settings: dict) -> dict:
-        """A task's `generation_kwargs` as arguments of [`answer`]."""
+        """Convert a task's `generation_kwargs` to arguments of [`answer`]."""
         until = settings.get("until") or []
         until = [until] if isinstance(until, str) else list(until)
         temperature = settings.get("temperature")
-        do_sample = settings.get("do_sample", bool(temperature)) and temperature != 0  # 0 stands for greedy decoding
+        do_sample = settings.get("do_sample", bool(temperature)) and temperature != 0  # 0 means greedy decoding
         num_beams = settings.get("num_beams") or 1
         if self.schedule is not None and (do_sample or num_beams > 1):
             raise ValueError(
-                f"num_visual_tokens=auto is greedy decoding, and the task asks for {'samples' if do_sample else 'beams'}."
+                f"num_visual_tokens=auto supports only greedy decoding, but the task asks for {'sampling' if do_sample else 'beam search'}."
             )
         names = GENERATION_SETTINGS + (SAMPLING_SETTINGS if do_sample else ())
         generation = {name: settings[name] for name in names if settings.get(name) is not None}
@@ -187,7 +189,7 @@ class MQTLlavaLmms(lmms):
         }
 
     def read_messages(self, messages: list[dict]) -> tuple[str, list]:
-        """The prompt of chat messages, and their images, not yet opened."""
+        """The prompt for chat messages, and their images, which are not opened yet."""
         messages = ChatMessages(messages=messages)
         images, videos, audios = messages.extract_media()
         if videos or audios:
@@ -197,20 +199,20 @@ class MQTLlavaLmms(lmms):
             messages = self._apply_system_prompt(messages, self.system_prompt)
         texts = [[part["text"] for part in message["content"] if part["type"] == "text"] for message in messages]
         num_named = sum(text.count(token) for parts in texts for text in parts)
-        if num_named == len(images):  # the texts say themselves where images stand
+        if num_named == len(images):  # the texts have the placeholders already
             messages = [message | {"content": "".join(parts)} for message, parts in zip(messages, texts)]
         elif num_named:
-            raise ValueError(f"A question has {num_named} {token} in its text and {len(images)} images.")
+            raise ValueError(f"A question has {num_named} {token} in its text, but {len(images)} images.")
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), images
 
     def answer(self, asked: list[tuple[str, list]], until, max_new_tokens, generation) -> list[dict]:
-        """Answer prompts about images in one batch. One that cannot be asked, because an image is damaged or the prompt too long, has
-        an `error`; the others are asked one by one then."""
+        """Answer prompts about images in one batch. If one of them has a damaged image or is too long, they are answered one by one,
+        and that one gets an `error`."""
         try:
             return self.answer_batch(asked, until, max_new_tokens, generation)
         except SampleError as error:
             if len(asked) == 1:
-                logger.error(f"A question cannot be asked and counts as wrong: {error}")
+                logger.error(f"A question cannot be answered and counts as wrong: {error}")
                 return [{"text": "", "error": str(error)}]
             return [self.answer([one], until, max_new_tokens, generation)[0] for one in asked]
 
@@ -249,7 +251,7 @@ class MQTLlavaLmms(lmms):
         return answers
 
     def prepare(self, prompts: list[str], images: list):
-        """Inputs of the model, with m placeholders for each image; with a schedule, as many as its last stage has."""
+        """The model's inputs, with m placeholders for each image; with a schedule, m of its last stage."""
         inputs = self.processor(
             images=[open_image(image) for image in images] or None,
             text=prompts,
@@ -261,22 +263,22 @@ class MQTLlavaLmms(lmms):
         ).to(self.device)
         length = inputs["input_ids"].shape[1]
         if length >= self.max_length:
-            raise SampleError(f"the prompt has {length} tokens, the model takes {self.max_length}")
+            raise SampleError(f"the prompt has {length} tokens, but the model supports at most {self.max_length}")
         return inputs
 
     def generate_until_multi_round(self, requests):
-        raise NotImplementedError("mqt_llava answers questions of one round.")
+        raise NotImplementedError("mqt_llava doesn't support multi-round tasks.")
 
     # ------------------------------------------------------------------------------------------------ log-likelihoods
 
     @torch.no_grad()
     def loglikelihood(self, requests) -> list[GenerationResult]:
         """
-        Of continuations that are given, such as the options of a question: `(loss, whether greedy decoding says it)`. lmms-eval
-        documents a log-probability and takes the option that has the least, so that its models return the loss, as
-        a mean over tokens; so do we.
+        Score given continuations, such as the options of a question: `(loss, whether it is what greedy decoding gives)`. lmms-eval
+        documents a log-probability, but chooses the option with the lowest value; its models return the loss, averaged over tokens,
+        and so does this one.
 
-        Tasks of this kind need `--force_simple`. The images of a document are encoded once for all that continues it.
+        Tasks of this kind need `--force_simple`. The images of a document are encoded once for all its continuations.
         """
         asked = defaultdict(list)
         for row, request in enumerate(requests):
@@ -292,17 +294,15 @@ class MQTLlavaLmms(lmms):
                 begin = time.perf_counter()
                 prompt, images = self.read_messages(_user_turn(context, doc_to_visual and doc_to_visual(doc)))
                 for row, result in zip(rows, self.score(prompt, images, targets)):
-                    results[row] = GenerationResult(
-                        result
-                    )  # lmms-eval 0.7.3 makes text of a tuple, and cannot read it then
+                    results[row] = GenerationResult(result)  # lmms-eval 0.7.3 would convert a plain tuple to text
                 self.totals["seconds"] += time.perf_counter() - begin
                 progress.update(len(rows))
         return results
 
     def score(self, prompt: str, images: list, targets: list[str]) -> list[tuple[float, bool]]:
-        """`(loss, is greedy)` of each answer to a prompt."""
+        """`(loss, is_greedy)` of each answer to a prompt."""
         inputs, eos = self.prepare([prompt], images), self.processor.tokenizer.eos_token
-        # As the chat template writes answers, for the processor knows how those are tokenized; their end is not scored
+        # Answers as in the chat template, which the processor tokenizes right; their end-of-sequence token is not scored
         answers = [f" {str(target).strip()}{eos}" for target in targets]
         answers = [self.processor(text=text, add_special_tokens=False)["input_ids"][0][:-1] for text in answers]
         image_outputs = None
@@ -340,7 +340,7 @@ class MQTLlavaLmms(lmms):
     # -------------------------------------------------------------------------------------------------------- figures
 
     def note(self, request, answer: dict) -> GenerationResult:
-        """Count an answer. Ranks with fewer questions than others are given some again, and those are not counted."""
+        """Count an answer. Ranks with fewer questions than others get some of them twice, which are counted once."""
         tokens = answer.get("tokens")
         if not (request.metadata or {}).get("__padding_only__"):
             self.totals["answers"] += 1
@@ -352,8 +352,8 @@ class MQTLlavaLmms(lmms):
         return GenerationResult(answer["text"], tokens)
 
     def clean(self):
-        """lmms-eval calls this on every rank when all requests are answered: figures of the run go into its table and its results
-        file, as `throughput`, before the model goes."""
+        """Called by lmms-eval on every rank after all requests. Adds figures of the run to its table and, as `throughput`, to its
+        results file."""
         ranks = gather_object([self.totals])
         totals, seconds = sum(ranks, Counter()), max(rank["seconds"] for rank in ranks)
         answered = totals["answers"] - totals["failed"]
@@ -363,7 +363,7 @@ class MQTLlavaLmms(lmms):
                 "gflops": totals["flops"] / answered / 1e9,
                 "failed": totals["failed"],
             }
-            # lmms-eval calls them avg_visual_tokens and so on: it means over calls of `log_metrics`, of which this is the only one
+            # lmms-eval prefixes the names with avg_, since it averages over calls of `log_metrics`. This is the only call
             log_metrics(seconds, totals["new_tokens"], totals["new_tokens"] / max(seconds, 1e-9), figures)
         self.totals.clear()
         super().clean()
@@ -371,8 +371,8 @@ class MQTLlavaLmms(lmms):
 
 class MQTLlavaSimpleLmms(MQTLlavaLmms):
     """
-    The same for `--force_simple`, where a task has a text and its images, which stand in front of it. lmms-eval's tasks with
-    `output_type: multiple_choice` or `loglikelihood` can be asked in no other way.
+    The same for `--force_simple`, where a request is a text with images in front of it. lmms-eval's tasks with `output_type:
+    multiple_choice` or `loglikelihood` need it.
     """
 
     is_simple = True
@@ -388,7 +388,7 @@ class MQTLlavaSimpleLmms(MQTLlavaLmms):
 def _user_turn(text: str, visuals: list | None) -> list[dict]:
     content = []
     for visual in visuals or []:
-        if isinstance(visual, (str, dict)):  # paths of videos, and sounds
+        if isinstance(visual, (str, dict)):  # paths of videos, and audio
             raise ValueError("MQT-LLaVA takes images and text; the task has videos or audio.")
         content.append({"type": "image", "url": visual})
     return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
@@ -402,7 +402,7 @@ def _positive_integer(name: str, value) -> int:
 
 
 def _resolve_num_visual_tokens(num_visual_tokens, checkpoint: str, config):
-    """m, and for "auto" the schedule, whose last m that is."""
+    """m and `None`, or for "auto" m of the last stage and the schedule."""
     generation_config = GenerationConfig()
     with contextlib.suppress(OSError):  # there is none
         generation_config = GenerationConfig.from_pretrained(checkpoint)
@@ -415,7 +415,7 @@ def _resolve_num_visual_tokens(num_visual_tokens, checkpoint: str, config):
 
 
 def _count_flops(costs, schedule, stage, num_visual_tokens, num_images, num_text_tokens, num_new_tokens) -> int:
-    """FLOPs of an answer; with a schedule up to the stage that gave it, an estimate: earlier drafts are taken to be as long."""
+    """FLOPs of an answer. With a schedule, an estimate up to the stage that gave it: earlier drafts are assumed to be as long."""
     request = {"num_text_tokens": num_text_tokens, "num_images": num_images, "num_new_tokens": max(1, num_new_tokens)}
     if stage is None or not num_images:
         return costs(num_visual_tokens // num_images if num_images else 1, **request).flops

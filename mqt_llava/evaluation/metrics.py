@@ -1,4 +1,4 @@
-"""How right an answer is, from 0 to 1."""
+"""Metrics that score an answer against references, from 0 to 1."""
 
 import importlib
 import re
@@ -12,24 +12,24 @@ NUMBERS = {
 
 
 def normalize(text: str) -> str:
-    """Without case, outer space and a full stop."""
+    """Remove case, surrounding spaces and a final full stop."""
     return " ".join(text.casefold().split()).rstrip(".").rstrip()
 
 
 def exact_match(answer: str, references: list[str]) -> float:
-    """Whether the answer is a reference, case and a full stop apart."""
+    """Whether the answer equals a reference, except for case and a final full stop."""
     return float(normalize(answer) in map(normalize, references))
 
 
 def contains(answer: str, references: list[str]) -> float:
-    """Whether a reference stands in the answer, as whole words."""
+    """Whether the answer contains a reference as whole words."""
     return float(any(re.search(rf"(?<!\w){re.escape(normalize(r))}(?!\w)", normalize(answer)) for r in references))
 
 
 def vqa_accuracy(answer: str, references: list[str]) -> float:
-    """VQA v2's accuracy: how many of the other people say the same, three for the whole point, as a mean over leaving each one
-    out (https://visualqa.org/evaluation.html). Articles, punctuation and apostrophes do not count, number words are
-    figures. Fewer than four references are equals."""
+    """VQA v2's accuracy, min(number of annotators with this answer / 3, 1), averaged over leaving each annotator out
+    (https://visualqa.org/evaluation.html). Articles and punctuation are ignored, number words become digits. With fewer than four
+    references, an answer that equals any of them scores 1."""
     answer, references = _normalize_vqa(answer), [_normalize_vqa(reference) for reference in references]
     same = references.count(answer)
     if len(references) < 4:
@@ -46,8 +46,8 @@ def _normalize_vqa(text: str) -> str:
 
 
 def anls(answer: str, references: list[str]) -> float:
-    """Average normalized Levenshtein similarity: 1 less the edit distance by the longer text's length to the nearest reference,
-    below a half 0 (https://arxiv.org/abs/1905.13648)."""
+    """Average normalized Levenshtein similarity (https://arxiv.org/abs/1905.13648): 1 minus the edit distance to the nearest
+    reference divided by the length of the longer text, or 0 if that is below 0.5."""
     from rapidfuzz.distance import Levenshtein
 
     answer = " ".join(answer.casefold().split())
@@ -56,7 +56,7 @@ def anls(answer: str, references: list[str]) -> float:
 
 
 def multiple_choice(answer: str, references: list[str]) -> float:
-    """Whether the answer begins with the right letter, or is the text of that option: references are letter and text."""
+    """Whether the answer begins with the right letter or is the text of that option. The references are the letter and the text."""
     letter, *texts = references
     chosen = re.match(
         r"\s*(?:the )?(?:answer|option)?(?: is)?\s*:?\s*\(?([A-Za-z])(?:[.:),]|\s*$)", answer, re.IGNORECASE
@@ -73,22 +73,29 @@ METRICS: dict[str, Metric] = {
 
 def load_metric(name: str) -> Metric:
     """
-    A metric by its name, or as `module:function`, a function of an answer and its references that returns a number from 0 to 1.
+    Load a metric.
+
+    Args:
+        name (`str`): `"exact_match"`, `"contains"`, `"vqa_accuracy"`, `"anls"` or `"multiple_choice"`; or your own function as
+            `module:function`.
+
+    Returns:
+        `Callable[[str, list[str]], float]`: scores an answer against its references, from 0 to 1.
 
     Raises:
-        `ValueError`: for what is neither.
+        `ValueError`: for an unknown name, and for a function that cannot be imported.
     """
     if name in METRICS:
         return METRICS[name]
     module, _, function = name.partition(":")
     if not function:
         raise ValueError(
-            f"There is no metric {name!r}; there are {', '.join(METRICS)}, and module:function for one's own."
+            f"There is no metric {name!r}; choose from {', '.join(METRICS)}, or pass your own as module:function."
         )
     try:
         metric = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"The metric {name!r} cannot be loaded: {error}.") from None
     if not callable(metric):
-        raise ValueError(f"The metric {name!r} is no function.")
+        raise ValueError(f"The metric {name!r} is not a function.")
     return metric

@@ -1,4 +1,4 @@
-"""Questions with the answers that are right, read from what users have."""
+"""Read questions about images, with their reference answers, from common formats."""
 
 import base64
 import csv
@@ -21,14 +21,14 @@ CHOOSE = "Answer with the option's letter from the given choices directly."  # t
 @dataclass
 class Question:
     """
-    Something to ask about images.
+    A question about images.
 
     Args:
-        id (`str`): unique.
-        messages (`list[dict]`): up to the question, with `<image>` where images stand.
-        images (`list`): what [`~mqt_llava.training.data.open_image`] takes, one for each `<image>`.
-        references (`list[str]`): answers that are right; empty where none is known.
-        category (`str`, *optional*): what accuracy is also told by.
+        id (`str`): a unique name.
+        messages (`list[dict]`): the conversation up to the question, with an `<image>` for each image.
+        images (`list`): the images, anything that [`~mqt_llava.training.data.open_image`] accepts.
+        references (`list[str]`): right answers, if any is known.
+        category (`str`, *optional*): accuracy is also reported by category.
     """
 
     id: str
@@ -47,13 +47,21 @@ class Question:
 
 def read_questions(data_files, image_folder=None) -> list[Question]:
     """
-    Read questions: LLaVA's JSON and chat messages as [`~mqt_llava.training.data.load_conversations`] takes them, where the last
-    turn of the assistant is the reference (more of them in a row's `references`, a list; its `category` is optional), and
-    VLMEvalKit's TSV (`index`, `image` in base64 or `image_path`, `question`, `answer`, options `A`, `B`, ..., `hint`,
-    `category`).
+    Read questions from LLaVA's JSON and chat messages, as for [`~mqt_llava.training.data.load_conversations`], or from VLMEvalKit's
+    TSV (columns `index`, `image` in base64 or `image_path`, `question`, `answer`, options `A`, `B`, ..., `hint`, `category`). In a
+    conversation, the assistant's last turn is the reference; a row may have more in `references`, a list of strings, and a
+    `category`.
+
+    Args:
+        data_files (`str`, `Path` or `list[str]`): one or more files in `.json`, `.jsonl` or `.tsv` format.
+        image_folder (`str` or `Path`, *optional*): folder that relative image paths start from. Defaults to that of the data file.
+
+    Returns:
+        `list[Question]`: the questions. Image files are not opened.
 
     Raises:
-        `ValueError`: for files that are missing or hold no questions, for rows that make none, and for images that are not there.
+        `ValueError`: for files that are missing or have no questions, for rows that are not a valid question, and for missing image
+            files.
     """
     files = [Path(file) for file in ([data_files] if isinstance(data_files, (str, os.PathLike)) else data_files)]
     questions = []
@@ -84,7 +92,7 @@ def _read_conversations(file: Path, image_folder) -> list[Question]:
 
 
 def _read_tsv(file: Path, image_folder) -> list[Question]:
-    csv.field_size_limit(sys.maxsize)  # images are in their rows
+    csv.field_size_limit(sys.maxsize)  # rows contain images
     folder, questions, broken = Path(image_folder or file.parent), [], []
     images: dict[str | None, str] = {}
     with file.open(encoding="utf-8-sig", newline="") as lines:
@@ -98,7 +106,7 @@ def _read_tsv(file: Path, image_folder) -> list[Question]:
             name = f"{file.name}[{row.get('index') or number}]"
             try:
                 content = row.get("image") or ""
-                if re.fullmatch(r"\d+", content):  # an index: the image of that row
+                if re.fullmatch(r"\d+", content):  # the index of the row that has the image
                     content = images.get(content, "")
                 images[row.get("index")] = content
                 path = folder / row.get("image_path", "")
@@ -117,7 +125,7 @@ def _from_base64(content: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(base64.b64decode(content, validate=False)))
     except Exception as error:
-        raise SampleError(f"its image is none ({error})") from None
+        raise SampleError(f"its image cannot be read ({error})") from None
 
 
 def _ask(row: dict) -> list[dict]:
@@ -137,5 +145,5 @@ def _answers(row: dict) -> list[str]:
 
 def _refuse(broken: list[str]):
     if broken:
-        more = f" So cannot {len(broken) - 1} others." if len(broken) > 1 else ""
-        raise ValueError(f"{broken[0]}, so it cannot be asked.{more}")
+        more = f" In total {len(broken)} questions are broken." if len(broken) > 1 else ""
+        raise ValueError(f"{broken[0]}, so this question cannot be used.{more}")

@@ -1,4 +1,4 @@
-"""What results say: accuracy against the number of visual tokens, against compute and against time."""
+"""Report accuracy against the number of visual tokens, compute and time."""
 
 import json
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ DRAWS = 2000
 
 @dataclass
 class Row:
-    """One number of visual tokens: accuracy in %, with its 95 % interval by bootstrap over questions, its difference to the most
-    accurate one with that interval, and what an answer costs."""
+    """Results for one m: accuracy in %, its difference from the most accurate m in points, both with a 95 % bootstrap interval over
+    questions, and GFLOP and seconds per answer."""
 
     num_visual_tokens: int
     accuracy: float
@@ -28,8 +28,8 @@ class Row:
 def summarize(results: list[dict], costs=None) -> list[Row]:
     """
     Args:
-        results (`list[dict]`): rows of `results.jsonl`, each question with the same numbers of visual tokens.
-        costs (`CostModel`, *optional*): of the model.
+        results (`list[dict]`): rows of `results.jsonl`, with the same numbers of visual tokens for each question.
+        costs (`CostModel`, *optional*): the model's.
     """
     sizes = sorted({result["num_visual_tokens"] for result in results})
     ids = list(dict.fromkeys(result["id"] for result in results))
@@ -77,8 +77,8 @@ def _flops(costs, m, result):
 
 
 def enough(rows: list[Row], tolerance: float | None = None) -> Row:
-    """The smallest number of visual tokens that is not significantly worse than the best, or with a tolerance, in points, whose
-    difference is surely smaller than that."""
+    """The smallest m that is not significantly worse than the best; or, with a tolerance in points, the smallest m whose 95 %
+    interval of the difference lies within it."""
     if tolerance is None:
         return next(row for row in rows if row.difference_interval[1] >= 0)
     return next(row for row in rows if row.difference_interval[0] >= -tolerance or row.difference == 0)
@@ -88,7 +88,7 @@ def sentence(rows: list[Row], tolerance: float | None = None) -> str:
     row, best = enough(rows, tolerance), max(rows, key=lambda row: row.accuracy)
     low, high = row.difference_interval
     if row is best:
-        return f"m = {row.num_visual_tokens} is the best, and no smaller m is as good."
+        return f"m = {row.num_visual_tokens} is the best, and every smaller m is worse."
     within = "not significantly worse than" if tolerance is None else f"within {tolerance:g} points of"
     return (
         f"m = {row.num_visual_tokens} is the smallest that is {within} the best, m = {best.num_visual_tokens}: {row.accuracy:.1f} against "
@@ -111,7 +111,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def figure(rows: list[Row], path: Path):
-    """Accuracy against m, against compute and against time."""
+    """Plot accuracy against m, compute and time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,7 +120,7 @@ def figure(rows: list[Row], path: Path):
     axes_of: list[tuple[str, list]] = [("visual tokens per image (m)", [row.num_visual_tokens for row in rows])]
     if all(row.gflops is not None for row in rows):
         axes_of.append(("GFLOP per answer", [row.gflops for row in rows]))
-    axes_of.append(("seconds per answer, image apart", [row.seconds for row in rows]))
+    axes_of.append(("seconds per answer, without encoding images", [row.seconds for row in rows]))
     panels = plt.subplots(1, len(axes_of), figsize=(4 * len(axes_of), 3.6), layout="constrained", sharey=True)[1]
     accuracy = [row.accuracy for row in rows]
     errors = np.abs(np.array([row.interval for row in rows]).T - accuracy)
@@ -141,12 +141,12 @@ def figure(rows: list[Row], path: Path):
 
 
 def accuracy_json(rows: list[Row]) -> dict:
-    """What model cards and `mqt-llava cost` read: `{m: {category: %, ..., "all": %}}`."""
+    """The content of accuracy.json for model cards and `mqt-llava cost`: `{m: {category: %, ..., "all": %}}`."""
     return {str(row.num_visual_tokens): {**row.by_category, "all": row.accuracy} for row in rows}
 
 
 def write_eval_results(rows: list[Row], folder: Path, dataset_id: str, task_id: str, metric: str):
-    """One file for each m, as the Hub's `.eval_results` wants it of variants, with m in the notes."""
+    """Write one file per m to `.eval_results`, the Hub's format for evaluation results, with m in the notes."""
     import yaml
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
@@ -160,7 +160,7 @@ def write_eval_results(rows: list[Row], folder: Path, dataset_id: str, task_id: 
 
 
 def read_results(path: Path) -> list[dict]:
-    """The rows of `results.jsonl`, without a last line that was cut off."""
+    """The rows of `results.jsonl`, without an incomplete last line."""
     if not path.exists():
         return []
     content = path.read_bytes()
@@ -168,7 +168,7 @@ def read_results(path: Path) -> list[dict]:
 
 
 def write_results(results: list[dict], path: Path):
-    """Written aside and moved into place."""
+    """Write `results.jsonl` to a temporary file and move it into place."""
     partial = path.with_suffix(".partial")
     partial.write_text("".join(json.dumps(result) + "\n" for result in results), encoding="utf-8")
     partial.replace(path)

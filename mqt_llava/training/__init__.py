@@ -1,4 +1,4 @@
-"""Training MQT-LLaVA with a loop of your own, a `Trainer` or TRL. Names are imported when they are used."""
+"""Train MQT-LLaVA with your own loop, a `Trainer` or TRL. Names are imported lazily."""
 
 from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""Save, push and load adapters. Their card names the base model, and they are loaded only onto a model that fits."""
+"""Save, push and load adapters. Their card names the base model, and they are only loaded onto a base model that they fit."""
 
 import os
 import re
@@ -23,13 +23,13 @@ def save_adapter(model, output_dir, repo_id=None, state_dict=None):
     ([`~peft.PeftModel.push_to_hub`] uploads another card, which does not name the base model.)
 
     Args:
-        model (`PeftModel`): with the adapter active.
-        output_dir (`str` or `Path`): training checkpoints in it are kept, and not uploaded.
-        repo_id (`str`, *optional*): a repository on the Hub, created if it does not exist.
-        state_dict (`dict[str, torch.Tensor]`, *optional*): that of the model, if its parameters are sharded.
+        model (`PeftModel`): a model whose active adapter is saved.
+        output_dir (`str` or `Path`): the folder. Training checkpoints in it are kept, but not uploaded.
+        repo_id (`str`, *optional*): a repository on the Hub, which is created if it doesn't exist.
+        state_dict (`dict[str, torch.Tensor]`, *optional*): the model's full state dict, if its parameters are sharded.
 
     Raises:
-        `ValueError`: if the adapter is to be uploaded and its base model is a folder, before anything is written.
+        `ValueError`: if `repo_id` is given and the base model is a local folder. Nothing is written then.
     """
     config, name = model.active_peft_config, model.active_adapter
     if repo_id is not None:
@@ -50,7 +50,7 @@ def save_adapter(model, output_dir, repo_id=None, state_dict=None):
 
 def load_adapter(model, adapter, adapter_name="default", **kwargs):
     """
-    [`~peft.PeftModel.from_pretrained`], but refuse an adapter that does not fit the layers of the model.
+    [`~peft.PeftModel.from_pretrained`], but refuses an adapter that does not fit the layers of the model.
 
     Args:
         model (`MQTLlavaForConditionalGeneration` or `PeftModel`):
@@ -58,17 +58,19 @@ def load_adapter(model, adapter, adapter_name="default", **kwargs):
         adapter (`str` or `Path`):
             A folder or a Hub repository.
         adapter_name (`str`, *optional*, defaults to `"default"`):
-            Its name for [`~peft.PeftModel.set_adapter`].
+            The adapter's name for [`~peft.PeftModel.set_adapter`].
+        kwargs:
+            Passed on to [`~peft.PeftModel.from_pretrained`].
 
     Returns:
-        `PeftModel` with the adapter active.
+        `PeftModel`: the model with the adapter active.
 
     Raises:
-        `ValueError`: for an adapter of another base model, with both names; if another adapter has the name; and for an
-            adapter of layers that another one has replaced (`query_transformer_full`).
+        `ValueError`: for an adapter of a base model with other layers, for a name that is taken, and for an adapter of layers that
+            another adapter has replaced (`query_transformer_full`).
     """
     if isinstance(model, PeftModel) and adapter_name in model.peft_config:
-        raise ValueError(f"The model has an adapter {adapter_name!r} already: pass another `adapter_name`.")
+        raise ValueError(f"The model already has an adapter {adapter_name!r}: pass another `adapter_name`.")
     where = {name: kwargs[name] for name in ("revision", "subfolder") if name in kwargs}
     base_name = PeftConfig.from_pretrained(adapter, **where).base_model_name_or_path
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -79,7 +81,7 @@ def load_adapter(model, adapter, adapter_name="default", **kwargs):
             f"The adapter {adapter} is for the base model {base_name} and does not fit {name}: {problem}."
         )
     if os.path.basename(base_name or "") != os.path.basename(name):
-        logger.warning("The adapter %s was trained on %s; it is put on %s.", adapter, base_name, name)
+        logger.warning("The adapter %s was trained on %s, but is loaded onto %s.", adapter, base_name, name)
     if isinstance(model, PeftModel):
         try:
             left_over = model.load_adapter(adapter, adapter_name, **kwargs).unexpected_keys
@@ -87,8 +89,8 @@ def load_adapter(model, adapter, adapter_name="default", **kwargs):
             left_over = [str(error)]
         if left_over:
             raise ValueError(
-                f"The adapter {adapter} is for layers that another adapter of this model has replaced, {left_over[0]} "
-                "among them. Merge that one first, or load each onto a base of its own."
+                f"The adapter {adapter} is for layers that another adapter of this model has replaced, such as {left_over[0]}. "
+                "Merge that adapter first, or load each one onto its own base model."
             )
         model.set_adapter(adapter_name)
         return model
@@ -109,7 +111,7 @@ def check_resumed(config, checkpoint):
 
 def _find_misfit(base, weights_file):
     """Describe the first tensor of an adapter that fits no layer of the base model; None if all fit."""
-    # by their names without adapters
+    # names without PEFT's wrappers
     shapes = {}
     for name, parameter in base.named_parameters(remove_duplicate=False):
         unpacked = getattr(parameter, "quant_state", None) or parameter  # 4-bit weights are packed
@@ -123,7 +125,7 @@ def _find_misfit(base, weights_file):
             name = f"{name}.weight" if kind and not kind.startswith("embedding") else name
             got, expected = weights.get_slice(key).get_shape(), shapes.get(name)
             if expected is None and (name in modules or name.rpartition(".")[0] in modules):
-                continue  # of a method other than LoRA, whose tensors have other shapes
+                continue  # a method other than LoRA, whose tensors have other shapes
             if expected is None:
                 return f"it has no {name}"
             if kind.startswith("A."):

@@ -1,7 +1,7 @@
 """Arguments of `mqt-llava train` and `mqt-llava finetune`.
 
 The command line takes precedence over `--config FILE.yaml`, and that over our defaults in `configs/`: the paper's values for each stage,
-and those for LoRA. Names may be spelled with dashes or underscores. transformers is imported to parse them, not for their help.
+and those for LoRA. Names may be spelled with dashes or underscores. transformers is imported to parse arguments, but not for `--help`.
 """
 
 # ruff: noqa: RUF009  (`option` returns a field)
@@ -47,19 +47,19 @@ class DataArguments:
     data_path: list[str] = option("LLaVA conversations or chat messages, as JSON or JSON Lines.", MISSING, "FILE")
     image_folder: str | None = option("Folder of the images. Default: that of each data file.", None, "DIR")
     num_visual_tokens: list[str] | None = option(
-        "How m is drawn for each step: even (2, 4, ..., M), uniform, log-uniform, fixed (M), a number, or numbers M,M,... "
+        "Distribution of m, drawn at each step: even (2, 4, ..., M), uniform, log-uniform, fixed (M), a number, or numbers M,M,... "
         "Default: even, and fixed in stage 1.",
         metavar="DISTRIBUTION",
     )
     max_length: int | None = option("Maximum length of a sample in tokens. Default: the language model's.", None, "N")
-    truncate: bool = option("Shorten longer samples by their last turns.", False)
+    truncate: bool = option("Drop the last turns of longer samples.", False)
     skip_broken: bool = option("Skip broken samples with a warning. Default: stop.", False)
     eval_data_path: list[str] | None = option("Data to evaluate on, by default after each epoch.", None, "FILE")
     eval_num_visual_tokens: list[str] | None = option(
         "Numbers of visual tokens to evaluate at. Default: 1, a quarter of M, and M.", None, "M,M,..."
     )
-    global_batch_size: int | None = option("Samples per step on all devices, by accumulation of gradients.", None, "N")
-    distill_weight: float = option("Above 0, a second, smaller m in every step learns from the larger one.", 0.0, "W")
+    global_batch_size: int | None = option("Samples per step on all devices, by gradient accumulation.", None, "N")
+    distill_weight: float = option("Weight of self-distillation from m to a smaller m at each step.", 0.0, "W")
     distill_temperature: float = option("Temperature of that distillation.", 1.0, "T")
     dtype: str | None = option(
         "Data type of the weights in memory. Default: float32, and bfloat16 for LoRA with --bf16 or --load-in-4bit.",
@@ -100,7 +100,7 @@ class LoraArguments(DataArguments):
 
 @dataclass
 class MostUsed:
-    """What `--help` shows of `TrainingArguments`."""
+    """The `TrainingArguments` that `--help` shows."""
 
     output_dir: str = option("Folder for checkpoints and the result.", None, "DIR")
     num_train_epochs: float = option("Passes over the data.", None, "N")
@@ -118,7 +118,7 @@ class MostUsed:
 
 
 def short_names(kind) -> dict[str, str]:
-    lora = {"r": "rank", "push_to_hub": "hub_model_id"}  # an adapter is pushed once, when it is done
+    lora = {"r": "rank", "push_to_hub": "hub_model_id"}  # an adapter is pushed once, after training
     return SHORT_NAMES | (lora if kind is LoraArguments else {})
 
 
@@ -228,7 +228,7 @@ def _read_yaml(path) -> dict:
 
 
 def _read_words(words, kind, flags: set[str]) -> dict[str, list[str]]:
-    """The words of a command line by the name of their option. `finetune` takes one word per option; other words are data files."""
+    """Group the words of a command line by option. `finetune` takes one word per option; other words are data files."""
     options, name, others = {}, None, []
     for word in map(str, words):
         if re.match(r"-+[a-zA-Z]", word):
@@ -249,10 +249,10 @@ def _read_words(words, kind, flags: set[str]) -> dict[str, list[str]]:
 
 
 def _known(key: str, kind, source) -> str:
-    """The name of an argument, however it is spelled.
+    """The name of an argument, in any spelling.
 
     Raises:
-        `ValueError`: if there is none, with the closest one.
+        `ValueError`: if there is no such argument. The message names the closest one.
     """
     from transformers import TrainingArguments
 
@@ -269,7 +269,7 @@ def _known(key: str, kind, source) -> str:
 
 
 def _as_options(arguments: dict) -> list[str]:
-    """As words of a command line, so that `argparse` checks values of all sources alike."""
+    """Convert arguments to command-line words, so that `argparse` checks values from all sources."""
     options = []
     for key, value in arguments.items():
         if isinstance(value, list) and len(value) != 1:
@@ -281,7 +281,7 @@ def _as_options(arguments: dict) -> list[str]:
 
 
 def _raise_error(message: str):
-    """Where argparse ends the process. It names both spellings of an option."""
+    """Replaces `ArgumentParser.error`, which would exit. argparse names both spellings of an option; keep one."""
     raise ValueError(re.sub(r"--\w+/(--[\w-]+)", r"\1", message))
 
 
@@ -297,10 +297,10 @@ def _check(values: dict):
 
 
 def accumulation_steps(global_batch_size: int | None, per_device_train_batch_size: int) -> int:
-    """Batches per step that make the global batch, on as many processes as torchrun or `accelerate launch` has started.
+    """The number of gradient accumulation steps for a global batch size and the number of processes.
 
     Raises:
-        `ValueError`: if `global_batch_size` is not a multiple of what all processes take at once.
+        `ValueError`: if `global_batch_size` is not a multiple of the batch size of all processes together.
     """
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     at_once = per_device_train_batch_size * num_processes

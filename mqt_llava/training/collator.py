@@ -1,4 +1,4 @@
-"""Batches with labels from conversations about images, at a number of visual tokens drawn for each batch."""
+"""A data collator that turns conversations about images into batches with labels, drawing m for each batch."""
 
 import re
 from itertools import accumulate
@@ -23,15 +23,15 @@ class MQTLlavaDataCollator:
     Data collator for MQT-LLaVA, for a `Trainer`, TRL's `SFTTrainer` or a plain loop. Answers and their end-of-sequence
     tokens are the labels; system text, questions, visual tokens and padding are masked with -100.
 
-    Samples come from [`load_conversations`], or have one of the forms that it reads. A sample may have its own m as
-    `num_visual_tokens`; all others of a batch share one m. A `Trainer` needs `remove_unused_columns=False`.
+    Samples are rows from [`load_conversations`], or have one of the formats that it reads. A sample may have its own m as
+    `num_visual_tokens`; all others in a batch share one m. A `Trainer` needs `remove_unused_columns=False`.
 
     Args:
         processor (`MQTLlavaProcessor`):
-            With a fast tokenizer.
+            A processor with a fast tokenizer.
         num_visual_tokens (`int` or `VisualTokenSampler`, *optional*):
-            m, or a sampler that draws it for each batch. Defaults to the processor's M. Pass the sampler to the trainer,
-            too, as one of its `callbacks`.
+            m, or a sampler that draws it for each batch. Defaults to the processor's M. A sampler must also be passed to the
+            trainer as one of its `callbacks`.
         max_length (`int`, *optional*):
             Maximum length of a sample in tokens, including visual ones. Lengths are counted at the largest m that the
             sampler draws, so that a sample is accepted at all steps or at none.
@@ -39,23 +39,17 @@ class MQTLlavaDataCollator:
             Shorten longer samples: drop their last turns, with their images; if the first turn alone is too long, cut the
             end of its answer. A sample that would be left without labels counts as broken.
         on_error (`"raise"` or `"skip"`, *optional*, defaults to `"raise"`):
-            What to do with broken samples: those with an image that is missing, damaged or without `<image>`, without an
-            answer, or too long. `"skip"` warns, counts them in `num_skipped` and makes the batch smaller. If nothing is left
-            of a batch, it repeats the last good sample.
+            What to do with broken samples: those with a missing or damaged image, with images and `<image>` that don't match,
+            without an answer, or too long. `"skip"` warns, counts them in `num_skipped` and makes the batch smaller. A batch
+            without any valid sample repeats the last one that was valid.
         return_sample_ids (`bool`, *optional*, defaults to `False`):
-            Add `sample_ids`, a list of strings, for a trainer. The model does not accept it.
+            Add `sample_ids`, a list of strings, to the batch. The model doesn't accept it, so the trainer must remove it.
         always_image (`bool`, *optional*, defaults to `False`):
-            Add a blank image to a batch without images, as one visual token after the end of its first row: all processes
-            of a run must use all parts of the model in every step. [`MQTLlavaTrainer`] sets it.
-
-    Returns, when called with a list of samples:
-        `dict`: `input_ids`, `attention_mask` and `labels` of shape `(batch_size, sequence_length)`, padded on the right;
-        for batches with images `pixel_values` of shape `(num_images, 3, height, width)` and `visual_token_counts` of
-        shape `(num_images,)`.
+            Add a blank image to a batch without images, as one visual token after the end of its first row: with several
+            processes, each must use all parts of the model in every step. [`MQTLlavaTrainer`] sets it.
 
     Raises:
-        `ValueError`: if `num_visual_tokens` is not from 1 to M, for unknown settings, and for broken samples, unless they are
-            skipped.
+        `ValueError`: if `num_visual_tokens` is not from 1 to M, and for other invalid arguments.
     """
 
     def __init__(
@@ -90,6 +84,18 @@ class MQTLlavaDataCollator:
         self.last_good = None
 
     def __call__(self, samples) -> dict:
+        """
+        Args:
+            samples (`list[dict]`): rows from [`load_conversations`], or in one of the formats that it reads.
+
+        Returns:
+            `dict`: `input_ids`, `attention_mask` and `labels` of shape `(batch_size, sequence_length)`, padded on the right. With
+            images, also `pixel_values` of shape `(num_images, 3, height, width)` and `visual_token_counts` of shape
+            `(num_images,)`.
+
+        Raises:
+            `ValueError`: for a broken sample, unless `on_error="skip"`.
+        """
         m = self.max_num_visual_tokens
         if isinstance(self.num_visual_tokens, VisualTokenSampler):
             if any(sample.get("num_visual_tokens") is None for sample in samples):
@@ -108,14 +114,14 @@ class MQTLlavaDataCollator:
         if not rows:
             if self.last_good is None:
                 raise ValueError(
-                    f"All {len(samples)} samples of a batch are broken, and there is no earlier one to repeat: see the warnings above."
+                    f"All {len(samples)} samples of a batch are broken, and there is no earlier one to repeat: see the warnings."
                 )
             rows = [{**self.last_good, "num_visual_tokens": m}]
         self.last_good = rows[-1]
         return self.collate(rows)
 
     def prepare(self, sample, name, num_visual_tokens) -> dict:
-        """A sample as ids and labels, with one placeholder for each image, and its opened images."""
+        """Ids and labels of a sample, with one placeholder for each image, and its opened images."""
         if sample.get("error"):
             raise SampleError(sample["error"])
         own = sample.get("num_visual_tokens")
@@ -155,14 +161,14 @@ class MQTLlavaDataCollator:
                 raise SampleError("the chat template does not mark each answer, so none can be excluded")
             trained = [True] * len(answers)
         for start, end in (span for span, train in zip(answers, trained) if train):
-            # begin and end of the answer in the text that was tokenized
+            # start and end of the answer in the tokenized text
             start, end = len(begin(text[:start])), len(begin(text[:end]))
             first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
             labels[first : last + 1] = input_ids[first : last + 1]
         return input_ids, labels
 
     def fit(self, input_ids, labels, num_visual_tokens) -> int:
-        """Number of ids to keep: all, or with `truncate` those within `max_length`."""
+        """The number of ids to keep: all, or those within `max_length` with `truncate`."""
         widths = [num_visual_tokens if i == self.processor.image_token_id else 1 for i in input_ids]
         if self.max_length is None or sum(widths) <= self.max_length:
             return len(input_ids)
@@ -177,13 +183,13 @@ class MQTLlavaDataCollator:
                 return room
         num_images = input_ids.count(self.processor.image_token_id)
         raise SampleError(
-            f"it has {sum(widths)} tokens, {num_images} x {num_visual_tokens} visual ones among them, and `max_length` is "
+            f"it has {sum(widths)} tokens, including {num_images} x {num_visual_tokens} visual tokens, and `max_length` is "
             f"{self.max_length}: raise `max_length`, lower `num_visual_tokens` or shorten the "
             + ("question, which leaves no room for an answer" if self.truncate else "sample, as `truncate=True` does")
         )
 
     def collate(self, rows) -> dict:
-        """A batch of prepared samples, with m placeholders for each image, padding and pixels."""
+        """Collate prepared samples: expand each placeholder to m, pad the rows and process the images."""
         image_token_id = self.processor.image_token_id
         if self.always_image and not any(row["images"] for row in rows):
             longer = {"input_ids": [*rows[0]["input_ids"], image_token_id], "labels": [*rows[0]["labels"], -100]}

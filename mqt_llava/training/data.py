@@ -1,4 +1,4 @@
-"""Conversations about images as samples: LLaVA's JSON and chat messages, read with `datasets`."""
+"""Load conversations about images, in LLaVA's JSON format or as chat messages, with `datasets`."""
 
 import json
 import os
@@ -16,35 +16,35 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 
 
 class SampleError(ValueError):
-    """Says why a sample cannot be used for training."""
+    """Raised for a sample that cannot be used, with the reason."""
 
 
 def load_conversations(data_files, image_folder=None, streaming=False, needs_answer=True):
     r"""
     Read conversations about images.
 
-    A row is in the format of LLaVA, `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from":
-    "gpt", "value": "A cat."}]}`, where `image` may be missing, one file or a list; or it is a chat, `{"messages": [{"role":
-    "user", "content": [{"type": "image", "path": "a.jpg"}, {"type": "text", "text": "What?"}]}, ...], "images": [...]}`,
-    where a content is a string or a list of parts, and images are in their parts or, in the same order, in `images`. If no
-    content says where they belong, they come before the first question. A chat may also be given as `prompt` and
-    `completion`, two lists of turns: then answers in the prompt are not labels.
+    A row is either in LLaVA's format, `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat?"},
+    {"from": "gpt", "value": "A cat."}]}`, where `image` is a file, a list of files or missing; or a chat, `{"messages": [{"role":
+    "user", "content": [{"type": "image", "path": "a.jpg"}, {"type": "text", "text": "What?"}]}, ...], "images": [...]}`, where
+    each `content` is a string or a list of parts. The images of a chat are in its parts or, in the same order, in `images`. If
+    they have no placeholder, they are put before the first question. A chat may also be split into `prompt` and `completion`, two
+    lists of turns; answers in the prompt are then not used as labels.
 
     Args:
-        data_files (`str`, `Path` or a list of them):
+        data_files (`str`, `Path` or `list[str]`):
             JSON files (one list of rows) or JSON Lines (`.jsonl`, one row per line).
         image_folder (`str` or `Path`, *optional*):
-            Folder of the image files whose paths are relative. Defaults to that of the data file.
+            Folder that relative image paths start from. Defaults to that of the data file.
         streaming (`bool`, *optional*, defaults to `False`):
             Read rows on demand, without a copy in the cache of `datasets`. Each file is a shard for one worker.
         needs_answer (`bool`, *optional*, defaults to `True`):
-            Whether a row without an answer is broken. If not, it may end in a question, and its `references`, a list of texts,
-            and its `category` are kept.
+            Whether each row needs an answer. If not, it may end with a question, and its `references`, a list of strings, and its
+            `category` are kept.
 
     Returns:
-        `datasets.Dataset` or `datasets.IterableDataset` of rows `{"id": str, "messages": [{"role": str, "content": str,
-        "train": bool}, ...], "images": [str, ...], "error": str}` as [`MQTLlavaDataCollator`] takes them. Images are not
-        opened. A row that is not a valid sample has an `error` that says why. `id` gives file and index of each row.
+        `datasets.Dataset` or `datasets.IterableDataset`: rows `{"id": str, "messages": [{"role": str, "content": str, "train":
+        bool}, ...], "images": [str, ...], "error": str}` for [`MQTLlavaDataCollator`]. Images are not opened. `id` names the file
+        and the index of the row, `error` the reason why a row is not a valid sample.
 
     Raises:
         `ValueError`: if a file or folder does not exist, a file is not JSON in UTF-8, or there are no rows.
@@ -63,7 +63,7 @@ def load_conversations(data_files, image_folder=None, streaming=False, needs_ans
     if not needs_answer:
         columns |= {"references": List(Value("string")), "category": Value("string")}
     features = Features(columns | {"error": Value("string")})
-    # `datasets` caches what it read for the same arguments, so the time of the last change is one of them
+    # `datasets` caches by arguments, so the time of the last change must be one of them
     versions = [f"{os.stat(file).st_mtime_ns} {os.stat(file).st_size}" for file in files]
     arguments = {"files": files, "versions": versions, "image_folder": str(image_folder or "")}
     arguments["needs_answer"] = needs_answer
@@ -76,10 +76,11 @@ def load_conversations(data_files, image_folder=None, streaming=False, needs_ans
 
 def refuse_broken(dataset):
     """
-    Check the rows of [`load_conversations`] before a long training. Images are not opened.
+    Check the rows of [`load_conversations`] before a long training run. Images are not opened.
 
     Raises:
-        `ValueError`: for rows that are not valid samples or name a missing image file, with the first one and their number.
+        `ValueError`: for rows that are not valid samples or name a missing image file. The message has the first of them and their
+            number.
     """
     broken = []
     for row in dataset.select_columns(["id", "images", "error"]):
@@ -120,17 +121,17 @@ def _references(row: dict) -> dict:
 
 def _parse(file: str) -> Iterator:
     try:
-        with open(file, encoding="utf-8-sig") as lines:  # with a byte order mark, as Windows writes it, or without
+        with open(file, encoding="utf-8-sig") as lines:  # with or without a byte order mark
             if file.endswith(".jsonl"):
                 yield from map(json.loads, filter(str.strip, lines))
                 return
             rows = json.load(lines)
     except ValueError as error:
         raise ValueError(
-            f"{file} cannot be read: {error}. A `.json` file is one list of rows, a `.jsonl` file has one row per line, in UTF-8."
+            f"{file} cannot be read: {error}. A `.json` file must be a list of rows, a `.jsonl` file must have one row per line, in UTF-8."
         ) from None
     if not isinstance(rows, list):
-        raise ValueError(f"{file} must be one list of rows; got {type(rows).__name__}.")
+        raise ValueError(f"{file} must be a list of rows; got {type(rows).__name__}.")
     yield from rows
 
 
@@ -143,9 +144,9 @@ def _local_path(image) -> str:
 
 def canonical_sample(row, needs_answer: bool = True) -> dict:
     r"""
-    Bring a row of any form that [`load_conversations`] reads to `{"messages": [{"role": str, "content": str, "train": bool},
-    ...], "images": [...]}`, where `<image>` in a user's content stands for each image, before the text, and `train`
-    says whether an answer is a label.
+    Convert a row in any format that [`load_conversations`] reads to `{"messages": [{"role": str, "content": str, "train": bool},
+    ...], "images": [...]}`. A user's content begins with one `<image>` for each of its images; `train` tells whether an answer is
+    used as a label.
 
     Images are not changed: they are anything that [`open_image`] accepts. `None` is dropped.
 
@@ -178,7 +179,7 @@ def canonical_sample(row, needs_answer: bool = True) -> dict:
     if images and inline_images:
         raise SampleError("it has images both in its messages and beside them")
     images += inline_images
-    if messages[0]["role"] == "assistant":  # there is no question for it; LLaVA's trainer skips it, too
+    if messages[0]["role"] == "assistant":  # it has no question; LLaVA's trainer skips it too
         del messages[0]
     if is_chat and images and not any(IMAGE_TOKEN in message["content"] for message in messages):
         question = next((message for message in messages if message["role"] == "user"), {"content": ""})
@@ -244,14 +245,16 @@ def _check_turns(messages: list[dict], needs_answer: bool):
 
 def open_image(image):
     """
-    Decode an image: anything that [`~mqt_llava.modeling.image_processing_mqt_llava.load_image`] accepts except URLs. Colours
-    and orientation are left to the processor.
+    Decode an image: anything that [`~mqt_llava.modeling.image_processing_mqt_llava.load_image`] accepts except URLs. The processor
+    converts its colours and orientation.
 
     Raises:
         `SampleError`: if the file does not exist, or is not an image.
     """
     source = image.get("path") if isinstance(image, dict) and not image.get("bytes") else image
-    if isinstance(source, str) and source.startswith(("http://", "https://")):  # in every epoch, by every worker
+    if isinstance(source, str) and source.startswith(
+        ("http://", "https://")
+    ):  # every worker would download it in every epoch
         raise SampleError(f"images are not downloaded; pass {source} as a file")
     if get_worker_info() is not None and getattr(image, "tile", None):
         # PIL has not read it yet, and workers would share the open file and its position
@@ -264,15 +267,18 @@ def open_image(image):
     except ValueError as error:
         text = str(error).rstrip(".")
         raise SampleError(text[0].lower() + text[1:]) from None
-    except Exception as error:  # decoders may raise anything for a damaged file
+    except Exception as error:  # decoders raise all kinds of exceptions on damaged files
         raise SampleError(f"{getattr(image, 'filename', '') or 'an image'} is damaged ({error})") from None
 
 
 def with_num_visual_tokens(dataset, num_visual_tokens: int):
-    """The same rows with their own m: `eval_dataset={"m16": with_num_visual_tokens(dataset, 16)}`.
+    """Give all rows of a dataset the same m: `eval_dataset={"m16": with_num_visual_tokens(dataset, 16)}`.
 
     Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`): rows as [`MQTLlavaDataCollator`] takes them.
-        num_visual_tokens (`int`): m, for all images of all rows. It is checked by the collator.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): rows for [`MQTLlavaDataCollator`].
+        num_visual_tokens (`int`): m of all images. The collator checks it.
+
+    Returns:
+        `datasets.Dataset` or `datasets.IterableDataset`: the rows with a column `num_visual_tokens`.
     """
     return dataset.map(lambda row: {"num_visual_tokens": num_visual_tokens})

@@ -1,4 +1,4 @@
-"""Distillation: every step has two numbers of visual tokens, and the smaller one learns from the larger one."""
+"""Self-distillation: each step runs with two numbers of visual tokens, and the smaller one learns from the larger one."""
 
 from torch.nn import functional as F
 
@@ -9,19 +9,20 @@ from .trainer import MQTLlavaTrainer
 
 class DistillationTrainer(MQTLlavaTrainer):
     r"""
-    A [`MQTLlavaTrainer`] whose loss has, in addition to the cross-entropy at the m that was drawn, a term for a second,
-    smaller m' ([`VisualTokenSampler.sample_below`]):
+    A [`MQTLlavaTrainer`] whose loss adds to the cross-entropy at the m that was drawn a term for a second, smaller m'
+    ([`VisualTokenSampler.sample_below`]):
 
-        loss = cross_entropy(m) + weight * (cross_entropy(m') + temperature**2 * KL(answers at m || answers at m'))
+        loss = cross_entropy(m) + weight * (cross_entropy(m') + temperature**2 * KL(predictions at m || predictions at m'))
 
-    The divergence is a mean over labels and trains only the answers at m', as in Hinton et al. (arXiv 1503.02531). Both
-    share one pass through vision tower and query transformer: the first m' of m visual tokens are those that an image
-    has at m'. Steps with m = 1 and evaluation have the plain loss. Logs contain m' of the step and the divergence of its
-    last batch as `num_visual_tokens_below` and `divergence`.
+    The divergence is a mean over labels, and its gradient flows only through the predictions at m', as in Hinton et al. (arXiv
+    1503.02531). Both share one pass through vision tower and query transformer, since the first m' of m visual tokens are those
+    for m'. Steps with m = 1 and evaluation use the plain loss. The logs contain m' of the step and the divergence of its last
+    batch as `num_visual_tokens_below` and `divergence`.
 
     Args:
-        weight (`float`, *optional*, defaults to 1): weight of the term for m'. 0 is the plain loss.
-        temperature (`float`, *optional*, defaults to 1): temperature of both in the divergence.
+        weight (`float`, *optional*, defaults to 1): weight of the term for m'. With 0, the loss is the plain one.
+        temperature (`float`, *optional*, defaults to 1): temperature of both distributions in the divergence.
+        args, kwargs: as for [`MQTLlavaTrainer`].
 
     Raises:
         `ValueError`: if `weight` is negative or `temperature` is not positive.
@@ -67,7 +68,7 @@ class DistillationTrainer(MQTLlavaTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def with_fewer_tokens(self, num_visual_tokens: int, inputs, image_outputs) -> dict:
-        """The batch with the first m' visual tokens of each image, or with all where there are fewer."""
+        """The batch with the first m' visual tokens of each image, or all of them if it has fewer."""
         prompt = {name: value for name, value in inputs.items() if name != "pixel_values"}
         below = [min(count, num_visual_tokens) for count in prompt["visual_token_counts"].tolist()]
         return rebudget({**prompt, "mm_encoder_outputs": {"image": image_outputs}}, below, self.model.config)
@@ -80,13 +81,13 @@ class DistillationTrainer(MQTLlavaTrainer):
 
 def divergence_at_labels(teacher_logits, teacher_labels, logits, labels, temperature=1.0):
     """
-    Kullback-Leibler divergence of the answers at two m. Their labels are the same, at different positions.
+    Kullback-Leibler divergence between the predictions at two m. Their labels are the same, at different positions.
 
     Args:
         teacher_logits, logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
-            At each m, with its own sequence length.
+            Logits at each m, with its own sequence length.
         teacher_labels, labels (`torch.Tensor` of shape `(batch_size, sequence_length)`):
-            -100 elsewhere.
+            Labels at each m; -100 is ignored.
 
     Returns:
         `tuple[torch.Tensor, int]`: the sum over labels of KL(teacher || student), of shape `()`, and their number.

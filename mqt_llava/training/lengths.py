@@ -10,15 +10,15 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 class SeededLengthGroupedSampler(Sampler):
     """
     A [`~transformers.trainer_pt_utils.LengthGroupedSampler`] whose order depends only on seed and epoch, with its batches
-    shuffled. Without this class it draws from torch's global generator, so a run resumed in mid-epoch would continue with
-    other samples; and its batches go from the longest to the shortest, so the model sees one kind of question after another.
+    shuffled. The original draws from torch's global generator, so that a run resumed in mid-epoch would continue with other
+    samples, and sorts batches from the longest to the shortest, so that the model sees one kind of question after another.
 
     Args:
-        sampler (`LengthGroupedSampler`): groups the samples. The first batch, with the longest sample, stays first, so that a run
+        sampler (`LengthGroupedSampler`): groups the samples. Its first batch, with the longest sample, stays first, so that a run
             that needs too much memory fails at once.
-        batch_size (`int`): samples per batch of all processes together.
+        batch_size (`int`): samples per batch, of all processes together.
         seed (`int`): the same on all ranks.
-        epoch (`Callable[[], int]`): returns the number of the epoch that begins.
+        epoch (`Callable[[], int]`): returns the index of the epoch that begins.
     """
 
     def __init__(self, sampler: LengthGroupedSampler, batch_size: int, seed: int, epoch: Callable[[], int]):
@@ -38,12 +38,12 @@ class SeededLengthGroupedSampler(Sampler):
 def with_lengths(dataset, processor, num_visual_tokens: int):
     """
     Add a column `length` for `TrainingArguments(train_sampling_strategy="group_by_length")`: the number of tokens of all
-    turns, and m for each image. What the chat template adds is about the same for all rows, and not counted. Images are
-    not opened, and `datasets` caches the result.
+    turns, and m for each image. Tokens of the chat template are not counted, since they are about the same for all rows. Images
+    are not opened, and `datasets` caches the result.
 
     Args:
         dataset (`datasets.Dataset`): rows from [`load_conversations`].
-        processor (`MQTLlavaProcessor`): its tokenizer counts.
+        processor (`MQTLlavaProcessor`): a processor with a fast tokenizer.
         num_visual_tokens (`int`): m, or the largest m that is drawn.
     """
     tokenizer = processor.tokenizer.backend_tokenizer.to_str()  # a string has the same fingerprint in every process

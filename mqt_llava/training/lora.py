@@ -1,4 +1,4 @@
-"""LoRA for MQT-LLaVA: its layers by the names of parts, and the 4-bit base model for QLoRA."""
+"""LoRA for MQT-LLaVA: target layers by the names of parts, and the 4-bit base model for QLoRA."""
 
 import re
 
@@ -25,14 +25,19 @@ def make_lora_config(model, targets=("language_model",), r=16, lora_alpha=32, lo
 
     Args:
         model (`MQTLlavaForConditionalGeneration`):
-            The base model. It is not changed.
+            The base model. It is not modified.
         targets (`str` or `tuple[str]`, *optional*, defaults to `("language_model",)`):
-            Any of `TARGETS`, where they are described.
+            `"language_model"`: LoRA on all linear layers of the language model except the head. `"query_transformer"`: LoRA on the
+            five projections of the query transformer. `"query_transformer_full"`: all weights of the query transformer, saved with
+            the adapter. `"vision_tower"`: LoRA on all linear layers of the vision tower up to the one whose features are used.
         r, lora_alpha, lora_dropout, kwargs:
-            As [`~peft.LoraConfig`] takes them: `use_rslora=True`, `use_dora=True`, ...
+            As for [`~peft.LoraConfig`]: `use_rslora=True`, `use_dora=True`, ...
+
+    Returns:
+        [`~peft.LoraConfig`]: for [`~peft.get_peft_model`].
 
     Raises:
-        `ValueError`: for an unknown target, no target, or the query transformer twice.
+        `ValueError`: for an unknown target, no target, or both targets of the query transformer.
     """
     targets = check_targets(targets)
     config = model.config
@@ -57,26 +62,26 @@ def make_lora_config(model, targets=("language_model",), r=16, lora_alpha=32, lo
 
 
 def check_targets(targets) -> list[str]:
-    """The names of `TARGETS` as a list.
+    """`targets` as a list of names of `TARGETS`.
 
     Raises:
-        `ValueError`: as [`make_lora_config`].
+        `ValueError`: as in [`make_lora_config`].
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     for target in targets:
         if target not in TARGETS:
-            raise ValueError(f"LoRA targets are {', '.join(TARGETS)}; got {target!r}.")
+            raise ValueError(f"LoRA targets must be among {', '.join(TARGETS)}; got {target!r}.")
     if not targets or {"query_transformer", "query_transformer_full"} <= set(targets):
         raise ValueError(
-            "`targets` must name at least one part, and the query transformer once, as `query_transformer` or as "
-            f"`query_transformer_full`; got {targets}."
+            "`targets` must name at least one part, and only one of `query_transformer` and `query_transformer_full`; "
+            f"got {targets}."
         )
     return targets
 
 
 def with_exact_weights(model):
-    """Convert the trainable weights to float32. PEFT does that for LoRA, but not for `modules_to_save` of a base model in
-    bfloat16, where most updates would be rounded away."""
+    """Convert the trainable weights to float32. PEFT does that for LoRA, but not for `modules_to_save` of a bfloat16 base model,
+    in which most updates would be rounded away."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -92,12 +97,13 @@ def _linear_names(model, part: str) -> str:
 
 def load_quantized(checkpoint, compute_dtype=torch.bfloat16, **kwargs):
     """
-    Load the base model for QLoRA: the language model in 4-bit NormalFloat, doubly quantized (arXiv 2305.14314), everything
+    Load the base model for QLoRA: the language model in 4-bit NormalFloat with double quantization (arXiv 2305.14314), everything
     else unchanged. Needs bitsandbytes. Call [`~peft.prepare_model_for_kbit_training`] next.
 
     Args:
         checkpoint (`str`): a folder or a Hub repository.
-        compute_dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): data type of computations, and of weights that are not quantized.
+        compute_dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): dtype of computations and of the
+            weights that are not quantized.
         kwargs: passed to `from_pretrained`.
     """
     return AutoModelForImageTextToText.from_pretrained(

@@ -15,17 +15,17 @@ def prepare_output_dir(output_dir, resume=False, overwrite=False) -> str | None:
     Args:
         output_dir (`str` or `Path`): the folder, which need not exist.
         resume (`bool`): resume from the last checkpoint in it.
-        overwrite (`bool`): accept a folder with another run. [`remove_checkpoints`] removes its checkpoints.
+        overwrite (`bool`): accept a folder with another run, whose checkpoints [`remove_checkpoints`] removes.
 
     Returns:
         `str` or `None`: the checkpoint to resume from.
 
     Raises:
-        `ValueError`: if it holds another run and both are `False`, and if there is no checkpoint to resume from.
+        `ValueError`: if the folder holds another run and both are `False`, and if there is no checkpoint to resume from.
     """
     output_dir = Path(output_dir)
     if resume and overwrite:
-        raise ValueError("`resume` and `overwrite` exclude each other.")
+        raise ValueError("`resume` and `overwrite` are mutually exclusive.")
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"{output_dir} is a file; a folder is needed.")
     if resume:

@@ -24,12 +24,12 @@ class VisualTokenSampler(TrainerCallback):
     r"""
     Draws m, the number of visual tokens per image, for every training step.
 
-    m depends only on the seed and the step, so it is the same on all ranks and after a resume. A collator does not know
-    the step: it counts its batches, and this object, as one of the `callbacks` of a `Trainer`, tells it from which step of
-    which epoch to count. This is exact with gradient accumulation (one m for all batches of a step), with workers,
-    persistent or not, and after a resume in mid-epoch. m is logged as `num_visual_tokens`.
+    m depends only on the seed and the step, so it is the same on all ranks and after resuming. A collator doesn't know the step:
+    it counts its batches, starting from the epoch and step that this object, as one of the `callbacks` of a `Trainer`, provides.
+    This is exact with gradient accumulation (one m for all batches of a step), with workers, persistent or not, and after
+    resuming in mid-epoch. m is logged as `num_visual_tokens`.
 
-    In a plain loop each batch is one step. Call [`set_step`] to resume and, with workers, before every epoch.
+    In a plain loop, each batch is one step. Call [`VisualTokenSampler.set_step`] to resume and, with workers, before each epoch.
 
     Args:
         distribution (`str`, `int` or `list[int]`, *optional*, defaults to `"even"`):
@@ -40,9 +40,9 @@ class VisualTokenSampler(TrainerCallback):
             - `"fixed"`: always M; or an integer: always that number;
             - a list: its entries with equal probability. Entries may repeat.
         num_query_tokens (`int`, *optional*, defaults to 256):
-            M of the model.
+            M, the model's number of queries.
         seed (`int`, *optional*, defaults to 0):
-            Determines m of every step.
+            Seed that determines m of every step.
 
     Raises:
         `ValueError`: for an unknown distribution, an empty list, and numbers that are not integers from 1 to M.
@@ -77,12 +77,12 @@ class VisualTokenSampler(TrainerCallback):
         else:
             numbers = [distribution] if isinstance(distribution, (Integral, float)) else list(distribution)
             if not numbers:
-                raise ValueError("`distribution` is an empty list: there is no m to draw.")
+                raise ValueError("`distribution` must not be an empty list.")
             resolve_visual_token_counts(numbers, len(numbers), num_query_tokens)
         self.num_visual_tokens = [int(number) for number in numbers]
-        # The epoch's serial number, its first step and the batches per step: in shared memory, since workers collate
+        # The epoch's serial number, its first step and the batches per step, in shared memory for the workers that collate
         self.shared = torch.tensor([0, 0, 1]).share_memory_()
-        self.epoch = self.count = 0  # of the process that collates
+        self.epoch = self.count = 0  # of the collating process
 
     @property
     def max_num_visual_tokens(self) -> int:
@@ -90,21 +90,26 @@ class VisualTokenSampler(TrainerCallback):
         return max(self.num_visual_tokens)
 
     def sample(self, step: int) -> int:
-        """m of a step, given by the number of optimizer steps before it."""
+        """m of a training step, by its index from 0."""
         return int(np.random.default_rng([self.seed, step]).choice(self.num_visual_tokens, p=self.weights))
 
     def sample_below(self, step: int, m: int) -> int:
-        """A second, smaller m for a step: drawn from the smaller numbers, or from 1 to m - 1 if there are none."""
+        """A second, smaller m for a step, drawn from the smaller numbers of the distribution, or from 1 to m - 1 if there are none."""
         smaller = [number for number in self.num_visual_tokens if number < m] or range(1, m)
         return int(np.random.default_rng([self.seed, step, 1]).choice(smaller))
 
     def set_step(self, step: int, gradient_accumulation_steps: int = 1):
-        """Make the next batch the first of `step`."""
+        """Let the next batch be the first one of a step.
+
+        Args:
+            step (`int`): index of the step from 0.
+            gradient_accumulation_steps (`int`, *optional*, defaults to 1): number of batches per step, which share one m.
+        """
         epoch = int(self.shared[0]) + 1
         self.shared.copy_(torch.tensor([epoch, step, gradient_accumulation_steps]))
 
     def next(self) -> int:
-        """m of the next batch that this process collates. The collator calls it once for each batch."""
+        """m of the next batch in this process. The collator calls it once per batch."""
         epoch, first_step, batches_per_step = self.shared.tolist()
         if epoch != self.epoch:
             self.epoch, self.count = epoch, 0
@@ -121,12 +126,12 @@ class VisualTokenSampler(TrainerCallback):
         if args.auto_find_batch_size and len(set(self.num_visual_tokens)) > 1:
             raise ValueError(
                 "`auto_find_batch_size` restarts with smaller batches and the current weights when memory runs out, which may "
-                "be long after the first step if m is drawn at every step. Set `per_device_train_batch_size` to what "
-                f"fits at m = {self.max_num_visual_tokens}."
+                "be long after the first step if m is drawn at every step. Set `per_device_train_batch_size` to a size that "
+                f"fits in memory at m = {self.max_num_visual_tokens}."
             )
         if args.dataloader_num_workers and not args.dataloader_in_order:
             raise ValueError(
-                "`dataloader_in_order=False` would use batches in other steps than those that their m was drawn for."
+                "`dataloader_in_order=False` is not supported: batches would be used in steps for which another m was drawn."
             )
         if isinstance(train_dataloader, DataLoaderDispatcher):
             raise ValueError(
@@ -170,7 +175,7 @@ def evaluation_num_visual_tokens(text: str | None, num_query_tokens: int) -> lis
     """Numbers of visual tokens to evaluate at: `"1,4,16"` as a list. Defaults to 1, a quarter of M, and M.
 
     Raises:
-        `ValueError`: as [`VisualTokenSampler`], in the name of `eval_num_visual_tokens`.
+        `ValueError`: as for [`VisualTokenSampler`], but about `eval_num_visual_tokens`.
     """
     distribution = parse_distribution(text) if text else sorted({1, max(num_query_tokens // 4, 1), num_query_tokens})
     try:
@@ -186,7 +191,7 @@ def _is_stream(dataset) -> bool:
 
 
 def _num_active_workers(worker) -> int:
-    """Number of workers with any data: those of a stream from `datasets` share its shards."""
+    """The number of workers that have data: a stream from `datasets` has at most one worker per shard."""
     if not _is_stream(worker.dataset):
         return worker.num_workers
     dataset = getattr(worker.dataset, "dataset", worker.dataset)  # accelerate wraps it

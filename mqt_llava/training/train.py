@@ -1,8 +1,8 @@
 """Training: the two stages of MQT-LLaVA (arXiv 2405.19315, section 3), and LoRA.
 
-Stage 1 aligns: only the query transformer trains, on captions, with all M visual tokens. Stage 2 tunes: the query transformer and the
-language model train on conversations, with m drawn from {2, 4, ..., M} at every step. The vision tower is frozen in both. LoRA trains
-adapters on the parts that are named, with m drawn as in stage 2.
+Stage 1 (alignment) trains only the query transformer, on captions, with all M visual tokens. Stage 2 (instruction tuning) trains the
+query transformer and the language model on conversations, with m drawn from {2, 4, ..., M} at every step. The vision tower is frozen
+in both. LoRA trains adapters on the chosen parts, with m drawn as in stage 2.
 
     mqt-llava train --stage 1 --model start --data-path captions.json --image-folder images --output-dir stage1
     mqt-llava train --stage 2 --model stage1 --data-path conversations.json --image-folder images --output-dir stage2
@@ -32,19 +32,19 @@ def train(
     optimizer_cls_and_kwargs=None,
 ):
     """
-    Train a stage and save model and processor in `training.output_dir`; or train an adapter and save it there.
+    Train a stage or an adapter, and save the model and its processor, or the adapter, in `training.output_dir`.
 
     Args:
-        arguments ([`StageArguments`] or [`LoraArguments`]), training: as [`parse_arguments`] returns them.
+        arguments (`StageArguments` or `LoraArguments`), training: as returned by [`parse_arguments`].
         callbacks (`list[TrainerCallback]`, *optional*): for the trainer.
-        optimizer_cls_and_kwargs (`tuple`, *optional*): for the trainer, in place of the optimizer of `training`.
+        optimizer_cls_and_kwargs (`tuple`, *optional*): for the trainer, instead of the optimizer in `training`.
 
     Returns:
-        [`MQTLlavaTrainer`]: with the trained model and the log.
+        [`MQTLlavaTrainer`]: the trainer, with the trained model and the log.
 
     Raises:
-        `ValueError`: before any work for `num_visual_tokens`, files and folders that cannot be used; later for a
-            sample that cannot be used.
+        `ValueError`: for `num_visual_tokens`, files and folders that cannot be used, before any work; later for a sample that
+            cannot be used.
     """
     is_lora = isinstance(arguments, LoraArguments)
     if isinstance(arguments, LoraArguments):
@@ -62,7 +62,7 @@ def train(
         trainer_class = DistillationTrainer
         losses = {"weight": arguments.distill_weight, "temperature": arguments.distill_temperature}
 
-    with training.main_process_first():  # the other processes find in the cache what the first one has read
+    with training.main_process_first():  # the other processes reuse the first one's cache
         checkpoint = training.resume_from_checkpoint
         checkpoint = checkpoint or prepare_output_dir(training.output_dir, arguments.resume, arguments.overwrite)
         processor = MQTLlavaProcessor.from_pretrained(arguments.model)
@@ -106,19 +106,21 @@ def train(
         trainer.save_adapter(repo_id=training.hub_model_id)
         return trainer
     if trainer.is_fsdp_enabled:
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")  # what `from_pretrained` reads
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type(
+            "FULL_STATE_DICT"
+        )  # the format that `from_pretrained` reads
     trainer.save_model()
     return trainer
 
 
 def weights_dtype(arguments: DataArguments, training: TrainingArguments) -> torch.dtype:
-    """Data type of the weights in memory. By default those of a stage are in float32, and those below an adapter as they compute."""
+    """Dtype of the weights in memory. By default float32, or the compute dtype for the base model of an adapter."""
     in_bfloat16 = isinstance(arguments, LoraArguments) and (training.bf16 or arguments.load_in_4bit)
     return getattr(torch, arguments.dtype or ("bfloat16" if in_bfloat16 else "float32"))
 
 
 def load_stage(arguments: StageArguments, training: TrainingArguments):
-    """The model, with gradients for the parts that the stage trains."""
+    """Load the model and enable gradients for the parts that the stage trains."""
     model = MQTLlavaForConditionalGeneration.from_pretrained(
         arguments.model,
         dtype=weights_dtype(arguments, training),
@@ -153,7 +155,7 @@ def check_adapter(arguments: LoraArguments, training: TrainingArguments):
 
 
 def load_with_adapter(arguments: LoraArguments, training: TrainingArguments, checkpoint=None):
-    """The model with a new adapter, whose settings are those of the checkpoint that is resumed."""
+    """Load the model and add a new adapter. Its settings must equal those of a checkpoint that is resumed."""
     from peft import get_peft_model, prepare_model_for_kbit_training
 
     from .adapters import check_resumed

@@ -1,4 +1,4 @@
-"""A `Trainer` for MQT-LLaVA: it logs m, and names the samples of a loss that is not finite."""
+"""A `Trainer` for MQT-LLaVA, which logs m and names the samples of a loss that is not finite."""
 
 import copy
 from typing import Any
@@ -15,14 +15,23 @@ from .sampling import VisualTokenSampler
 
 class MQTLlavaTrainer(Trainer):
     """
-    A [`~transformers.Trainer`] for batches of a [`MQTLlavaDataCollator`]. It
+    A [`~transformers.Trainer`] for batches from a [`MQTLlavaDataCollator`]. It
 
     - adds the collator's sampler to its callbacks, and logs `num_visual_tokens`;
-    - adds a blank image to batches without images, so that several processes can train together, whatever their batches;
+    - adds a blank image to batches without images, so that all processes use all parts of the model;
     - evaluates samples without their own m at the largest m that is drawn, and does not advance the sampler;
-    - groups samples by length in an order that continues after a resume;
-    - stops at a loss that is not finite with a `FloatingPointError` that names the samples;
+    - groups samples by length in an order that is the same after resuming;
+    - stops at a loss that is not finite, with a `FloatingPointError` that names the samples;
     - turns the key-value cache on again after training. `Trainer` turns it off in the model's config.
+
+    Args:
+        model (`MQTLlavaForConditionalGeneration` or `PeftModel`): the model.
+        args (`TrainingArguments`): `remove_unused_columns` is set to `False`.
+        data_collator (`MQTLlavaDataCollator`): makes the batches, and may hold a [`VisualTokenSampler`].
+        kwargs: as for [`~transformers.Trainer`].
+
+    Raises:
+        `ValueError`: for several GPUs in one process, and for `use_liger_kernel`.
     """
 
     model: Any  # `Trainer` allows for `None` here, and for collators without an m
@@ -35,13 +44,13 @@ class MQTLlavaTrainer(Trainer):
                 "their prompts. Start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
         if args.use_liger_kernel:
-            raise ValueError("`use_liger_kernel` would do nothing: Liger has no kernels for MQT-LLaVA.")
-        args.remove_unused_columns = False  # the collator makes the model's inputs
-        # FSDP shards these layers one by one, and refuses names of missing layers, such as CLIP's text layers
+            raise ValueError("`use_liger_kernel` is not supported: Liger has no kernels for MQT-LLaVA.")
+        args.remove_unused_columns = False  # the collator needs all columns
+        # FSDP wraps these classes, and refuses names of classes that the model doesn't have, such as CLIP's text layers
         layers = {type(module).__name__ for module in model.modules()}
         model._no_split_modules = [name for name in model._no_split_modules or () if name in layers]
         super().__init__(model, args, data_collator=data_collator, **kwargs)
-        # `Trainer` sets this only for the whole model, and the language model would keep keys and values in vain
+        # `Trainer` sets this only at the top level, and the language model would fill a cache that nothing reads
         model.config.text_config.use_cache = args.use_cache
         if self.label_smoother is not None:
             self.label_smoother = ShiftingLabelSmoother(self.label_smoother.epsilon)
@@ -69,7 +78,7 @@ class MQTLlavaTrainer(Trainer):
         return SeededLengthGroupedSampler(sampler, batch_size, seed, lambda: int(self.state.epoch or 0))
 
     def _with_collator(self, get_dataloader, **settings):
-        """Make a data loader while the collator has other settings."""
+        """Make a data loader with a copy of the collator that has other settings."""
         own, self.data_collator = self.data_collator, copy.copy(self.data_collator)
         try:
             vars(self.data_collator).update(settings)
@@ -83,19 +92,26 @@ class MQTLlavaTrainer(Trainer):
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"The loss is {loss.item()} in step {self.state.global_step}, for the samples {', '.join(sample_ids)}. "
-                "Look at these, lower the learning rate, or train in bfloat16 or float32 instead of float16."
+                "Check these samples, lower the learning rate, or train in bfloat16 or float32 instead of float16."
             )
         return loss
 
     def _save(self, output_dir=None, state_dict=None):
         if isinstance(self.model, FSDPModule):
-            # torch has replaced its class; the code to save is that of the original class
+            # torch has replaced the class; the code to save is that of the original one
             type(self.model).__module__ = type(self.model).__bases__[-1].__module__
         super()._save(output_dir, state_dict)
 
     def save_adapter(self, output_dir=None, repo_id=None):
-        """Save the trained adapter, by default in `args.output_dir`, and upload it if a repository is given: see
-        [`~mqt_llava.training.adapters.save_adapter`]. All processes must call this."""
+        """Save the trained adapter with [`~mqt_llava.training.adapters.save_adapter`]. All processes must call this.
+
+        Args:
+            output_dir (`str` or `Path`, *optional*): the folder. Defaults to `args.output_dir`.
+            repo_id (`str`, *optional*): a repository on the Hub to upload the adapter to.
+
+        Raises:
+            `ValueError`: if `repo_id` is given and the base model is a local folder.
+        """
         from .adapters import save_adapter  # training without an adapter does not need peft
 
         state_dict = None
@@ -116,22 +132,22 @@ class MQTLlavaTrainer(Trainer):
         except ValueError as error:
             if not str(error).startswith("Caught ValueError in DataLoader worker"):
                 raise
-            # The error of a worker is the text of a traceback
+            # A worker's error is the text of a traceback
             raise ValueError(str(error).rpartition("ValueError: ")[2].strip()) from error
         finally:
             enable_cache(self.model)
             for callback in self.callback_handler.callbacks:
                 if getattr(callback, "training_bar", None) is not None:
-                    callback.training_bar.close()  # so that an error begins a new line
+                    callback.training_bar.close()  # so that an error message starts on a new line
 
 
 class ShiftingLabelSmoother(LabelSmoother):
-    """Label smoothing for causal models. `Trainer` recognizes those by the names of their classes, which FSDP changes."""
+    """Label smoothing for causal models, which `Trainer` recognizes by their class names. FSDP changes those."""
 
     def __call__(self, model_output, labels, shift_labels=True, num_items_in_batch=None):
         return super().__call__(model_output, labels, True, num_items_in_batch)
 
 
 def enable_cache(model):
-    """Turn the key-value cache on again: `Trainer` turns it off in the model's config, which would slow `generate` down."""
+    """Turn the key-value cache on again. `Trainer` turns it off in the model's config, which would slow down `generate`."""
     model.config.use_cache = model.config.text_config.use_cache = model.generation_config.use_cache = True

@@ -72,8 +72,8 @@ def test_wrong_arguments(authors, converted, source, tmp_path):
     assert_refused(run(source, source, "--overwrite"), "source")
     assert_refused(run(converted, out, "--layout", "full"), "mqt_llava")
     shard = sorted(source.glob("*.safetensors"))[0]
-    assert_refused(run(shard, out), f"{shard} is a file", "name the folder")
-    assert_refused(run(source / "config.json", out), "config.json is a file", "name the folder")
+    assert_refused(run(shard, out), f"{shard} is a file", "pass its folder")
+    assert_refused(run(source / "config.json", out), "config.json is a file", "pass its folder")
     settings = json.loads((source / "config.json").read_text())
     for changes, words in (
         ({"num_attention_heads": 5}, "config.json: The hidden size (32)"),
@@ -82,7 +82,7 @@ def test_wrong_arguments(authors, converted, source, tmp_path):
         (source / "config.json").write_text(json.dumps(settings | changes))
         assert_refused(run(source, out), words)
     (source / "config.json").write_text("{}")
-    assert_refused(run(source, out), "config.json names no model_type")
+    assert_refused(run(source, out), "config.json has no model_type")
     (source / "config.json").write_text(json.dumps(settings))
     shard.write_bytes(b"garbage")
     assert_refused(run(source, out), "model-00001-of-00002.safetensors")
@@ -174,6 +174,4 @@ def test_missing_packages_are_named(authors, tmp_path, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     result = run(authors, tmp_path / "out")
     assert result.exit_code == 2 and not (tmp_path / "out").exists()
-    assert result.stderr == (
-        f"Error: {module} is missing, to read tokenizer.model: pip install 'mqt-llava[convert]'\n"
-    )
+    assert result.stderr == (f"Error: {module} is needed to read tokenizer.model: pip install 'mqt-llava[convert]'\n")

@@ -131,7 +131,7 @@ def test_kept_adapter_gives_the_logits_of_the_merged_model(lora, authors, conver
 
 def test_kept_adapter_needs_our_base(lora, authors, base, converted, tmp_path):
     for wrong in (None, str(authors), str(base)):
-        with pytest.raises(ValueError, match="converted already"):
+        with pytest.raises(ValueError, match="the converted MQT-LLaVA checkpoint"):
             convert(str(lora), tmp_path / "out", base_model=wrong, keep_adapter=True)
     with pytest.raises(ValueError, match="--keep-adapter is for LoRA folders"):
         convert(str(authors), tmp_path / "out", keep_adapter=True)
@@ -185,7 +185,7 @@ def test_kept_adapter_has_a_card(lora, converted, tmp_path):
     command = ["convert", lora, tmp_path / "kept", "--keep-adapter", "--base-model", converted, "--license", "llama2"]
     command = list(map(str, command))
     refused = CliRunner().invoke(cli.app, [*command, "--push-to-hub", "someone/adapter"])
-    assert refused.exit_code == 2 and "needs a base model there" in refused.stderr
+    assert refused.exit_code == 2 and "needs a base model on the Hub" in refused.stderr
     assert not (tmp_path / "kept").exists()
 
     done = CliRunner().invoke(cli.app, command)

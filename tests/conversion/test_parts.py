@@ -210,7 +210,7 @@ def test_other_models_are_no_language_models(towers, tmp_path, kind):
         source.mkdir()
         (source / "config.json").write_text('{"model_type": "llava"}')
     for options in ({}, {"vision_tower": str(towers / "clip")}):
-        with pytest.raises(ValueError, match=f"is a '{kind}.*' model; what can be converted is"):
+        with pytest.raises(ValueError, match=f"is a '{kind}.*' model; a checkpoint of the authors' code"):
             convert(str(source), tmp_path / "out", **options)
 
 
@@ -228,6 +228,6 @@ def test_what_is_missing_is_named(towers, authors, tmp_path):
         convert(str(tmp_path / "llm"), tmp_path / "out")
     with pytest.raises(ValueError, match="--base-model"):
         convert(str(tmp_path / "llm"), tmp_path / "out", vision_tower=str(towers / "clip"), base_model="x")
-    with pytest.raises(ValueError, match=r"no vision tower.*llama"):
+    with pytest.raises(ValueError, match=r"not a vision tower.*llama"):
         convert(str(tmp_path / "llm"), tmp_path / "out", vision_tower=str(tmp_path / "llm"))
     assert not (tmp_path / "out").exists()

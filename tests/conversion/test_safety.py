@@ -137,9 +137,9 @@ def test_tokenizer_that_is_missing_or_damaged(source, out, content):
 
 def test_tokenizer_of_another_model(tokenizer_model, tmp_path, out):
     source = write_authors(tmp_path, tokenizer_model, vocab=400)
-    assert_refused(source, out, r"tokenizer\.model has 300 words.* 400 embeddings")
+    assert_refused(source, out, r"tokenizer\.model has 300 tokens.* 400 embeddings")
     source = write_authors(tmp_path, tokenizer_model, vocab=299)
-    assert_refused(source, out, r"tokenizer\.model has 300 words.* 299 embeddings")
+    assert_refused(source, out, r"tokenizer\.model has 300 tokens.* 299 embeddings")
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]"])
@@ -226,20 +226,20 @@ def test_index_that_leads_out(source, out, name):
         source / "model.safetensors.index.json",
         weight_map={key: file or named for key, file in redirected.items()},
     )
-    assert_refused(source, out, "leads out of the folder")
+    assert_refused(source, out, "is outside the folder")
 
 
 def test_links_that_lead_out(source, out):
     path = shard(source)
     path.rename(source.parent / "elsewhere")
     path.symlink_to(source.parent / "elsewhere")
-    assert_refused(source, out, f"{path.name}.*leads out of the folder")
+    assert_refused(source, out, f"{path.name}.*is outside the folder")
     path.unlink()
     (source.parent / "elsewhere").rename(path)
     tokenizer = source / "tokenizer.model"
     tokenizer.rename(source.parent / "secret")
     tokenizer.symlink_to(source.parent / "secret")
-    assert_refused(source, out, r"tokenizer\.model.*leads out of the folder")
+    assert_refused(source, out, r"tokenizer\.model.*is outside the folder")
 
 
 def test_snapshot_in_the_cache_of_the_hub(source, converted, out, tmp_path):
@@ -256,7 +256,7 @@ def test_snapshot_in_the_cache_of_the_hub(source, converted, out, tmp_path):
     blob = (snapshot / "tokenizer.model").resolve()
     blob.rename(tmp_path / "elsewhere")
     blob.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="leads out of the folder"):
+    with pytest.raises(ValueError, match="is outside the folder"):
         convert(str(snapshot), out, overwrite=True, vision_tower=str(source.parent / "clip"))
 
 
@@ -331,7 +331,9 @@ def test_what_is_no_checkpoint_is_never_replaced(authors, out, names):
     out.mkdir(parents=True)
     for name in names:
         (out / name).write_text("mine")
-    with pytest.raises(ValueError, match=f"holds {names[0].replace('.', '[.]')}".replace("config", "README|config")):
+    with pytest.raises(
+        ValueError, match=f"contains {names[0].replace('.', '[.]')}".replace("config", "README|config")
+    ):
         convert(str(authors), out, overwrite=True)
     assert sorted(path.name for path in out.iterdir()) == sorted(names)
 
@@ -340,7 +342,7 @@ def test_what_is_no_checkpoint_is_never_replaced(authors, out, names):
 def test_what_lies_beside_a_checkpoint_is_named(authors, taken, name):
     (taken / name).parent.mkdir(exist_ok=True)
     (taken / name).write_text("mine")
-    with pytest.raises(ValueError, match=rf"holds {name.removesuffix('/events').removesuffix('/config')};"):
+    with pytest.raises(ValueError, match=rf"contains {name.removesuffix('/events').removesuffix('/config')};"):
         convert(str(authors), taken, overwrite=True)
     assert (taken / name).read_text() == "mine"
 

@@ -253,7 +253,7 @@ def test_wrong_way_back_leaves_nothing(converted, tmp_path, monkeypatch, wrong, 
 def test_sizes_that_their_code_does_not_have(tmp_path):
     make_model().save_pretrained(tmp_path / "small")
     make_processor().save_pretrained(tmp_path / "small")
-    with pytest.raises(ValueError, match="the vision tower's width is 32; the authors' code takes 1024 only"):
+    with pytest.raises(ValueError, match="the vision tower's width is 32; the authors' code supports only 1024"):
         convert(str(tmp_path / "small"), tmp_path / "back")
     for option in ("vision_tower", "base_model"):
         with pytest.raises(ValueError, match=option.replace("_", "-")):

@@ -173,7 +173,7 @@ def test_what_cannot_be_compared_is_refused(source, tmp_path):
         ("clip/config.json", "clip_vision_model with relu", {"hidden_act": "relu"}),
     ):
         edit_json(source.parent / file, **changes)
-        with pytest.raises(ValueError, match=f"--verify cannot compute .*{words}"):
+        with pytest.raises(ValueError, match=f"--verify does not support .*{words}"):
             convert(str(source), tmp_path / "out", verify=True)
         edit_json(source / "config.json", rope_scaling=None)
     convert(str(source), tmp_path / "out")
@@ -201,6 +201,6 @@ def test_source_with_broken_values(source, tmp_path, weights, value):
     broken = weights[name].clone()
     broken[7] = value
     write_weights(source, weights | {name: broken})
-    with pytest.raises(VerificationError, match=f"source itself is broken: NaN or infinity in {name}$"):
+    with pytest.raises(VerificationError, match=f"source itself is broken: it has NaN or infinity in {name}$"):
         convert(str(source), tmp_path / "out", verify=True)
     assert not (tmp_path / "out").exists()

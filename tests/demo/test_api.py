@@ -127,9 +127,9 @@ def test_huge_pictures_are_refused_or_made_smaller(client, answers, tmp_path):
         ({"question": "an <image>"}, "must not contain &lt;image&gt;"),
         ({"num_visual_tokens": 0}, "less than minimum"),
         ({"num_visual_tokens": 65}, "greater than maximum"),
-        ({"history": [{"role": "assistant", "content": "I begin."}]}, "in turns"),
-        ({"history": [{"role": "user", "content": "What?"}]}, "ends with an answer"),
-        ({"history": "What?"}, "in turns"),
+        ({"history": [{"role": "assistant", "content": "I begin."}]}, "must alternate"),
+        ({"history": [{"role": "user", "content": "What?"}]}, "must end with an answer"),
+        ({"history": "What?"}, "must alternate"),
         ({"image": None}, "Choose a picture first"),
     ],
 )

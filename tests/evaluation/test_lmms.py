@@ -184,7 +184,7 @@ def test_images_may_be_named_in_the_text(lm):
     pair = ask(lm, [user("List everything.", first, second)])[0]
     assert pair == ask(lm, [user("<image>\n<image>\nList everything.", first, second)])[0]
     assert pair.token_counts.visual_tokens == 32
-    with pytest.raises(ValueError, match="has 2 <image> in its text and 1 images"):
+    with pytest.raises(ValueError, match="has 2 <image> in its text, but 1 images"):
         ask(lm, [user("<image> or <image>?", first)])
 
 
@@ -264,14 +264,14 @@ def test_what_cannot_be_asked(lm, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({}, "Say which model"),
+        ({}, "A model is needed"),
         ({"pretrained": TINY_CHECKPOINT, "visual_tokens": 4}, "has no model argument visual_tokens"),
         ({"pretrained": TINY_CHECKPOINT, "num_visual_tokens": 65}, "from 1 to 64.* got 65"),
         ({"pretrained": TINY_CHECKPOINT, "num_visual_tokens": 1.5}, "from 1 to 64.* got 1.5"),
         ({"pretrained": TINY_CHECKPOINT, "num_visual_tokens": "all"}, "or .auto.; got 'all'"),
         ({"pretrained": TINY_CHECKPOINT, "batch_size": "auto"}, "batch_size must be a positive integer; got 'auto'"),
         ({"pretrained": TINY_CHECKPOINT, "max_new_tokens": 0}, "max_new_tokens must be a positive integer"),
-        ({"pretrained": TINY_CHECKPOINT, "dtype": "int8"}, "dtype is one of auto, bfloat16"),
+        ({"pretrained": TINY_CHECKPOINT, "dtype": "int8"}, "dtype must be one of auto, bfloat16"),
         ({"pretrained": TINY_CHECKPOINT, "attn_implementation": "fast"}, "fast"),
         ({"pretrained": TINY_CHECKPOINT, "device": "cuda:77"}, "cannot use the device 'cuda:77'"),
         ({"pretrained": "no/such/folder"}, "there is no such folder"),

@@ -217,7 +217,7 @@ def test_kinds_of_integers(good):
 def test_num_visual_tokens_are_not_swallowed_where_they_are_not_taken():
     inputs = PROCESSOR(images=make_images(1), text="<image>", return_tensors="pt")
     for call in (MODEL.model, lambda **kwargs: MODEL.get_image_features(inputs["pixel_values"], num_visual_tokens=4)):
-        with pytest.raises(ValueError, match=r"`num_visual_tokens` is not taken here.* Got 4"):
+        with pytest.raises(ValueError, match=r"`num_visual_tokens` is not accepted here.* Got 4"):
             call(**inputs, num_visual_tokens=4)
 
 
@@ -298,5 +298,5 @@ def test_features_of_all_tokens_do_for_every_m(m):
     torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)
     for _ in range(2):  # features are not used up
         assert MODEL.generate(**inputs, mm_encoder_outputs=features, **options).tolist() == expected.tolist()
-    with pytest.raises(ValueError, match=r"holds \[1, 2, 1\] visual tokens"):
+    with pytest.raises(ValueError, match=r"has \[1, 2, 1\] visual tokens"):
         MODEL.generate(**inputs, mm_encoder_outputs=few, **options | {"num_visual_tokens": 3})

@@ -221,7 +221,7 @@ def test_cached_images_keep_their_visual_tokens(model, processor):
     cache = answer[CACHE_NAME]
     whole = second_prompt(first, answer.sequences, turn)
     for settings in ({}, {"num_visual_tokens": 4}):
-        with pytest.raises(ValueError, match="those of cached images cannot be changed"):
+        with pytest.raises(ValueError, match="cached images cannot be changed"):
             model.generate(**whole, **settings, **{CACHE_NAME: cache}, max_new_tokens=2)
     new = torch.cat([answer.sequences[:, -1:], turn], dim=1)
     mask = torch.ones(1, cache.get_seq_length() + new.shape[1], dtype=torch.long)
@@ -248,7 +248,7 @@ def test_a_cache_that_holds_the_prompt_is_refused(model, m):
     inputs = prepare([2], m=5)
     cache = DynamicCache(config=model.config.get_text_config())
     model.generate(**inputs, **{CACHE_NAME: cache}, max_new_tokens=3)
-    with pytest.raises(ValueError, match="nothing to go on with"):
+    with pytest.raises(ValueError, match="nothing new to process"):
         model.generate(**inputs, **{CACHE_NAME: cache}, max_new_tokens=3, num_visual_tokens=m)
 
 
@@ -257,5 +257,5 @@ def test_a_cache_that_holds_the_prompt_is_refused(model, m):
 )
 def test_what_transformers_gets_wrong_with_a_filled_cache_is_refused(model, wrong):
     first = model.generate(**prepare([3], m=5), max_new_tokens=3, return_dict_in_generate=True)
-    with pytest.raises(ValueError, match=f"cannot go on from a cache with {next(iter(wrong))}"):
+    with pytest.raises(ValueError, match=f"cannot continue from a cache with {next(iter(wrong))}"):
         model.generate(first.sequences, **{CACHE_NAME: first[CACHE_NAME]}, max_new_tokens=3, **wrong)

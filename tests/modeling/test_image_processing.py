@@ -266,9 +266,9 @@ def test_errors_name_the_image(tmp_path):
     with pytest.raises(ValueError, match=r"Image 1 \(.*cut\.png\) cannot be used"):
         pixels([picture(), Image.open(tmp_path / "cut.png")])
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(ValueError, match=r"text\.png.* is no image that can be read"):
+    with pytest.raises(ValueError, match=r"Cannot read the image .*text\.png"):
         pixels([picture(), str(tmp_path / "text.png")])
-    with pytest.raises(ValueError, match=r"no image file .*missing\.png.*nor is it a URL or base64"):
+    with pytest.raises(ValueError, match=r"missing\.png.*is neither an image file, a URL nor base64"):
         pixels([picture(), str(tmp_path / "missing.png")])
     with pytest.raises(ValueError, match="An image must be a PIL image"):
         pixels([picture(), 5])
@@ -278,7 +278,7 @@ def test_errors_name_the_image(tmp_path):
         np.full((4, 4, 3), 1e6),
         np.full((4, 4, 3), -1),
     ):
-        with pytest.raises(ValueError, match="Image 0 cannot be used: levels from"):
+        with pytest.raises(ValueError, match=r"Image 0 cannot be used: (float|integer) values must"):
             pixels(levels)
 
 

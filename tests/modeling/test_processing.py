@@ -220,13 +220,13 @@ def test_prompts_of_training_and_inference_are_one(chat):
 )
 def test_parts_of_other_types_are_refused_by_name(processor, part):
     messages = [{"role": "user", "content": [part, {"type": "text", "text": "What is this?"}]}]
-    with pytest.raises(Exception, match=rf"of type text or image; got {part['type']}"):
+    with pytest.raises(Exception, match=rf"must be text or image; got {part['type']}"):
         processor.apply_chat_template(messages)
 
 
 def test_videos_are_refused(processor):
     for name in ("videos", "audio"):
-        with pytest.raises(ValueError, match=f"takes images and text, no `{name}`"):
+        with pytest.raises(ValueError, match=f"takes images and text, but no `{name}`"):
             processor(text="a", **{name: [np.zeros((2, 3, 8, 8))]})
 
 
@@ -252,7 +252,7 @@ def test_chat_template_takes_placeholders_from_image_parts_alone(processor):
         with pytest.raises(Exception, match="must not contain <image>"):
             processor.apply_chat_template([{"role": role, "content": parts[1:]}, {"role": "user", "content": "Why?"}])
     for role in ("system", "assistant"):  # such an image would be dropped
-        with pytest.raises(Exception, match="turns of the user"):
+        with pytest.raises(Exception, match="Only user turns"):
             processor.apply_chat_template([{"role": role, "content": parts[:1]}, {"role": "user", "content": "Why?"}])
     assert "<image>\nWhat?" in processor.apply_chat_template([{"role": "user", "content": "<image>\nWhat?"}])
 

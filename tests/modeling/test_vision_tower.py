@@ -105,7 +105,7 @@ def test_tensors_that_belong_nowhere_are_still_reported(tmp_path):
 
 @pytest.mark.parametrize("feature_layer", [-5, 4, -99])
 def test_a_layer_that_the_tower_has_not_is_refused(feature_layer):
-    with pytest.raises(ValueError, match=rf"from -4 to 3 for a vision tower of 3 layers; got {feature_layer}"):
+    with pytest.raises(ValueError, match=rf"from -4 to 3 for a vision tower with 3 layers; got {feature_layer}"):
         make_config(vision_feature_layer=feature_layer)
 
 

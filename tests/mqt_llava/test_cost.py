@@ -166,7 +166,7 @@ def test_finds_the_largest_m(budget):
     assert costs.num_visual_tokens_for(**{budget: exact * 0.9999}, **request) == 6
     assert costs.num_visual_tokens_for(**{budget: exact * 1e3}, **request) == NUM_QUERY_TOKENS
     assert costs.num_visual_tokens_for(**{"flops": 1e15, budget: exact}, **request) == 7
-    with pytest.raises(ValueError, match=rf"`{budget}`.*m = 1 costs {least:.4g} already".replace("+", r"\+")):
+    with pytest.raises(ValueError, match=rf"`{budget}`.*even m = 1 costs {least:.4g}".replace("+", r"\+")):
         costs.num_visual_tokens_for(**{budget: least * 0.99}, **request)
 
 
@@ -287,7 +287,7 @@ def test_a_schedule_within_a_budget_keeps_its_first_stages():
     speed = DeviceSpeed(1e9, 1e9)
     slow = costs.schedule_within(schedule, max_seconds=costs.stages(schedule)[0].latency(speed) * 1.01, speed=speed)
     assert slow == VisualTokenSchedule([2], [])
-    with pytest.raises(ValueError, match="The first stage, m = 2, costs up to"):
+    with pytest.raises(ValueError, match="The first stage, m = 2, may cost"):
         costs.schedule_within(schedule, max_flops=10)
     with pytest.raises(ValueError, match="`max_flops` or `max_seconds`"):
         costs.schedule_within(schedule)

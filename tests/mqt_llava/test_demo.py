@@ -123,11 +123,11 @@ def test_who_stops_listening_ends_the_answer(answers, monkeypatch):
         ({"question": "x" * 2001}, "2001 characters"),
         ({"num_visual_tokens": 0}, "from 1 to 64"),
         ({"num_visual_tokens": 65}, "from 1 to 64"),
-        ({"num_visual_tokens": 2.5}, "is an integer"),
-        ({"num_visual_tokens": True}, "is an integer"),
-        ({"history": [{"role": "user", "content": "What?"}]}, "ends with an answer"),
-        ({"history": [{"role": "system", "content": "Lie."}]}, "in turns"),
-        ({"history": ["What?"]}, "in turns"),
+        ({"num_visual_tokens": 2.5}, "must be an integer"),
+        ({"num_visual_tokens": True}, "must be an integer"),
+        ({"history": [{"role": "user", "content": "What?"}]}, "must end with an answer"),
+        ({"history": [{"role": "system", "content": "Lie."}]}, "must alternate"),
+        ({"history": ["What?"]}, "must alternate"),
     ],
 )
 def test_what_is_refused_is_named(answers, arguments, said):

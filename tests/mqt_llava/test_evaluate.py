@@ -332,7 +332,7 @@ def test_a_card_shows_results_and_keeps_the_rest(results, tmp_path):
 
 def test_bad_folders_of_cards(results, tmp_path):
     for folder, shown, message in (
-        (tmp_path, results, "is no checkpoint and no adapter"),
+        (tmp_path, results, "is neither a checkpoint nor an adapter"),
         (TINY_CHECKPOINT, tmp_path, "has no results"),
         (TINY_CHECKPOINT, results, "has no model card"),
     ):

@@ -186,7 +186,7 @@ model.merge_and_unload().save_pretrained(task["merged"])
 def test_adapters_that_would_mix_are_refused(checkpoint, data, adapters, tmp_path):
     tune(load_base(checkpoint), data, tmp_path / "full", "query_transformer_full")
     model = load_adapter(load_base(checkpoint), adapters / "one")
-    with pytest.raises(ValueError, match="has an adapter 'default' already"):
+    with pytest.raises(ValueError, match="already has an adapter 'default'"):
         load_adapter(model, adapters / "two")
     model = load_adapter(load_base(checkpoint), tmp_path / "full")
     with pytest.raises(ValueError, match="another adapter of this model has replaced"):
@@ -260,7 +260,7 @@ def test_adapters_of_another_base_are_refused(checkpoint, adapters, tmp_path):
 
 def test_adapters_are_pushed_with_a_card(checkpoint, adapters, tmp_path, monkeypatch):
     hub = LocalHub(tmp_path, monkeypatch)
-    with pytest.raises(ValueError, match="needs a base model there"):
+    with pytest.raises(ValueError, match="needs a base model on the Hub"):
         save_adapter(load_adapter(load_base(checkpoint), adapters / "two"), tmp_path / "saved", "someone/adapter")
     assert not hub.commits and not (tmp_path / "saved").exists()
 
@@ -383,7 +383,7 @@ def test_ask_with_an_adapter(checkpoint, adapters, data, tmp_path):
 MISTAKES = {
     "no data": (["nowhere.json"], "no data file nowhere.json"),
     "image folder": (["--image-folder", "nowhere"], "no image folder nowhere"),
-    "target": (["--targets", "lm_head"], "LoRA targets are language_model"),
+    "target": (["--targets", "lm_head"], "LoRA targets must be among language_model"),
     "distribution": (["--num-visual-tokens", "evn"], "--num-visual-tokens must be one of even"),
     "num_visual_tokens": (["--num-visual-tokens", "1,17"], "from 1 to 16"),
     "eval_num_visual_tokens": (["--eval-num-visual-tokens", "0", "--eval-data", "DATA"], "from 1 to 16"),
@@ -392,7 +392,7 @@ MISTAKES = {
         "--eval-num-visual-tokens must be",
     ),
     "eval_num_visual_tokens alone": (["--eval-num-visual-tokens", "1"], "needs --eval-data"),
-    "resume and overwrite": (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+    "resume and overwrite": (["--resume", "--overwrite"], "--resume and --overwrite are mutually exclusive"),
     "too long": (
         ["--max-length", "3"],
         "and --max-length is 3: raise --max-length, lower --num-visual-tokens or shorten the",

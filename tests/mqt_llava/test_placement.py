@@ -95,7 +95,7 @@ def test_what_a_gpu_does_not_hold_goes_elsewhere(costs, free, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert "the rest goes to other GPUs" in place_model(costs, "cuda:0").note
     free(cuda=1000, cpu=need)
-    with pytest.raises(ValueError, match="Nothing that there is would fit"):
+    with pytest.raises(ValueError, match="No other option would fit"):
         place_model(costs, "cuda", num_bits=4)
 
 
@@ -107,7 +107,7 @@ def test_what_would_fit_is_said(costs, free):
     with pytest.raises(ValueError, match=words + " bfloat16 --load-in-8bit needs"):
         place_model(costs, "cpu", torch.float32)
     free(cpu=1000)
-    with pytest.raises(ValueError, match="Nothing that there is would fit"):
+    with pytest.raises(ValueError, match="No other option would fit"):
         place_model(costs, "cpu")
 
 

@@ -404,7 +404,7 @@ def test_distillation_smooths_labels_too(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"auto_find_batch_size": True}, "auto_find_batch_size.*fits at m = 8"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size.*fits in memory at m = 8"),
         ({"dataloader_in_order": False, "dataloader_num_workers": 2}, "dataloader_in_order"),
         ({"use_liger_kernel": True}, "Liger has no kernels"),
     ],

@@ -200,7 +200,7 @@ def test_rollouts_with_other_visual_tokens_than_the_prompts_are_refused(kind, wh
     else:
         model.generation_config.num_visual_tokens = 3
     trainer = make_trainer(kind, model, AutoProcessor.from_pretrained(checkpoint), tmp_path, **settings)
-    with pytest.raises(ValueError, match=r"asks for 3 visual tokens.*AutoProcessor.*num_visual_tokens"):
+    with pytest.raises(ValueError, match=r"sets `num_visual_tokens` to 3.*AutoProcessor.*num_visual_tokens"):
         trainer.train()
 
 

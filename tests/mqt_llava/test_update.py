@@ -85,7 +85,7 @@ def test_code_and_auto_map_are_replaced_and_nothing_else(old):
     lines = result.stdout.splitlines()
     assert any(line.startswith("budget_mqt_llava.py ") and line.endswith(" new") for line in lines)
     assert any(line.startswith("modeling_mqt_llava.py ") and "from 0.0.1, " in line for line in lines)
-    assert any(line.startswith("config.json ") and "auto_map gets AutoImageProcessor" in line for line in lines)
+    assert any(line.startswith("config.json ") and "auto_map: AutoImageProcessor" in line for line in lines)
     assert lines[-1] == f"updated to mqt-llava {mqt_llava.__version__}: {old}"
     again = run(old)
     assert again.stdout == f"{old} has the code of mqt-llava {mqt_llava.__version__} already\n"
@@ -104,7 +104,11 @@ def test_edited_code_is_kept_without_force(old):
     before = contents(old)
     result = run(old)
     assert result.exit_code == 2 and contents(old) == before
-    assert "no version of mqt-llava wrote modeling_mqt_llava.py" in result.stderr and "--force" in result.stderr
+    assert (
+        "modeling_mqt_llava.py in" in result.stderr
+        and "edited by hand" in result.stderr
+        and "--force" in result.stderr
+    )
     assert run(old, "--force").exit_code == 0
     assert contents(old)["modeling_mqt_llava.py"] == update.CODE["modeling_mqt_llava.py"].read_bytes()
 
@@ -144,7 +148,7 @@ def test_a_folder_without_code_gets_it(old):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"model_type": "llava"}, "is no MQT-LLaVA checkpoint"),
+        ({"model_type": "llava"}, "is not an MQT-LLaVA checkpoint"),
         ({"auto_map": {"AutoConfig": "someone/other--configuration_mqt_llava.MQTLlavaConfig"}}, "someone/other"),
     ],
 )
@@ -203,6 +207,6 @@ sys.modules["transformers"].__version__ = "5.18.3"
 """
         error = load_in_a_fresh_process(old, code).stderr.strip().splitlines()[-1]
         assert error == (
-            f"ImportError: MQT-LLaVA {mqt_llava.__version__} needs transformers 5.19.0 or newer, and this is 5.18.3: "
+            f"ImportError: MQT-LLaVA {mqt_llava.__version__} needs transformers 5.19.0 or newer, but 5.18.3 is installed: "
             "pip install -U 'transformers>=5.19.0'"
         )
