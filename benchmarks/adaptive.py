@@ -115,8 +115,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=mqt_llava.TINY_CHECKPOINT)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--pictures", type=int, default=1000)
-    parser.add_argument("--calibration_pictures", type=int, default=1000)
+    parser.add_argument("--pictures", type=int, default=600)
+    parser.add_argument("--calibration_pictures", type=int, default=600)
     parser.add_argument("--tolerance", type=float, default=0.02, help="of the simulated calibrations, as a share of 1")
     parser.add_argument("--timed", type=int, default=384, help="questions that times are taken of")
     parser.add_argument("--caption_adapter", help="tuned on `captions.json` of recipes/tiny: long answers")
@@ -146,9 +146,7 @@ def main():
     ]
     if arguments.new_skill_adapter:
         skilled = load_adapter(load(), arguments.new_skill_adapter).merge_and_unload()
-        sections.append(
-            lambda: tuned(skilled, processor, schedule, 2 * arguments.pictures, arguments.tolerance, sizes)
-        )
+        sections.append(lambda: tuned(skilled, processor, schedule, arguments.pictures, arguments.tolerance, sizes))
     lines = [machine(model.device)]
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     for section in sections:
