@@ -86,7 +86,7 @@ def ask(
     if question is None and "-" in sources:
         raise UsageError("stdin holds the image (-), so the question must be an argument")
     if compare is not None and num_visual_tokens is not None:
-        raise UsageError("--compare and --num-visual-tokens exclude each other")
+        raise UsageError("--compare and --num-visual-tokens are mutually exclusive")
     if compare is not None and question is None:
         raise UsageError("--compare needs a question as an argument")
     num_bits = number_of_bits(load_in_4bit, load_in_8bit)

@@ -45,7 +45,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Questions per batch.")]
 def number_of_bits(load_in_4bit: bool, load_in_8bit: bool) -> int | None:
     """4, 8, or `None` if the weights are not quantized."""
     if load_in_4bit and load_in_8bit:
-        raise UsageError("--load-in-4bit and --load-in-8bit exclude each other")
+        raise UsageError("--load-in-4bit and --load-in-8bit are mutually exclusive")
     return 4 if load_in_4bit else 8 if load_in_8bit else None
 
 

@@ -111,7 +111,7 @@ def test_wrong_m(ask, files, m):
         (["--compare", "1,two"], "'two'"),
         (["--compare", ""], "integer; got ''"),
         (["--compare", "1,,4"], "integer; got ''"),
-        (["--compare", "1,4", "--num-visual-tokens", "4"], "exclude each other"),
+        (["--compare", "1,4", "--num-visual-tokens", "4"], "are mutually exclusive"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
         (["--device", "nonsense"], "nonsense"),
         (["--device", "meta"], "meta"),

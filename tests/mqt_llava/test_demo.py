@@ -220,7 +220,7 @@ def test_command_refuses_before_anything_is_loaded(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"cannot listen on 127.0.0.1:{port}" in refuse("--port", port)
-    assert "exclude each other" in refuse("--load-in-4bit", "--load-in-8bit")
+    assert "are mutually exclusive" in refuse("--load-in-4bit", "--load-in-8bit")
     assert "push it first" in refuse("--space", tmp_path / "space", "--model", TINY_CHECKPOINT)
     assert not (tmp_path / "space").exists()
     monkeypatch.setitem(sys.modules, "gradio", None)

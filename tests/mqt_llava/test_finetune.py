@@ -303,7 +303,7 @@ def test_output_folders_are_not_mixed(tmp_path):
         prepare_output_dir(folder, resume=True)
     with pytest.raises(ValueError, match="no checkpoint"):
         prepare_output_dir(tmp_path / "none", resume=True)
-    with pytest.raises(ValueError, match="exclude"):
+    with pytest.raises(ValueError, match="mutually exclusive"):
         prepare_output_dir(folder, resume=True, overwrite=True)
     with pytest.raises(ValueError, match="is a file"):
         prepare_output_dir(folder / "adapter_config.json")

@@ -54,7 +54,7 @@ def test_answers_are_those_of_the_model(num_bits):
 
 
 def test_what_cannot_be():
-    assert_refused(ask("--load-in-4bit", "--load-in-8bit"), "--load-in-4bit and --load-in-8bit exclude each other")
+    assert_refused(ask("--load-in-4bit", "--load-in-8bit"), "--load-in-4bit and --load-in-8bit are mutually exclusive")
     with pytest.raises(ValueError, match="`num_bits` must be 4 or 8; got 3"):
         quantization_config(3, "cpu")
 
