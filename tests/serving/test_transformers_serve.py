@@ -80,4 +80,6 @@ def test_load_in_8bit():
 def test_options_that_exclude_each_other():
     command = [sys.executable, "-m", "mqt_llava.cli", "serve", "--device", "cpu", "--load-in-8bit", "--load-in-4bit"]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and "Error: --load-in-4bit and --load-in-8bit are mutually exclusive" in result.stderr
+    assert (
+        result.returncode == 2 and "Error: --load-in-4bit and --load-in-8bit are mutually exclusive" in result.stderr
+    )
