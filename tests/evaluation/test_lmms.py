@@ -217,9 +217,9 @@ def test_auto(tmp_path):
     full = ask(base, questions)
     assert all(a.text == b.text for a, b, count in zip(answers, full, counts) if count == 64)
     assert lm.totals["visual_tokens"] == sum(counts)
-    with pytest.raises(ValueError, match="asks for samples"):
+    with pytest.raises(ValueError, match="asks for sampling"):
         ask(lm, questions[:1], {"temperature": 1.0})
-    with pytest.raises(ValueError, match="asks for beams"):
+    with pytest.raises(ValueError, match="asks for beam search"):
         ask(lm, questions[:1], {"num_beams": 2})
 
 
