@@ -475,7 +475,7 @@ def test_the_example_runs(data, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "--max_steps", "2"], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "trainable params: 327,680" in done.stdout and (tmp_path / "adapter/adapter_model.safetensors").exists()
+    assert "trainable params: 417,792" in done.stdout and (tmp_path / "adapter/adapter_model.safetensors").exists()
 
 
 @pytest.mark.slow
