@@ -28,7 +28,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import mqt_llava
-from benchmarks.measure import interleave, machine, seconds
+from benchmarks.measure import interleave, machine, peak_memory, seconds
 from examples import lora_new_skill
 from mqt_llava import MQTLlavaConfig, MQTLlavaForConditionalGeneration, VisualTokenSchedule
 from mqt_llava.calibration import Answers, calibrate, collect, doubling, propose
@@ -340,16 +340,17 @@ def full_size(rounds):
     }
     taken, _ = interleave(ways, rounds)
     lines = [
-        "One escalation at full size, seconds: the answer is doubted at its last token and then confirmed. A "
-        "language model of 0.4 B with random weights, M = 256.",
+        "One escalation at full size, time and peak memory beside the weights: the answer is doubted at its last token and then "
+        "confirmed. A language model of 0.4 B with random weights, M = 256.",
         "",
     ]
-    lines += ["| tokens of the answer | " + " | ".join(f"{name}, s" for name in schedules) + " | 8 -> 64 / 64 |"]
-    lines.append("| ---: |" + " ---: |" * 4)
+    columns = [*(f"{name}, s" for name in schedules), "8 -> 64 / 64", *(f"{name}, MB" for name in schedules)]
+    lines += ["| tokens of the answer | " + " | ".join(columns) + " |", "| ---: |" + " ---: |" * len(columns)]
     for number in (4, 20):
         cells = [f"{np.median(taken[name, number]):.2f}" for name in schedules]
-        ratio = np.median(taken["8 -> 64", number] / taken["64", number])
-        lines.append(f"| {number} | " + " | ".join(cells) + f" | {ratio:.2f} |")
+        cells.append(f"{np.median(taken['8 -> 64', number] / taken['64', number]):.2f}")
+        cells += [f"{peak_memory(partial(ask, m, number), model.device) / 1e6:.1f}" for m in schedules.values()]
+        lines.append(f"| {number} | " + " | ".join(cells) + " |")
     return lines
 
 
