@@ -46,13 +46,13 @@ def train(
         `ValueError`: for `num_visual_tokens`, files and folders that cannot be used, before any work; later for a sample that
             cannot be used.
     """
-    is_lora = isinstance(arguments, LoraArguments)
     if isinstance(arguments, LoraArguments):
         check_adapter(arguments, training)
+        is_lora, default = True, "even"
+    else:
+        is_lora, default = False, "even" if arguments.stage == 2 else "fixed"
     config = MQTLlavaConfig.from_pretrained(arguments.model)
-    distribution = arguments.num_visual_tokens or [
-        "even" if isinstance(arguments, LoraArguments) or arguments.stage == 2 else "fixed"
-    ]
+    distribution = arguments.num_visual_tokens or [default]
     sampler = VisualTokenSampler(parse_distribution(",".join(distribution)), config.num_query_tokens, training.seed)
     eval_num_visual_tokens = evaluation_num_visual_tokens(
         ",".join(arguments.eval_num_visual_tokens or []), config.num_query_tokens
