@@ -38,7 +38,6 @@ from recipes.tiny import evaluate, families, make_data, scenes
 
 
 CALIBRATION_SEED = 30_000_000
-SPLITS = 200
 
 
 class Asked:
@@ -73,10 +72,9 @@ def table_of(model, processor, samples, picture, sizes):
     return collect(answers, len(questions), sizes, picture, right)
 
 
-def questions(num_pictures, seed):
-    evaluate.EVALUATION_SEED, published = seed, evaluate.EVALUATION_SEED
-    samples = [sample for sample in evaluate.evaluation_set(num_pictures) if sample[1] != "pair"]
-    evaluate.EVALUATION_SEED = published
+def questions(num_pictures, first_seed):
+    """Those about one picture, and which picture that is."""
+    samples = [s for s in evaluate.evaluation_set(num_pictures, first_seed=first_seed) if s[1] != "pair"]
     pictures = {id(sample[0]): i for i, sample in enumerate(samples)}
     return samples, np.unique([pictures[id(sample[0])] for sample in samples], return_inverse=True)[1]
 
@@ -90,6 +88,14 @@ def bootstrap(answers, stop, draws=2000):
     return np.quantile(means, [0.025, 0.975])
 
 
+def prepare(processor, samples, **options):
+    """The prompts of questions about one picture."""
+    turns = [[{"role": "user", "content": f"<image>\n{question}"}] for _, _, question, _ in samples]
+    prompts = processor.apply_chat_template(turns, add_generation_prompt=True)
+    options |= {"padding": True, "padding_side": "left", "add_special_tokens": False, "return_tensors": "pt"}
+    return processor(images=[pictures[0] for pictures, *_ in samples], text=prompts, **options)
+
+
 @torch.no_grad()
 def ask_for_real(model, processor, samples, way, batch_size):
     """Answers by `generate`; seconds, and tokens and passes of the language model, for each question."""
@@ -99,10 +105,7 @@ def ask_for_real(model, processor, samples, way, batch_size):
         order = list(range(len(samples)))
     for first in range(0, len(order), batch_size):
         rows = order[first : first + batch_size]
-        turns = [[{"role": "user", "content": f"<image>\n{samples[i][2]}"}] for i in rows]
-        prompts = processor.apply_chat_template(turns, add_generation_prompt=True)
-        options = {"padding": True, "padding_side": "left", "add_special_tokens": False, "return_tensors": "pt"}
-        inputs = processor(images=[samples[i][0][0] for i in rows], text=prompts, **options)
+        inputs = prepare(processor, [samples[i] for i in rows])
         outputs = model.generate(**inputs, num_visual_tokens=way, max_new_tokens=40, do_sample=False)
         answers = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, text in zip(rows, answers):
@@ -119,6 +122,7 @@ def main():
     parser.add_argument("--pictures", type=int, default=600)
     parser.add_argument("--calibration_pictures", type=int, default=600)
     parser.add_argument("--tolerance", type=float, default=0.02, help="of the simulated calibrations, as a share of 1")
+    parser.add_argument("--splits", type=int, default=200, help="simulated calibrations")
     parser.add_argument("--timed", type=int, default=384, help="questions that times are taken of")
     parser.add_argument("--caption_adapter", help="tuned on `captions.json` of recipes/tiny: long answers")
     parser.add_argument("--new_skill_adapter", help="the elastic one of examples/lora_new_skill.py")
@@ -140,7 +144,7 @@ def main():
         long.append((captioner, "Describe the picture.", scenes.caption, f1_of_phrases))
     sections = [
         lambda: curve(model, processor, samples, answers, schedule, arguments.timed),
-        lambda: promise(calibrating, answers, arguments.tolerance),
+        lambda: promise(calibrating, answers, arguments.tolerance, arguments.splits),
         lambda: elsewhere(model, processor, samples[: len(samples) // 5], schedule),
         lambda: long_answers(long, processor, arguments.pictures, sizes),
         lambda: full_size(arguments.rounds),
@@ -185,10 +189,7 @@ def say(model, processor, samples, m, batch_size=96):
     said, counts = [], []
     for first in range(0, len(samples), batch_size):
         rows = samples[first : first + batch_size]
-        turns = [[{"role": "user", "content": f"<image>\n{question}"}] for _, _, question, _ in rows]
-        prompts = processor.apply_chat_template(turns, add_generation_prompt=True)
-        options = {"padding": True, "padding_side": "left", "add_special_tokens": False, "return_tensors": "pt"}
-        inputs = processor(images=[pictures[0] for pictures, *_ in rows], text=prompts, num_visual_tokens=m, **options)
+        inputs = prepare(processor, rows, num_visual_tokens=m)
         outputs = model.generate(
             **inputs, max_new_tokens=80, do_sample=False, return_dict_in_generate=True, output_logits=True
         )
@@ -390,7 +391,7 @@ def elsewhere(model, processor, samples, schedule):
     return lines
 
 
-def promise(calibrating, answers, tolerance):
+def promise(calibrating, answers, tolerance, num_splits):
     """How often a schedule, calibrated on pictures drawn from all that there are, loses more than it may on the others."""
     joined = {
         name: np.concatenate([getattr(calibrating, name), getattr(answers, name)], axis=-1)
@@ -400,18 +401,21 @@ def promise(calibrating, answers, tolerance):
     both = Answers(answers.num_visual_tokens, picture=picture, **joined)
     pictures, rng = np.unique(picture), np.random.default_rng(0)
     found = []
-    for split in range(SPLITS):
+    for split in range(num_splits):
         chosen = np.isin(picture, rng.permutation(pictures)[: len(pictures) // 2])
         schedule = calibrate(both.select(chosen), tolerance, 0.95, seed=split)
         if len(schedule.num_visual_tokens) > 1 or schedule.num_visual_tokens[0] < both.num_visual_tokens[-1]:
             others = both.select(~chosen)
             stop = others.stops(schedule)
             found.append((others.loss(stop), others.visual_tokens(stop).mean()))
+    said = f"Calibrated with a tolerance of {100 * tolerance:g} points: of {num_splits} random halves of {len(pictures)} pictures, "
+    if not found:
+        return [said + "none gave a schedule."]
     lost, tokens = np.array(found).T
     return [
-        f"Calibrated with a tolerance of {100 * tolerance:g} points: of {SPLITS} random halves of {len(pictures)} pictures, {len(found)} gave a schedule ({tokens.mean():.1f} visual "
-        f"tokens on average); {int((lost > tolerance).sum())} of them lost more than {100 * tolerance:g} points on the other half "
-        f"(mean {100 * lost.mean():+.2f}, largest {100 * lost.max():+.2f}). Allowed are one in twenty."
+        f"{said}{len(found)} gave a schedule ({tokens.mean():.1f} visual tokens on average); {int((lost > tolerance).sum())} of them lost "
+        f"more than {100 * tolerance:g} points on the other half (mean {100 * lost.mean():+.2f}, largest {100 * lost.max():+.2f}). Allowed are "
+        "one in twenty."
     ]
 
 

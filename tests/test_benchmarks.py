@@ -125,3 +125,16 @@ def test_quantization_of_each_part(tmp_path):
     result = run_benchmark("quantization", "--pictures", "3", "--num_bits", "4", "--output_dir", tmp_path)
     table = (tmp_path / "quantization.md").read_text()
     assert table in result.stdout and table.count("| 4 | ") == 4 and table.count("| 16 | nothing") == 1
+
+
+@pytest.mark.slow
+def test_auto_beside_every_fixed_number(tmp_path):
+    options = "--pictures 12 --calibration_pictures 60 --tolerance 0.2 --splits 10 --timed 16 --rounds 1 --output_dir".split()
+    result = run_benchmark("adaptive", *options, tmp_path)
+    text = (tmp_path / "adaptive.md").read_text()
+    assert text in result.stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    tokens = {row[0]: float(row[4]) for row in rows if row[0] in ("1", "64", "auto")}
+    assert tokens["1"] < tokens["auto"] < tokens["64"]
+    assert sum(row[0] == "List everything." for row in rows) == 9
+    assert re.search(r"^Calibrated .* of 10 random halves of 72 pictures, \d+ gave", text, re.MULTILINE)

@@ -32,11 +32,11 @@ SINGULARS = {scenes.PLURALS.get(kind, f"{kind}s"): kind for kind in scenes.KINDS
 }
 
 
-def evaluation_set(num_pictures, image_size=make_data.IMAGE_SIZE):
+def evaluation_set(num_pictures, image_size=make_data.IMAGE_SIZE, first_seed=EVALUATION_SEED):
     """`[(pictures, type, question, answer), ...]`: one question of each type that a scene admits, and for each fifth scene
     one about two pictures. Pictures are drawn at their own size, and padded and resized once for all questions."""
     samples = []
-    for seed in range(EVALUATION_SEED, EVALUATION_SEED + num_pictures):
+    for seed in range(first_seed, first_seed + num_pictures):
         scene = scenes.make_scene(seed)
         pictures = [make_data.prepare(scenes.draw(scene), image_size)]
         asked = set()
