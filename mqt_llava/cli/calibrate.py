@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -175,7 +176,9 @@ def calibrate(
 
 def number_pictures(questions) -> list[int]:
     """An integer for each question, the same for questions that share an image, directly or through others."""
-    group: dict[int | str, int | str] = {}
+    from ..evaluation.questions import name_image
+
+    group: dict[Hashable, Hashable] = {}
 
     def find(name):
         while group[name] != name:
@@ -189,11 +192,6 @@ def number_pictures(questions) -> list[int]:
             group[find(name)] = find(of_question[0])
     index = {root: i for i, root in enumerate(dict.fromkeys(find(of_question[0]) for of_question in names))}
     return [index[find(of_question[0])] for of_question in names]
-
-
-def name_image(image):
-    """What identifies a picture."""
-    return os.path.realpath(image) if isinstance(image, (str, Path)) else hash(image.tobytes())
 
 
 def write_settings(settings, folder: Path):

@@ -1,7 +1,11 @@
 """`mqt-llava evaluate DATA`: accuracy on your own questions at several numbers of visual tokens."""
 
+import hashlib
 import json
+import shutil
+import sys
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,8 +13,11 @@ import typer
 
 from . import options
 from .errors import UsageError, requiring
-from .models import load_config, load_costs, name_checkpoint, place_and_load, silence_libraries
-from .options import Dtype, check_num_visual_tokens, parse_num_visual_tokens
+from .models import find_file, load_config, load_costs, loading, name_checkpoint, place_and_load, silence_libraries
+from .options import Dtype, check_num_visual_tokens, number_of_bits, parse_num_visual_tokens
+
+
+OUTPUTS = ("results.md", "results.png", "accuracy.json", ".eval_results")
 
 
 def evaluate(
@@ -26,6 +33,13 @@ def evaluate(
     num_visual_tokens: Annotated[
         str | None,
         typer.Option(metavar="M,M,...", help="Numbers of visual tokens to evaluate. Default: 1, 4, 16, ..., M."),
+    ] = None,
+    prompt_suffix: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Line to add to each question. LLaVA 1.5 was trained with 'Answer the question using a single word or phrase.'",
+        ),
     ] = None,
     metric: Annotated[
         str,
@@ -48,6 +62,8 @@ def evaluate(
     batch_size: options.BatchSize = 16,
     device: options.Device = "auto",
     dtype: options.WeightsDtype = Dtype.auto,
+    load_in_4bit: options.LoadIn4bit = False,
+    load_in_8bit: options.LoadIn8bit = False,
     dataset_id: Annotated[
         str | None,
         typer.Option(
@@ -68,8 +84,10 @@ def evaluate(
     mqt-llava evaluate questions.json --image-folder images --output-dir results
     mqt-llava evaluate MMBench_DEV_EN.tsv --metric multiple_choice --num-visual-tokens 1,4,16,64,256 --output-dir results
     """
+    num_bits = number_of_bits(load_in_4bit, load_in_8bit)
     checkpoint = name_checkpoint(model, adapter)
     with requiring("evaluate"):
+        from accelerate.utils.memory import should_reduce_batch_size
         from tqdm import tqdm
 
         from ..evaluation import report
@@ -85,7 +103,7 @@ def evaluate(
         sizes = sorted({check_num_visual_tokens(m, num_query_tokens) for m in parsed})
     try:
         score = load_metric(metric)
-        questions = read_questions(data, image_folder)
+        questions = read_questions(data, image_folder, prompt_suffix)
         without = [question.id for question in questions if not question.references]
         if without:
             raise ValueError(
@@ -93,11 +111,21 @@ def evaluate(
             )
     except ValueError as error:
         raise UsageError(str(error).rstrip(".")) from None
+    references = questions[0].references
+    try:
+        score(references[0], references)
+    except Exception as error:  # anything may happen in a function of the user's
+        raise UsageError(f"the metric {metric} fails on {questions[0].id}: {describe(error)}") from None
     setting = {
-        "data": [str(file) for file in data],
-        "num_questions": len(questions),
+        "data": [f"{file.name}, sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in data],
+        "image_folder": image_folder and str(image_folder),
+        "prompt_suffix": prompt_suffix,
         "model": checkpoint,
+        "weights": version_of(checkpoint, "config.json"),
         "adapter": adapter,
+        "adapter_weights": adapter and version_of(adapter, "adapter_config.json"),
+        "dtype": dtype.value,
+        "num_bits": num_bits,
         "metric": metric,
         "num_visual_tokens": sizes,
         "max_new_tokens": max_new_tokens,
@@ -108,6 +136,8 @@ def evaluate(
     done = [row for row in done if number_of[row["id"]] == len(sizes)]
     complete = {row["id"] for row in done}
     left = [question for question in questions if question.id not in complete]
+    if complete:
+        print(f"answered before: {len(complete)} of {len(questions)} questions", file=sys.stderr)
     costs = load_costs(config)
     if left:
         request: dict[str, Any] = {
@@ -115,38 +145,31 @@ def evaluate(
             "num_text_tokens": 256,
         }
         request |= {"num_new_tokens": max_new_tokens, "batch_size": batch_size}
-        processor, model = place_and_load(checkpoint, config, costs, device, dtype, adapter, **request)
+        processor, model = place_and_load(checkpoint, config, costs, device, dtype, adapter, num_bits, **request)
         right, number = sum(row["score"] for row in done), len(done)
         report.write_results(done, output_dir / "results.jsonl")
-        with (
-            (output_dir / "results.jsonl").open("a", encoding="utf-8") as file,
-            tqdm(total=len(questions) * len(sizes), initial=len(done), unit="answer") as progress,
-        ):
-            for answer in answer_questions(model, processor, left, sizes, max_new_tokens, batch_size):
-                question = left[answer.index]
-                row = {
-                    "id": question.id,
-                    "num_visual_tokens": answer.num_visual_tokens,
-                    "question": question.messages[-1]["content"],
-                    "answer": answer.text,
-                    "references": question.references,
-                    "score": 0.0 if answer.error else float(score(answer.text, question.references)),
-                    "confidence": answer.confidence,
-                    "category": question.category,
-                    "num_images": len(question.images),
-                    "num_text_tokens": answer.num_text_tokens,
-                    "num_new_tokens": answer.num_new_tokens,
-                    "seconds": answer.seconds,
-                    **({"error": answer.error} if answer.error else {}),
-                }
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                done.append(row)
-                right, number = right + row["score"], number + 1
-                progress.set_postfix_str(f"{100 * right / number:.1f} % right", refresh=False)
-                progress.update()
+        try:
+            with (
+                (output_dir / "results.jsonl").open("a", encoding="utf-8") as file,
+                tqdm(total=len(questions) * len(sizes), initial=len(done), unit="answer") as progress,
+            ):
+                for answer in answer_questions(model, processor, left, sizes, max_new_tokens, batch_size):
+                    row = to_row(left[answer.index], answer, score)
+                    file.write(json.dumps(row) + "\n")
+                    file.flush()
+                    done.append(row)
+                    right, number = right + row["score"], number + 1
+                    progress.set_postfix_str(f"{100 * right / number:.1f} % right", refresh=False)
+                    progress.update()
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            raise UsageError(
+                f"out of memory with --batch-size {batch_size}: {len(done)} answers are written, and the same command with a smaller one "
+                "goes on from there"
+            ) from None
     rows = report.summarize(done, costs)
-    failed = {row["id"] for row in done if row.get("error")}
+    failed = {row["id"]: row["error"] for row in done if row.get("error")}
     said = report.sentence(rows, tolerance)
     (output_dir / "results.md").write_text(f"{said}\n\n{report.markdown(rows)}", encoding="utf-8")
     (output_dir / "accuracy.json").write_text(json.dumps(report.accuracy_json(rows), indent=1) + "\n")
@@ -156,7 +179,52 @@ def evaluate(
     print(report.markdown(rows))
     print(said)
     if failed:
-        print(f"{len(failed)} questions failed and count as wrong: see `error` in results.jsonl")
+        name, reason = next(iter(failed.items()))
+        print(
+            f"{len(failed)} questions failed and count as wrong, {name} among them: {reason} (`error` in results.jsonl)"
+        )
+
+
+def to_row(question, answer, score) -> dict:
+    """A line of results.jsonl. If the metric fails, the answer counts as wrong."""
+    value, error = 0.0, answer.error
+    if error is None:
+        try:
+            value = score(answer.text, question.references)
+        except Exception as raised:  # anything may happen in a function of the user's
+            error = f"the metric fails: {describe(raised)}"
+    return {
+        "id": question.id,
+        "num_visual_tokens": answer.num_visual_tokens,
+        "question": question.messages[-1]["content"],
+        "answer": answer.text,
+        "references": question.references,
+        "score": value,
+        "confidence": answer.confidence,
+        "category": question.category,
+        "num_images": len(question.images),
+        "num_text_tokens": answer.num_text_tokens,
+        "num_new_tokens": answer.num_new_tokens,
+        "seconds": answer.seconds,
+        **({"error": error} if error else {}),
+    }
+
+
+def describe(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
+def version_of(source: str, name: str) -> str:
+    """What tells the weights of a checkpoint or an adapter from others under the same name: the commit of a repository, or the sizes
+    and times of a folder's weights."""
+    with loading(source):
+        folder = find_file(source, name).parent
+    if not Path(source).is_dir():
+        return folder.name
+    weights = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
+    return ", ".join(
+        f"{name} ({stat.st_size} bytes, {datetime.fromtimestamp(stat.st_mtime)})" for name, stat in weights
+    )
 
 
 def resume(output_dir: Path, setting: dict, overwrite: bool) -> list[dict]:
@@ -170,13 +238,17 @@ def resume(output_dir: Path, setting: dict, overwrite: bool) -> list[dict]:
         if other:
             name = other[0]
             raise UsageError(
-                f"{output_dir} has results of another {name}: {before.get(name)!r}, not {setting[name]!r}. Use another --output-dir, or "
+                f"{output_dir} has results with another {name}: {before.get(name)}, not {setting[name]}. Use another --output-dir, or "
                 "--overwrite"
             )
         return read_results(output_dir / "results.jsonl")
     if not path.exists() and output_dir.exists() and any(output_dir.iterdir()):
         raise UsageError(f"{output_dir} is not empty and holds no results")
     output_dir.mkdir(parents=True, exist_ok=True)
+    for name in OUTPUTS:  # they are written at the end, so those of earlier results would stand beside the new ones
+        shutil.rmtree(output_dir / name) if (output_dir / name).is_dir() else (output_dir / name).unlink(
+            missing_ok=True
+        )
     (output_dir / "results.jsonl").write_text("")
     path.write_text(json.dumps(setting, indent=1) + "\n", encoding="utf-8")
     return []

@@ -1,13 +1,17 @@
 """Answer questions about images with several numbers of visual tokens. Each image is encoded once."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..modeling.adaptive_mqt_llava import VisualTokenSchedule
-from .questions import Question
+from .questions import Question, name_image
+
+
+NUM_BATCHES = 4  # among which questions are sorted by length; the visual tokens of their images are kept meanwhile
 
 
 @dataclass
@@ -22,7 +26,7 @@ class Answer:
         confidence (`float`): the confidence in the answer, from 0 to 1; see [`VisualTokenSchedule`].
         num_text_tokens (`int`): number of text tokens of the prompt.
         num_new_tokens (`int`): number of tokens of the answer.
-        seconds (`float`): the question's share of the time that its batch took, without encoding images.
+        seconds (`float`): the question's share of the time that its batch took with this m, from opening the images on.
         error (`str`, *optional*): why there is no answer.
     """
 
@@ -47,7 +51,8 @@ def answer_questions(
 ) -> Iterator[Answer]:
     """
     Answer every question with every number of visual tokens, by greedy decoding. Prompts of similar length share a batch, and
-    answers are yielded batch by batch.
+    answers are yielded batch by batch. Questions about the same image follow each other, and the image is encoded once for all of
+    them, with the largest m.
 
     Args:
         model (`MQTLlavaForConditionalGeneration`): the model.
@@ -63,31 +68,46 @@ def answer_questions(
         with a damaged image, it has an `error`.
     """
     prompts = [processor.apply_chat_template(question.messages, add_generation_prompt=True) for question in questions]
-    order = sorted(range(len(prompts)), key=lambda i: (len(questions[i].images), len(prompts[i])))
+    names = [[name_image(image) for image in question.images] for question in questions]
+    first_row: dict[Hashable, int] = {}
+    for row, of_question in enumerate(names):
+        for name in of_question:
+            first_row.setdefault(name, row)
+    by_image = sorted(range(len(questions)), key=lambda row: [first_row[name] for name in names[row]])
+    encoded: dict[Hashable, torch.Tensor] = {}
 
     def answer(rows: list[int]) -> list[Answer]:
-        asked = [(row, questions[row], prompts[row]) for row in rows]
+        asked = [(row, questions[row], prompts[row], names[row]) for row in rows]
         try:
-            return _answer_batch(model, processor, asked, num_visual_tokens, max_new_tokens, window)
+            return _answer_batch(model, processor, asked, encoded, num_visual_tokens, max_new_tokens, window)
         except ValueError as error:  # due to one question: a damaged image, a prompt that is too long
             if len(rows) == 1:
                 sizes = [m if isinstance(m, int) else m.num_visual_tokens[-1] for m in num_visual_tokens]
                 return [Answer(rows[0], m, error=str(error)) for m in sizes]
             return [one for row in rows for one in answer([row])]
 
-    for start in range(0, len(order), batch_size):
-        yield from answer(order[start : start + batch_size])
+    for start in range(0, len(by_image), NUM_BATCHES * batch_size):
+        rows = by_image[start : start + NUM_BATCHES * batch_size]
+        needed = {name for row in rows for name in names[row]}
+        for name in encoded.keys() - needed:
+            del encoded[name]
+        rows.sort(key=lambda row: (len(names[row]), len(prompts[row])))
+        for first in range(0, len(rows), batch_size):
+            yield from answer(rows[first : first + batch_size])
 
 
 @torch.no_grad()
-def _answer_batch(model, processor, asked, num_visual_tokens, max_new_tokens, window) -> list[Answer]:
-    """All answers to a batch of `(index, question, prompt)`."""
+def _answer_batch(model, processor, asked, encoded, num_visual_tokens, max_new_tokens, window) -> list[Answer]:
+    """All answers to a batch of `(index, question, prompt, names of the images)`. `encoded` has the visual tokens of images by name;
+    those of new ones are added."""
     schedules = [VisualTokenSchedule([m], [], window) if isinstance(m, int) else m for m in num_visual_tokens]
     max_num_visual_tokens = max(schedule.num_visual_tokens[-1] for schedule in schedules)
-    images = [image for _, question, _ in asked for image in question.open_images()]
+    begin = time.perf_counter()
+    images = [image for _, question, *_ in asked for image in question.open_images()]
+    names = [name for *_, of_question in asked for name in of_question]
     inputs = processor(
         images=images or None,
-        text=[prompt for *_, prompt in asked],
+        text=[prompt for _, _, prompt, _ in asked],
         num_visual_tokens=max_num_visual_tokens,
         padding=True,
         padding_side="left",
@@ -98,8 +118,18 @@ def _answer_batch(model, processor, asked, num_visual_tokens, max_new_tokens, wi
     if limit is not None and length >= limit:
         raise ValueError(f"The prompt has {length} tokens, but the model supports at most {limit}.")
     if images:
-        features = model.get_image_features(inputs.pop("pixel_values"), max_num_visual_tokens, return_dict=True)
+        pixel_values = inputs.pop("pixel_values")
+        new = {name: i for i, name in enumerate(names) if name not in encoded}
+        if new:
+            outputs = model.get_image_features(
+                pixel_values[list(new.values())], max_num_visual_tokens, return_dict=True
+            )
+            encoded.update(zip(new, outputs.pooler_output))
+        features = BaseModelOutputWithPooling(pooler_output=[encoded[name] for name in names])
         inputs["mm_encoder_outputs"] = {"image": features}
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize()  # else the first m would wait for the images
+    encoding = time.perf_counter() - begin
     is_text = inputs["attention_mask"].bool() & (inputs["input_ids"] != model.config.image_token_id)
     num_text_tokens, answers = is_text.sum(-1).tolist(), []
     ends = torch.tensor(
@@ -116,7 +146,7 @@ def _answer_batch(model, processor, asked, num_visual_tokens, max_new_tokens, wi
             return_dict_in_generate=True,
         )
         sequences, confidence = outputs.sequences[:, length:].cpu(), outputs.confidences.tolist()
-        seconds = (time.perf_counter() - start) / len(asked)
+        seconds = (encoding + time.perf_counter() - start) / len(asked)
         texts = processor.batch_decode(sequences, skip_special_tokens=True)
         after_end = torch.isin(sequences, ends).cumsum(-1) - torch.isin(sequences, ends).long()
         num_new_tokens = (after_end == 0).sum(-1).tolist()

@@ -1,5 +1,6 @@
 """Metrics that score an answer against references, from 0 to 1."""
 
+import contextlib
 import importlib
 import re
 from collections.abc import Callable
@@ -9,6 +10,10 @@ Metric = Callable[[str, list[str]], float]
 NUMBERS = {
     word: str(value) for value, word in enumerate("zero one two three four five six seven eight nine ten".split())
 } | {"none": "0"}
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # that VQA v2 removes
+SAID_BEFORE = (
+    r"(?:(?:so |therefore,? )?(?:the )?(?:correct |right |best )?(?:answer|option|choice)(?: is| would be)?\s*:?\s*)?"
+)
 
 
 def normalize(text: str) -> str:
@@ -28,8 +33,9 @@ def contains(answer: str, references: list[str]) -> float:
 
 def vqa_accuracy(answer: str, references: list[str]) -> float:
     """VQA v2's accuracy, min(number of annotators with this answer / 3, 1), averaged over leaving each annotator out
-    (https://visualqa.org/evaluation.html). Articles and punctuation are ignored, number words become digits. With fewer than four
-    references, an answer that equals any of them scores 1."""
+    (https://visualqa.org/evaluation.html), whose rules for punctuation, articles and number words are followed. Apostrophes are
+    removed, where VQA v2 adds those that contractions lack. With fewer than four references, an answer that equals any of them scores
+    1."""
     answer, references = _normalize_vqa(answer), [_normalize_vqa(reference) for reference in references]
     same = references.count(answer)
     if len(references) < 4:
@@ -38,10 +44,13 @@ def vqa_accuracy(answer: str, references: list[str]) -> float:
 
 
 def _normalize_vqa(text: str) -> str:
-    text = re.sub(r"(?<=\d),(?=\d)", "", text.casefold())
-    text = re.sub("['\u2019`]", "", text)
-    text = re.sub(r"(?!(?<=\d)\.(?=\d))[^\w\s]", " ", text)
-    words = [NUMBERS.get(word, word) for word in text.split()]
+    before = text = re.sub(r"[\n\t]", " ", text).strip()
+    has_thousands = re.search(r"\d,+\d", before) is not None
+    for mark in PUNCTUATION:
+        is_removed = has_thousands or f"{mark} " in before or f" {mark}" in before
+        text = text.replace(mark, "" if is_removed else " ")
+    text = re.sub(r"\.(?!\d)|['\u2019]", "", text)
+    words = [NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
@@ -56,13 +65,16 @@ def anls(answer: str, references: list[str]) -> float:
 
 
 def multiple_choice(answer: str, references: list[str]) -> float:
-    """Whether the answer begins with the right letter or is the text of that option. The references are the letter and the text."""
+    """Whether the answer is the right letter, as in "B", "(B) a dog" or "The correct answer is B.", or the text of that option. The
+    references are the letter and the text."""
     letter, *texts = references
-    chosen = re.match(
-        r"\s*(?:the )?(?:answer|option)?(?: is)?\s*:?\s*\(?([A-Za-z])(?:[.:),]|\s*$)", answer, re.IGNORECASE
-    )
+    answer = re.sub(r"[*#`]", "", answer)  # Markdown
     if normalize(answer) in map(normalize, texts):
         return 1.0
+    chosen = re.match(rf"\s*{SAID_BEFORE}\(?([A-Za-z])(?:[.:),]|\s*$)", answer, re.IGNORECASE)
+    with_text = re.match(r"\s*([A-Z])\s+(.*)", answer, re.DOTALL)
+    if chosen is None and with_text and normalize(with_text[2]) in map(normalize, texts):
+        chosen = with_text
     return float(chosen is not None and chosen[1].upper() == letter.strip("() .").upper())
 
 
@@ -80,7 +92,8 @@ def load_metric(name: str) -> Metric:
             `module:function`.
 
     Returns:
-        `Callable[[str, list[str]], float]`: scores an answer against its references, from 0 to 1.
+        `Callable[[str, list[str]], float]`: scores an answer against its references, from 0 to 1. Your own raises a `ValueError`
+            where it gives anything else.
 
     Raises:
         `ValueError`: for an unknown name, and for a function that cannot be imported.
@@ -98,4 +111,12 @@ def load_metric(name: str) -> Metric:
         raise ValueError(f"The metric {name!r} cannot be loaded: {error}.") from None
     if not callable(metric):
         raise ValueError(f"The metric {name!r} is not a function.")
-    return metric
+
+    def checked(answer: str, references: list[str]) -> float:
+        score = metric(answer, references)
+        with contextlib.suppress(TypeError, ValueError):
+            if 0 <= float(score) <= 1:
+                return float(score)
+        raise ValueError(f"{name} must give a number from 0 to 1; it gave {score!r} for {answer!r}")
+
+    return checked

@@ -1,21 +1,28 @@
 """Read questions about images, with their reference answers, from common formats."""
 
+import ast
 import base64
+import contextlib
 import csv
 import io
 import os
 import re
 import sys
+from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
-from ..training.data import SampleError, load_conversations, open_image
+from ..training.data import SampleError, canonical_sample, load_conversations, open_image
 
 
 OPTIONS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-CHOOSE = "Answer with the option's letter from the given choices directly."  # the prompt of LLaVA 1.5
+# VLMEvalKit's prompts for LLaVA 1.5
+CHOOSE = "Answer with the option's letter from the given choices directly."
+CHOOSE_IN_CHINESE = "请直接回答选项字母。"
+LONGEST_INDEX = 64  # a shorter `image` is the index of the row that has it, as in VLMEvalKit
 
 
 @dataclass
@@ -45,23 +52,35 @@ class Question:
         return [open_image(image) for image in self.images]
 
 
-def read_questions(data_files, image_folder=None) -> list[Question]:
+def name_image(image) -> Hashable:
+    """What identifies an image among those of many questions: its file, its content, or itself."""
+    if isinstance(image, (str, os.PathLike)):
+        return os.path.realpath(image)
+    return image if isinstance(image, bytes) else id(image)
+
+
+def read_questions(data_files, image_folder=None, prompt_suffix: str | None = None) -> list[Question]:
     """
     Read questions from LLaVA's JSON and chat messages, as for [`~mqt_llava.training.data.load_conversations`], or from VLMEvalKit's
-    TSV (columns `index`, `image` in base64 or `image_path`, `question`, `answer`, options `A`, `B`, ..., `hint`, `category`). In a
-    conversation, the assistant's last turn is the reference; a row may have more in `references`, a list of strings, and a
+    TSV. In a conversation, the assistant's last turn is the reference; a row may have more in `references`, a list of strings, and a
     `category`.
+
+    A TSV has the columns `index`, `image` (base64, or the index of the row that has the same) or `image_path`, `question`, `answer`,
+    and, if there are any, options `A`, `B`, ..., `hint` and `category`. Cells with several images or answers are lists, as Python
+    writes them. The prompt is that of VLMEvalKit for LLaVA 1.5 where there are options, else the bare question.
 
     Args:
         data_files (`str`, `Path` or `list[str]`): one or more files in `.json`, `.jsonl` or `.tsv` format.
         image_folder (`str` or `Path`, *optional*): folder that relative image paths start from. Defaults to that of the data file.
+        prompt_suffix (`str`, *optional*): a line to add to each question, such as LLaVA 1.5's "Answer the question using a single word
+            or phrase."
 
     Returns:
         `list[Question]`: the questions. Image files are not opened.
 
     Raises:
-        `ValueError`: for files that are missing or have no questions, for rows that are not a valid question, and for missing image
-            files.
+        `ValueError`: for files that are missing or have no questions, for rows that are not a valid question or have the name of
+            another, and for missing image files.
     """
     files = [Path(file) for file in ([data_files] if isinstance(data_files, (str, os.PathLike)) else data_files)]
     questions = []
@@ -72,6 +91,11 @@ def read_questions(data_files, image_folder=None) -> list[Question]:
         questions += read(file, image_folder)
     if not questions:
         raise ValueError(f"There are no questions in {', '.join(map(str, files))}.")
+    names = Counter(question.id for question in questions)
+    if len(names) < len(questions):
+        raise ValueError(f"There are {names.most_common(1)[0][1]} questions named {names.most_common(1)[0][0]}.")
+    for question in questions if prompt_suffix else []:
+        question.messages[-1]["content"] += f"\n{prompt_suffix}"
     return questions
 
 
@@ -94,53 +118,76 @@ def _read_conversations(file: Path, image_folder) -> list[Question]:
 def _read_tsv(file: Path, image_folder) -> list[Question]:
     csv.field_size_limit(sys.maxsize)  # rows contain images
     folder, questions, broken = Path(image_folder or file.parent), [], []
-    images: dict[str | None, str] = {}
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        rows = csv.DictReader(lines, delimiter="\t")
-        columns = rows.fieldnames or []
+        reader = csv.DictReader(lines, delimiter="\t", restval="")
+        columns = reader.fieldnames or []
         if "question" not in columns or not {"image", "image_path"} & set(columns):
             raise ValueError(
                 f"{file} must have columns `question` and `image` or `image_path`; it has {', '.join(columns)}."
             )
-        for number, row in enumerate(rows):
-            name = f"{file.name}[{row.get('index') or number}]"
+        rows = [{name: "" if text == "nan" else text for name, text in row.items()} for row in reader]
+    image_of = {row.get("index"): row.get("image", "") for row in rows}
+    decoded: dict[str, bytes] = {}  # rows with the same image share it
+
+    def decode(content: str) -> bytes:
+        if content not in decoded:
             try:
-                content = row.get("image") or ""
-                if re.fullmatch(r"\d+", content):  # the index of the row that has the image
-                    content = images.get(content, "")
-                images[row.get("index")] = content
-                path = folder / row.get("image_path", "")
-                if not content and not path.is_file():
-                    raise SampleError(f"there is no image file {path}")
-                picture = _from_base64(content) if content else path
-                category = row.get("category") or None
-                questions.append(Question(name, _ask(row), [picture], _answers(row), category))
-            except SampleError as error:
-                broken.append(f"{name}: {error}")
+                decoded[content] = base64.b64decode("".join(content.rpartition(",")[2].split()), validate=True)
+                Image.open(io.BytesIO(decoded[content]))
+            except Exception as error:  # decoders raise all kinds of exceptions
+                raise SampleError(f"its image cannot be read ({error})") from None
+        return decoded[content]
+
+    for number, row in enumerate(rows):
+        name = f"{file.name}[{row.get('index') or number}]"
+        try:
+            content, passed = row.get("image", ""), set()
+            while content and len(content) <= LONGEST_INDEX:
+                if content in passed or content not in image_of:
+                    raise SampleError(f"its image is that of row {content}, which has none")
+                passed.add(content)
+                content = image_of[content]
+            images: list = [decode(one) for one in _listed(content)]
+            if not images:
+                images = [folder / path for path in _listed(row.get("image_path", ""))]
+                missing = [path for path in images if not path.is_file()]
+                if missing:
+                    raise SampleError(f"there is no image file {missing[0]}")
+            if not images:
+                raise SampleError("it has no image")
+            if not row["question"]:
+                raise SampleError("it has no question")
+            sample = canonical_sample({"messages": [{"role": "user", "content": _ask(row)}], "images": images}, False)
+            messages = [{"role": turn["role"], "content": turn["content"]} for turn in sample["messages"]]
+            questions.append(Question(name, messages, images, _answers(row), row.get("category") or None))
+        except SampleError as error:
+            broken.append(f"{name}: {error}")
     _refuse(broken)
     return questions
 
 
-def _from_base64(content: str) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(base64.b64decode(content, validate=False)))
-    except Exception as error:
-        raise SampleError(f"its image cannot be read ({error})") from None
+def _listed(cell: str) -> list[str]:
+    """A cell with one text, or with several as a Python list."""
+    if cell.startswith("["):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return [str(one) for one in ast.literal_eval(cell)]
+    return [cell] if cell else []
 
 
-def _ask(row: dict) -> list[dict]:
+def _ask(row: dict) -> str:
     options = {letter: row[letter] for letter in OPTIONS if row.get(letter)}
     lines = [row["question"]]
     if row.get("hint"):
         lines.insert(0, row["hint"])
     lines += [f"{letter}. {text}" for letter, text in options.items()]
-    lines += [CHOOSE] if options else []
-    return [{"role": "user", "content": "<image>\n" + "\n".join(lines)}]
+    if options:
+        lines.append(CHOOSE_IN_CHINESE if re.search(r"[\u4e00-\u9fff]", "\n".join(lines)) else CHOOSE)
+    return "\n".join(lines)
 
 
 def _answers(row: dict) -> list[str]:
-    answer = row.get("answer") or ""
-    return [text for text in (answer, row.get(answer) if answer in OPTIONS else None) if text]
+    answers = _listed(row.get("answer") or row.get("answers") or "")
+    return [*answers, *(row[answer] for answer in answers if answer in OPTIONS and row.get(answer))]
 
 
 def _refuse(broken: list[str]):

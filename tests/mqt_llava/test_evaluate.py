@@ -4,10 +4,13 @@ import base64
 import csv
 import io
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from mqt_llava import TINY_CHECKPOINT
+from mqt_llava import TINY_CHECKPOINT, MQTLlavaForConditionalGeneration
 from mqt_llava.cli import app
 from mqt_llava.evaluation import METRICS, Question, answer_questions, load_metric, read_questions
 from mqt_llava.evaluation.metrics import anls, contains, exact_match, multiple_choice, vqa_accuracy
@@ -42,6 +45,10 @@ pytestmark = pytest.mark.usefixtures("restore_global_settings")
         (vqa_accuracy, "yes", ["yes"] + ["no"] * 9, 0.3),
         (vqa_accuracy, "The two dogs", ["2 dogs"] * 10, 1),
         (vqa_accuracy, "It's 1,000", ["its 1000"] * 10, 1),
+        (vqa_accuracy, "10 a.m.", ["10 am"] * 10, 1),
+        (vqa_accuracy, "10:30", ["10 30"] * 10, 0),
+        (vqa_accuracy, "$5", ["5"] * 10, 0),
+        (vqa_accuracy, "blue-green", ["blue green"] * 10, 1),
         (vqa_accuracy, "a", ["b"], 0),
         (vqa_accuracy, "b", ["b"], 1),
         (anls, "Paris", ["paris"], 1),
@@ -50,6 +57,8 @@ pytestmark = pytest.mark.usefixtures("restore_global_settings")
         (multiple_choice, "B", ["B", "a dog"], 1),
         (multiple_choice, "(B) a dog", ["B", "a dog"], 1),
         (multiple_choice, "The answer is B.", ["B", "a dog"], 1),
+        (multiple_choice, "The correct answer is **B**", ["B", "a dog"], 1),
+        (multiple_choice, "B a dog", ["B", "a dog"], 1),
         (multiple_choice, "A dog.", ["B", "a dog"], 1),
         (multiple_choice, "A cat", ["A", "a dog"], 0),
         (multiple_choice, "C", ["B", "a dog"], 0),
@@ -67,11 +76,21 @@ def test_every_metric_gives_a_share(answer, references):
 
 
 def length(answer, references):
-    return len(answer) / 1000
+    return len(answer) / 10
+
+
+def fails_on_green(answer, references):
+    return 1.0 if answer != "Green." else answer.no_such_method()
+
+
+def nothing(answer, references):
+    return None
 
 
 def test_metrics_of_ones_own():
-    assert load_metric("tests.mqt_llava.test_evaluate:length")("ab", []) == 0.002
+    assert load_metric("tests.mqt_llava.test_evaluate:length")("ab", []) == 0.2
+    with pytest.raises(ValueError, match=r"length must give a number from 0 to 1; it gave 1\.1"):
+        load_metric("tests.mqt_llava.test_evaluate:length")("a" * 11, [])
     with pytest.raises(ValueError, match="exact_match, contains, vqa_accuracy, anls, multiple_choice"):
         load_metric("accuracy")
     with pytest.raises(ValueError, match="no_such_module"):
@@ -96,29 +115,71 @@ def as_base64(image):
     return base64.b64encode(file.getvalue()).decode()
 
 
+CHOOSE = "Answer with the option's letter from the given choices directly."
+
+
 def test_tsv_of_vlmevalkit(tmp_path):
     images = make_images(2)
     images[1].save(tmp_path / "b.png")
+    options = {"A": "a cat", "B": "a dog"}
     rows = [
-        {"index": "7", "image": as_base64(images[0]), "question": "What?", "answer": "B", "A": "a cat", "B": "a dog"},
-        {
-            "index": "8",
-            "image": "7",
-            "question": "And now?",
-            "answer": "yes",
-            "category": "rest",
-            "hint": "Look well.",
-        },
-        {"index": "9", "image_path": "b.png", "question": "Where?", "answer": "here"},
+        {"index": "seven", "image": "8", "question": "Whose is <image>?", "answer": "B", **options},  # of a later row
+        {"index": "8", "image": as_base64(images[0]), "question": "What?", "answer": "yes", "category": "rest"},
+        {"index": "9", "image_path": "b.png", "question": "Where?", "answer": "['here', 'there']", "hint": "Look."},
+        {"index": "10", "image": str([as_base64(image) for image in images]), "question": "Same?", "answer": "no"},
+        {"index": "11", "image_path": "['b.png', 'b.png']", "question": "Same?", "answer": "nan", "answers": "['no']"},
+        {"index": "12", "image": "10", "question": "\u4e24\u4e2a\uff1f", "hint": "nan", "answer": "A", **options},
     ]
     make_tsv(tmp_path / "q.tsv", rows)
-    first, second, third = read_questions(tmp_path / "q.tsv")
-    prompt = "<image>\nWhat?\nA. a cat\nB. a dog\nAnswer with the option's letter from the given choices directly."
-    assert first.messages == [{"role": "user", "content": prompt}]
-    assert (first.references, second.references) == (["B", "a dog"], ["yes"])
-    assert second.messages[0]["content"] == "<image>\nLook well.\nAnd now?" and second.category == "rest"
-    for question, image in ((first, images[0]), (second, images[0]), (third, images[1])):
-        assert np.array_equal(np.asarray(question.open_images()[0]), np.asarray(image))
+    questions = read_questions(tmp_path / "q.tsv")
+    assert [question.messages for question in questions] == [
+        [{"role": "user", "content": content}]
+        for content in (
+            f"<image>\nWhose is ?\nA. a cat\nB. a dog\n{CHOOSE}",
+            "<image>\nWhat?",
+            "<image>\nLook.\nWhere?",
+            "<image>\n<image>\nSame?",
+            "<image>\n<image>\nSame?",
+            "<image>\n<image>\n\u4e24\u4e2a\uff1f\nA. a cat\nB. a dog\n\u8bf7\u76f4\u63a5\u56de\u7b54\u9009\u9879\u5b57\u6bcd\u3002",
+        )
+    ]
+    expected = [["B", "a dog"], ["yes"], ["here", "there"], ["no"], ["no"], ["A", "a cat"]]
+    assert [question.references for question in questions] == expected
+    assert [question.category for question in questions] == [None, "rest", None, None, None, None]
+    for question, shown in zip(questions, ([0], [0], [1], [0, 1], [1, 1], [0, 1])):
+        for found, i in zip(question.open_images(), shown, strict=True):
+            assert np.array_equal(np.asarray(found), np.asarray(images[i]))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"image": "99"}, "its image is that of row 99, which has none"),
+        ({"image": "1"}, "its image is that of row 1, which has none"),
+        ({"image": "A" * 100}, "its image cannot be read"),
+        ({"image_path": "['a.png']"}, "there is no image file"),
+        ({}, "it has no image"),
+        ({"image_path": "b.png", "question": ""}, "it has no question"),
+        ({"image_path": "b.png", "question": "<image> or <image>?"}, "it has 1 images and 2 <image>"),
+    ],
+)
+def test_rows_of_a_tsv_that_are_broken(tmp_path, row, message):
+    make_images(1)[0].save(tmp_path / "b.png")
+    good = {"index": "0", "image": "", "image_path": "b.png", "question": "What?", "answer": "yes"}
+    make_tsv(tmp_path / "q.tsv", [good, {"index": "1", "question": "What?", "answer": "yes"} | row])
+    with pytest.raises(ValueError, match=rf"q.tsv\[1\]: {message}"):
+        read_questions(tmp_path / "q.tsv")
+
+
+def test_names_are_unique_and_a_suffix_is_added(tmp_path):
+    make_images(1)[0].save(tmp_path / "b.png")
+    row = {"index": "1", "image_path": "b.png", "question": "What?", "answer": "yes"}
+    make_tsv(tmp_path / "q.tsv", [row, row | {"index": "2"}])
+    first, _ = read_questions(tmp_path / "q.tsv", prompt_suffix="In one word.")
+    assert first.messages[0]["content"] == "<image>\nWhat?\nIn one word."
+    make_tsv(tmp_path / "q.tsv", [row, row])
+    with pytest.raises(ValueError, match=r"There are 2 questions named q.tsv\[1\]"):
+        read_questions(tmp_path / "q.tsv")
 
 
 def test_conversations_with_several_references(tmp_path):
@@ -161,6 +222,28 @@ def test_answers_are_those_of_generate_and_a_failure_is_a_row():
         assert answer.text == processor.decode(new, skip_special_tokens=True).strip() and answer.error is None
         assert answer.num_new_tokens == len(new)
         assert answer.num_text_tokens == int((inputs["input_ids"] != 3).sum())
+
+
+def test_an_image_is_encoded_once_for_all_its_questions(tmp_path):
+    model, processor, images = make_model(), make_processor(), make_images(3)
+    processor.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}:"
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"{i}.png")
+    content = (tmp_path / "2.png").read_bytes()
+    shown = [tmp_path / "0.png", images[1], content]  # a file, an image and its bytes, in questions of their own
+    questions = [
+        Question(str(i), [{"role": "user", "content": "<image>\n" + "word " * (i % 5)}], [shown[i % 3]])
+        for i in range(30)
+    ]
+    questions += [Question("pair", [{"role": "user", "content": "<image><image>\nSame?"}], [shown[0], shown[2]])]
+    seen = []
+    hook = model.model.vision_tower.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    found = {(a.index, a.num_visual_tokens): a for a in answer_questions(model, processor, questions, [1, 7], 6, 2)}
+    hook.remove()
+    assert sum(seen) == 3 and len(found) == 2 * 31
+    for (i, m), answer in found.items():
+        (alone,) = answer_questions(model, processor, [questions[i]], [m], 6)
+        assert (alone.text, alone.num_text_tokens) == (answer.text, answer.num_text_tokens)
 
 
 # What results say -----------------------------------------------------------------------------------------------------
@@ -277,19 +360,72 @@ def test_bad_input(questions, tmp_path, arguments, message):
 
 
 def test_results_of_another_evaluation_are_not_overwritten(questions, tmp_path):
-    assert run(questions / "questions.json", "--num-visual-tokens", "1", "--output-dir", tmp_path).exit_code == 0
-    before = (tmp_path / "results.jsonl").read_bytes()
-    other = run(questions / "questions.json", "--num-visual-tokens", "2", "--output-dir", tmp_path)
-    assert other.exit_code == 2 and "results of another num_visual_tokens: [1], not [2]" in " ".join(
-        other.stderr.split()
-    )
-    assert (tmp_path / "results.jsonl").read_bytes() == before
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "file").touch()
-    refused = run(questions / "questions.json", "--output-dir", tmp_path / "other")
+    model, data, out = tmp_path / "model", tmp_path / "questions.json", tmp_path / "out"
+    shutil.copytree(TINY_CHECKPOINT, model)
+    shutil.copyfile(questions / "questions.json", data)
+    options = [data, "--image-folder", questions, "--model", model, "--output-dir", out, "--num-visual-tokens"]
+    assert run(*options, "1", "--dataset-id", "someone/colours").exit_code == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def refuse(name, *more):
+        refused = run(*options, *more)
+        assert refused.exit_code == 2 and f"has results with another {name}: " in " ".join(refused.stderr.split())
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+    refuse("num_visual_tokens", "2")
+    refuse("prompt_suffix", "1", "--prompt-suffix", "Briefly.")
+    refuse("dtype", "1", "--dtype", "bfloat16")
+    os.utime(model / "model.safetensors")  # trained again
+    refuse("weights", "1")
+    shutil.copystat(Path(TINY_CHECKPOINT) / "model.safetensors", model / "model.safetensors")
+    same = run(*options, "1")
+    assert same.exit_code == 0 and "answered before: 9 of 9 questions" in same.stderr
+    data.write_text(data.read_text().replace("Pink", "Red"))
+    refuse("data", "1")
+    again = run(*options, "2", "--overwrite")
+    assert again.exit_code == 0 and not (out / ".eval_results").exists()
+    assert json.loads((out / "accuracy.json").read_text()) == {"2": {"wrong": 100.0, "colour": 100.0, "all": 100.0}}
+
+
+def test_a_folder_of_something_else_is_refused(questions, tmp_path):
+    (tmp_path / "file").touch()
+    refused = run(questions / "questions.json", "--output-dir", tmp_path)
     assert refused.exit_code == 2 and "is not empty and holds no results" in " ".join(refused.stderr.split())
-    again = run(questions / "questions.json", "--num-visual-tokens", "2", "--output-dir", tmp_path, "--overwrite")
-    assert again.exit_code == 0 and (tmp_path / "results.jsonl").read_bytes() != before
+
+
+def test_a_metric_that_fails(questions, tmp_path):
+    options = [questions / "questions.json", "--num-visual-tokens", "64", "--output-dir", tmp_path / "out", "--metric"]
+    refused = run(*options, "tests.mqt_llava.test_evaluate:nothing")
+    assert refused.exit_code == 2 and "must give a number from 0 to 1; it gave None" in " ".join(
+        refused.stderr.split()
+    )
+    assert not (tmp_path / "out").exists()
+    result = run(*options, "tests.mqt_llava.test_evaluate:fails_on_green")
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    failed = [row for row in rows if row["answer"] == "Green."]
+    assert len(failed) == 3 and all("no_such_method" in row["error"] and row["score"] == 0 for row in failed)
+    assert "3 questions failed and count as wrong" in result.stdout
+    assert json.loads((tmp_path / "out" / "accuracy.json").read_text())["64"]["all"] == pytest.approx(100 * 6 / 9)
+
+
+def test_out_of_memory(questions, tmp_path, monkeypatch):
+    generate, calls = MQTLlavaForConditionalGeneration.generate, []
+
+    def fail_later(self, *arguments, **options):
+        calls.append(None)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return generate(self, *arguments, **options)
+
+    options = [questions / "questions.json", "--num-visual-tokens", "1,64", "--output-dir", tmp_path]
+    with monkeypatch.context() as patch:
+        patch.setattr(MQTLlavaForConditionalGeneration, "generate", fail_later)
+        broken = run(*options, "--batch-size", 4)
+    assert broken.exit_code == 2 and "out of memory with --batch-size 4: 8 answers are written" in broken.stderr
+    again = run(*options, "--batch-size", 2)
+    assert again.exit_code == 0 and "answered before: 4 of 9 questions" in again.stderr
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 18
 
 
 # Cards ----------------------------------------------------------------------------------------------------------------
