@@ -2,7 +2,7 @@
 # The table of the paper (arXiv 2405.19315): 11 benchmarks at eight numbers of visual tokens, through lmms-eval 0.7.3, beside the
 # paper's figures.
 #
-#     pip install mqt-llava lmms_eval==0.7.3 "filelock<4.3"
+#     pip install "mqt-llava[lmms]"
 #     bash examples/paper_table.sh MODEL [FOLDER]
 #
 # MODEL is a folder or a repository, FOLDER (results by default) where results go. Called again, it goes on with the numbers of
