@@ -97,9 +97,29 @@ def answer_questions(
 
 
 @torch.no_grad()
+def encode_images(model, pixel_values, names: Sequence[Hashable], encoded: dict, num_visual_tokens: int):
+    """
+    Encode those images that were not encoded before.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`): the images.
+        names (`list`): what identifies each.
+        encoded (`dict`): visual tokens of shape `(num_visual_tokens, hidden_size)` by name; those of new images are added.
+        num_visual_tokens (`int`): m.
+
+    Returns:
+        [`BaseModelOutputWithPooling`]: the images for `mm_encoder_outputs`.
+    """
+    new = {name: i for i, name in enumerate(names) if name not in encoded}
+    if new:
+        outputs = model.get_image_features(pixel_values[list(new.values())], num_visual_tokens, return_dict=True)
+        encoded.update(zip(new, outputs.pooler_output))
+    return BaseModelOutputWithPooling(pooler_output=[encoded[name] for name in names])
+
+
+@torch.no_grad()
 def _answer_batch(model, processor, asked, encoded, num_visual_tokens, max_new_tokens, window) -> list[Answer]:
-    """All answers to a batch of `(index, question, prompt, names of the images)`. `encoded` has the visual tokens of images by name;
-    those of new ones are added."""
+    """All answers to a batch of `(index, question, prompt, names of the images)`. `encoded` is that of [`encode_images`]."""
     schedules = [VisualTokenSchedule([m], [], window) if isinstance(m, int) else m for m in num_visual_tokens]
     max_num_visual_tokens = max(schedule.num_visual_tokens[-1] for schedule in schedules)
     begin = time.perf_counter()
@@ -118,14 +138,7 @@ def _answer_batch(model, processor, asked, encoded, num_visual_tokens, max_new_t
     if limit is not None and length >= limit:
         raise ValueError(f"The prompt has {length} tokens, but the model supports at most {limit}.")
     if images:
-        pixel_values = inputs.pop("pixel_values")
-        new = {name: i for i, name in enumerate(names) if name not in encoded}
-        if new:
-            outputs = model.get_image_features(
-                pixel_values[list(new.values())], max_num_visual_tokens, return_dict=True
-            )
-            encoded.update(zip(new, outputs.pooler_output))
-        features = BaseModelOutputWithPooling(pooler_output=[encoded[name] for name in names])
+        features = encode_images(model, inputs.pop("pixel_values"), names, encoded, max_num_visual_tokens)
         inputs["mm_encoder_outputs"] = {"image": features}
     if model.device.type != "cpu":
         torch.accelerator.synchronize()  # else the first m would wait for the images

@@ -10,7 +10,6 @@ import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import groupby
 
 import torch
 from accelerate import Accelerator
@@ -33,6 +32,8 @@ from ..modeling.adaptive_mqt_llava import resolve_schedule
 from ..modeling.budget_mqt_llava import default_num_visual_tokens, resolve_visual_token_counts
 from ..placement import Placement, stored_dtype
 from ..training.data import SampleError, open_image
+from .answers import NUM_BATCHES, encode_images
+from .questions import name_image
 
 
 # Other settings in tasks are for certain models, such as `image_aspect_ratio`
@@ -138,21 +139,20 @@ class MQTLlavaLmms(lmms):
             partial(_count_flops, CostModel(config), self.schedule)
         )  # many answers have the same cost
         self.totals = Counter()
+        self.encoded: dict = {}  # visual tokens of the last images
 
     # ------------------------------------------------------------------------------------------------------ answers
 
     def generate_until(self, requests) -> list[GenerationResult]:
-        """Answers in the order of the requests. Requests with equal settings share batches, the longest prompts first, so that a
-        lack of memory shows at once."""
+        """Answers in the order of the requests. Requests with equal settings share batches, sorted by length a few batches at a time:
+        tasks ask about an image in successive requests, and it is encoded once for them."""
         settings = [json.dumps(self.settings_of(request), sort_keys=True, default=str) for request in requests]
-        order = sorted(range(len(requests)), key=lambda i: (settings[i], -len(requests[i].args[0])))
         results = [None] * len(requests)
         with tqdm(total=len(requests), desc="Answering", disable=self.rank != 0) as progress:
-            for _, group in groupby(order, key=settings.__getitem__):
-                group = list(group)
+            for setting in dict.fromkeys(settings):
+                group = [row for row in range(len(requests)) if settings[row] == setting]
                 generation = self.read_settings(self.settings_of(requests[group[0]]))
-                for start in range(0, len(group), self.batch_size):
-                    rows = group[start : start + self.batch_size]
+                for rows in self.batches_of(group, requests):
                     asked = [self.read_messages(self.messages_of(requests[row])) for row in rows]
                     begin = time.perf_counter()
                     answers = self.answer(asked, **generation)
@@ -161,6 +161,14 @@ class MQTLlavaLmms(lmms):
                         results[row] = self.note(requests[row], answer)
                     progress.update(len(rows))
         return results
+
+    def batches_of(self, rows: list[int], requests):
+        size = NUM_BATCHES * self.batch_size
+        for start in range(0, len(rows), size):
+            some = sorted(rows[start : start + size], key=lambda row: -len(requests[row].args[0]))
+            for first in range(0, len(some), self.batch_size):
+                yield some[first : first + self.batch_size]
+            self.encoded = dict(list(self.encoded.items())[-size:])  # the next ones may be about the same images
 
     def settings_of(self, request) -> dict:
         return request.args[2]
@@ -220,6 +228,11 @@ class MQTLlavaLmms(lmms):
     def answer_batch(self, asked, until, max_new_tokens, generation) -> list[dict]:
         inputs = self.prepare([prompt for prompt, _ in asked], [image for _, images in asked for image in images])
         length, tokenizer = inputs["input_ids"].shape[1], self.processor.tokenizer
+        images = [image for _, of_question in asked for image in of_question]
+        if images:
+            names, pixel_values = list(map(_name_content, images)), inputs.pop("pixel_values")
+            features = encode_images(self._model, pixel_values, names, self.encoded, self.num_visual_tokens)
+            inputs["mm_encoder_outputs"] = {"image": features}
         criteria = [StopStringCriteria(tokenizer, until)] if until else []
         outputs = self._model.generate(
             **inputs,
@@ -366,6 +379,7 @@ class MQTLlavaLmms(lmms):
             # lmms-eval prefixes the names with avg_, since it averages over calls of `log_metrics`. This is the only call
             log_metrics(seconds, totals["new_tokens"], totals["new_tokens"] / max(seconds, 1e-9), figures)
         self.totals.clear()
+        self.encoded.clear()
         super().clean()
 
 
@@ -392,6 +406,10 @@ def _user_turn(text: str, visuals: list | None) -> list[dict]:
             raise ValueError("MQT-LLaVA takes images and text; the task has videos or audio.")
         content.append({"type": "image", "url": visual})
     return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+
+
+def _name_content(image):
+    return name_image(image) if isinstance(image, str) else (image.mode, image.size, hash(image.tobytes()))
 
 
 def _positive_integer(name: str, value) -> int:

@@ -160,13 +160,24 @@ def test_registered_under_its_name():
 
 
 def test_each_image_is_encoded_once(lm):
+    lm.encoded.clear()
     seen = []
     hook = lm._model.model.vision_tower.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    questions = [user("List everything.", Image.open(path)) for path in PICTURES[:6]]
-    questions += [user("What differs?", *map(Image.open, PICTURES[:2])), user("Is there a dog?")]
-    ask(lm, questions)
+    questions = [
+        user(text, Image.open(path)) for path in PICTURES[:6] for text in ("List everything.", "Is there a dog?")
+    ]
+    questions += [user("What differs?", *map(Image.open, PICTURES[4:8])), user("Is there a dog?")]
+    answers = ask(lm, questions)
     hook.remove()
     assert sum(seen) == 8
+    for question, answer in zip(questions, answers):
+        lm.encoded.clear()
+        assert ask(lm, [question]) == [answer]
+
+
+def test_visual_tokens_of_few_images_are_kept(lm):
+    ask(lm, [user("Is there a dog?", Image.new("RGB", (8, 8), (i, 0, 0))) for i in range(40)])
+    assert len(lm.encoded) == 16  # four batches of four
 
 
 def test_batches_are_of_one_kind_and_answers_in_order(lm):
