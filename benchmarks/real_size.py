@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -105,12 +106,35 @@ def rehearse(folder: Path, layers: int) -> list[dict]:
         ask(f"`mqt-llava ask ... --num-visual-tokens {m}`", "--num-visual-tokens", m)
     compared = ",".join(map(str, NUM_VISUAL_TOKENS))
     ask(f"`mqt-llava ask ... --compare {compared}`", "--compare", compared)
+    rows.append(evaluate(folder, program, converted, photo))
     for library, option in (("torchao", "--load-in-8bit"), ("bitsandbytes", "--load-in-4bit")):
         if find_spec(library) is not None:
             ask(f"`mqt-llava ask ... --num-visual-tokens 16 {option}`", "--num-visual-tokens", 16, option)
     shutil.rmtree(source)
     convert("`mqt-llava convert mqt-llava-7b-hf MQT-LLaVA-7b-again --verify`", converted, folder / "again")
     return rows
+
+
+def evaluate(folder: Path, program: list[str], model: Path, photo: Path) -> dict:
+    """A row of the table: eight questions about one photo."""
+    data, results = folder / "questions.json", folder / "results"
+    turns = [
+        [{"from": "human", "value": f"<image>\n{QUESTION} {i}"}, {"from": "gpt", "value": "Noise."}] for i in range(8)
+    ]
+    data.write_text(json.dumps([{"image": photo.name, "conversations": one} for one in turns]))
+    compared = ",".join(map(str, NUM_VISUAL_TOKENS))
+    options = ["--num-visual-tokens", compared, "--max-new-tokens", 4, "--batch-size", 4]
+    command = [*program, "evaluate", data, "--model", model, *options, "--output-dir", results]
+    row = run(f"`mqt-llava evaluate ... --num-visual-tokens {compared} --batch-size 4`, 8 questions", *command)
+    answers = [json.loads(line) for line in (results / "results.jsonl").read_text().splitlines()]
+    if len(answers) != 8 * len(NUM_VISUAL_TOKENS) or any("error" in answer for answer in answers):
+        raise SystemExit(f"Error: {answers}")
+    seconds = {
+        m: statistics.median(one["seconds"] for one in answers if one["num_visual_tokens"] == m)
+        for m in NUM_VISUAL_TOKENS
+    }
+    row["result"] = ", ".join(f"m = {m}: {value:.2f} s an answer" for m, value in seconds.items())
+    return row
 
 
 def main():

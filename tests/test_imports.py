@@ -15,8 +15,9 @@ OWN = {"benchmarks", "examples", "mqt_llava", "recipes", "tests"}
 # In environments of their own, which bring these
 HOSTS = {
     "mqt_llava/evaluation/lmms.py": {"lmms_eval", "loguru"},
+    "mqt_llava/evaluation/manifest.py": {"lmms_eval"},
     "examples/vlmevalkit.py": {"vlmeval"},
-    "tests/evaluation": {"lmms_eval"},
+    "tests/evaluation": {"lmms_eval", "pandas"},
     "tests/demo": {"axe_playwright_python", "gradio_client", "httpx", "playwright"},
 }
 # Distributions that may not be installed here

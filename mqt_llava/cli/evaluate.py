@@ -117,7 +117,7 @@ def evaluate(
     except Exception as error:  # anything may happen in a function of the user's
         raise UsageError(f"the metric {metric} fails on {questions[0].id}: {describe(error)}") from None
     setting = {
-        "data": [f"{file.name}, sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in data],
+        "data": [f"{file.name}, sha256 {digest(file)}" for file in data],
         "image_folder": image_folder and str(image_folder),
         "prompt_suffix": prompt_suffix,
         "model": checkpoint,
@@ -161,6 +161,12 @@ def evaluate(
                     right, number = right + row["score"], number + 1
                     progress.set_postfix_str(f"{100 * right / number:.1f} % right", refresh=False)
                     progress.update()
+        except KeyboardInterrupt:
+            print(
+                f"interrupted: {len(done)} answers are written, and the same command goes on from there",
+                file=sys.stderr,
+            )
+            raise
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
@@ -214,6 +220,14 @@ def describe(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
+def digest(file: Path) -> str:
+    found = hashlib.sha256()
+    with file.open("rb") as content:
+        while chunk := content.read(2**20):
+            found.update(chunk)
+    return found.hexdigest()
+
+
 def version_of(source: str, name: str) -> str:
     """What tells the weights of a checkpoint or an adapter from others under the same name: the commit of a repository, or the sizes
     and times of a folder's weights."""
@@ -246,9 +260,8 @@ def resume(output_dir: Path, setting: dict, overwrite: bool) -> list[dict]:
         raise UsageError(f"{output_dir} is not empty and holds no results")
     output_dir.mkdir(parents=True, exist_ok=True)
     for name in OUTPUTS:  # they are written at the end, so those of earlier results would stand beside the new ones
-        shutil.rmtree(output_dir / name) if (output_dir / name).is_dir() else (output_dir / name).unlink(
-            missing_ok=True
-        )
+        written = output_dir / name
+        shutil.rmtree(written) if written.is_dir() else written.unlink(missing_ok=True)
     (output_dir / "results.jsonl").write_text("")
     path.write_text(json.dumps(setting, indent=1) + "\n", encoding="utf-8")
     return []

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -114,7 +115,8 @@ def encode_images(model, pixel_values, names: Sequence[Hashable], encoded: dict,
     if new:
         outputs = model.get_image_features(pixel_values[list(new.values())], num_visual_tokens, return_dict=True)
         encoded.update(zip(new, outputs.pooler_output))
-    return BaseModelOutputWithPooling(pooler_output=[encoded[name] for name in names])
+    visual_tokens: Any = [encoded[name] for name in names]
+    return BaseModelOutputWithPooling(pooler_output=visual_tokens)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """lmms-eval's tasks, without a fork of it: `lmms-eval --model mqt_llava --model_args pretrained=DIR,num_visual_tokens=16 ...`
 
-lmms-eval finds [`manifest`] through the entry point group `lmms_eval.models`. It creates the model from `--model_args`, builds the
+lmms-eval finds this module through `manifest.py`. It creates the model from `--model_args`, builds the
 requests of all tasks and passes each rank its share of them at once.
 """
 
@@ -17,7 +17,6 @@ from accelerate.utils import gather_object
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
-from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from loguru import logger
 from tqdm import tqdm
@@ -45,16 +44,6 @@ GENERATION_SETTINGS = (
     "early_stopping",
 )
 SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")
-
-
-def manifest() -> ModelManifest:
-    """The entry point in the group `lmms_eval.models`."""
-    return ModelManifest(
-        "mqt_llava",
-        chat_class_path=f"{__name__}.MQTLlavaLmms",
-        simple_class_path=f"{__name__}.MQTLlavaSimpleLmms",  # with --force_simple
-        aliases=("mqt-llava",),
-    )
 
 
 @dataclass

@@ -91,10 +91,20 @@ def enough(rows: list[Row], tolerance: float | None = None) -> Row:
 
 def sentence(rows: list[Row], tolerance: float | None = None) -> str:
     row, best = enough(rows, tolerance), max(rows, key=lambda row: row.accuracy)
-    low, high = row.difference_interval
     if row is best:
-        return f"m = {row.num_visual_tokens} is the best, and every smaller m is worse."
+        said = (
+            f"m = {row.num_visual_tokens} is right in {row.accuracy:.1f} %, 95 % interval {{:.1f}} to {{:.1f}}".format(
+                *row.interval
+            )
+        )
+        if len(rows) > 1:
+            said += "; no other m is right more often"
+        if row is not rows[0]:
+            is_worse = "significantly worse" if tolerance is None else f"shown to be within {tolerance:g} points of it"
+            said += f"; {'every' if tolerance is None else 'no'} smaller m is {is_worse}"
+        return f"{said}."
     within = "not significantly worse than" if tolerance is None else f"within {tolerance:g} points of"
+    low, high = row.difference_interval
     return (
         f"m = {row.num_visual_tokens} is the smallest that is {within} the best, m = {best.num_visual_tokens}: {row.accuracy:.1f} against "
         f"{best.accuracy:.1f} %, a difference of {row.difference:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f} (more questions "

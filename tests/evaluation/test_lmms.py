@@ -159,6 +159,12 @@ def test_registered_under_its_name():
     assert get_model("mqt_llava", force_simple=True) is MQTLlavaSimpleLmms
 
 
+def test_registered_whatever_is_imported_first():
+    code = "import mqt_llava.evaluation.lmms as ours; from lmms_eval.models import get_model; "
+    done = run_command(sys.executable, "-c", f"{code}print(get_model('mqt_llava') is ours.MQTLlavaLmms)")
+    assert done.splitlines()[-1] == "True" and "Failed" not in done
+
+
 def test_each_image_is_encoded_once(lm):
     lm.encoded.clear()
     seen = []

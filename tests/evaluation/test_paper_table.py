@@ -1,22 +1,33 @@
 """The paper's table, up to the downloads."""
 
+import argparse
 import json
 import os
 import runpy
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+import datasets
 import pytest
+import yaml
+from datasets import Dataset
 from lmms_eval import __main__ as command
+from lmms_eval import evaluator
+from lmms_eval.api.model import lmms
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
+from PIL import Image
+
+from mqt_llava import TINY_CHECKPOINT
 
 
 pytestmark = pytest.mark.lmms
 
 ROOT = Path(__file__).parents[2]
-BENCHMARKS = runpy.run_path(str(ROOT / "examples" / "paper_table.py"))["BENCHMARKS"]
+PAPER_TABLE = runpy.run_path(str(ROOT / "examples" / "paper_table.py"))
+BENCHMARKS = PAPER_TABLE["BENCHMARKS"]
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +144,115 @@ def test_a_folder_without_results(tmp_path):
         [sys.executable, "examples/paper_table.py", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2 and "there are no results" in done.stderr
+
+
+# lmms-eval's own code of the tasks on a few rows of ours, in the columns of the Hub's data
+
+SOURCES = {
+    "vqav2_val": ("vqav2", "validation"),
+    "gqa": ("gqa", "testdev"),
+    "vizwiz_vqa_val": ("vizwiz_vqa", "val"),
+    "scienceqa_img": ("scienceqa", "test"),
+    "pope": ("pope", "test"),
+    "mme": ("mme", "test"),
+    "mmbench_en_dev_static": ("mmbench", "dev"),
+    "mmmu_val": ("mmmu", "validation"),
+}
+
+
+def make_rows(task, images):
+    """Four questions, and the right answer in the task's own words."""
+    asked = [{"question": "Is there a dog?", "image": image, "question_id": i} for i, image in enumerate(images)]
+    letters = {"A": "Yes.", "B": "No.", "C": "nan", "D": "nan"}
+    no, yes = [{"answer": "no", "answer_id": i} for i in range(10)], {"answer": "yes", "category": "existence"}
+    more = {
+        "vqav2_val": {"answers": no},
+        "vizwiz_vqa_val": {"answers": ["no"] * 10},
+        "scienceqa_img": {"hint": "", "choices": ["Yes.", "No."], "answer": 1},
+        "pope": yes,
+        "mmbench_en_dev_static": {"hint": "nan", "category": "one", "L2-category": "two", "source": "us", "split": "dev"},
+        "mmmu_val": {"question": "<image 1> Is there a dog in <image 2>?", "options": "['Yes.', 'No.']", "answer": "B"},
+    }  # fmt: skip
+    rows = [{"answer": "no"} | row | more.get(task, {}) for row in asked]
+    for i, row in enumerate(rows):
+        if task == "mme":  # two questions about each picture
+            row |= yes | {"question_id": i // 2, "category": ("existence", "code_reasoning")[i // 2]}
+            row["question"] += " Please answer yes or no."
+        if task == "mmbench_en_dev_static":
+            row |= letters | {"index": i, "answer": "B"}
+        if task == "mmmu_val":
+            row |= {"id": f"validation_Art_{i}", "question_type": "multiple-choice"}
+            row |= {"image_1": row.pop("image"), "image_2": images[0]}
+    right = {"scienceqa_img": "B", "pope": "Yes", "mme": "Yes", "mmbench_en_dev_static": "B", "mmmu_val": "B"}
+    return rows, right.get(task, "No")
+
+
+@pytest.fixture(scope="module")
+def local_tasks(tmp_path_factory):
+    """The tasks, and the right answer of each by its name."""
+    folder, answers = tmp_path_factory.mktemp("tasks"), {}
+    images = [Image.open(path) for path in sorted((ROOT / "examples/lmms_eval/images").glob("*.png"))[:4]]
+    (package,) = find_spec("lmms_eval.tasks").submodule_search_locations
+    for task, (source, split) in SOURCES.items():
+        rows, answers[task] = make_rows(task, images)
+        data = Dataset.from_list(rows)
+        for column in {"image", "image_1", "image_2"} & set(data.column_names):
+            data = data.cast_column(column, datasets.Image())
+        data.to_parquet(folder / f"{task}.parquet")
+        config = {
+            "include": f"{package}/{source}/{task}.yaml",
+            "task": task,
+            "dataset_path": "parquet",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {split: str(folder / f"{task}.parquet")}},
+            "process_docs": None,  # GQA's would download its images
+        }
+        (folder / f"{task}.yaml").write_text(yaml.safe_dump(config))
+    return TaskManager(include_path=str(folder), include_defaults=False), answers
+
+
+class Knowing(lmms):
+    """Answers as it is told, by task."""
+
+    is_simple = True
+
+    def __init__(self, answers):
+        super().__init__()
+        self.answers = answers
+
+    def generate_until(self, requests):
+        return [self.answers[request.args[4]] for request in requests]
+
+    def loglikelihood(self, requests): ...
+
+    def generate_until_multi_round(self, requests): ...
+
+
+def make_table(model, manager, folder):
+    options = argparse.Namespace(output_path=str(folder / "submissions"), process_with_media=False)
+    arguments = f"pretrained={TINY_CHECKPOINT},num_visual_tokens=16" if isinstance(model, str) else None
+    results = evaluator.simple_evaluate(
+        model, arguments, tasks=list(SOURCES), task_manager=manager, batch_size=4, cli_args=options
+    )
+    (folder / "16" / "model").mkdir(parents=True)
+    path = folder / "16" / "model" / "20261127_000000_results.json"
+    path.write_text(json.dumps({name: results.get(name, {}) for name in ("results", "throughput")}, default=str))
+    return PAPER_TABLE["read_results"](folder)[16], results
+
+
+def test_units_are_those_of_the_paper(local_tasks, tmp_path):
+    manager, answers = local_tasks
+    row, _ = make_table(Knowing(answers), manager, tmp_path)
+    judged = {"LLaVA-Wild", "MM-Vet"}
+    of_mme = {"MME-Perc": 200.0, "MME-Cog": 200.0}  # of each category
+    assert row == {name: 100.0 for name in BENCHMARKS if name not in judged} | of_mme
+
+
+def test_the_tasks_take_our_answers(local_tasks, tmp_path):
+    row, results = make_table("mqt_llava", local_tasks[0], tmp_path)
+    assert len(row) == len(BENCHMARKS) - 2 + 1 and 0 < row["TFLOP"] < 0.01
+    assert results["throughput"]["avg_failed"] == 0
+    for task in SOURCES:
+        number = {sample["token_counts"][0]["visual_tokens"] for sample in results["samples"][task]}
+        assert number == {32 if task == "mmmu_val" else 16}
+        assert all(sample["filtered_resps"][0] for sample in results["samples"][task])

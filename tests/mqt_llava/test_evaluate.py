@@ -273,6 +273,15 @@ def test_summary_and_sentence():
     assert enough(rows, tolerance=3).num_visual_tokens == 4
     assert enough(rows, tolerance=0).num_visual_tokens == 16
     assert "m = 4 is the smallest that is within 3 points of the best, m = 16: " in sentence(rows, tolerance=3)
+    assert sentence(rows, tolerance=0).endswith(
+        "; no other m is right more often; no smaller m is shown to be within 0 points of it."
+    )
+    assert sentence(rows[::2]).endswith("; no other m is right more often; every smaller m is significantly worse.")
+    assert sentence(summarize(make_results({1: all_right, 4: half}))).endswith("; no other m is right more often.")
+    (alone,) = summarize(make_results({4: half}))
+    assert sentence([alone]) == "m = 4 is right in {:.1f} %, 95 % interval {:.1f} to {:.1f}.".format(
+        alone.accuracy, *alone.interval
+    )
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -309,7 +318,7 @@ def test_command(questions, tmp_path):
     accuracy = json.loads((tmp_path / "accuracy.json").read_text())
     assert accuracy["64"] == {"wrong": 0.0, "colour": 100.0, "all": pytest.approx(100 * 8 / 9)}
     assert "| 64 | 88.9 |" in (tmp_path / "results.md").read_text()
-    assert "m = 1 is the smallest" in result.stdout or "m = 1 is the best" in result.stdout
+    assert "m = 1 is the smallest" in result.stdout or "m = 1 is right in" in result.stdout
     assert (tmp_path / "results.png").stat().st_size > 10_000
     (entry,) = yaml.safe_load((tmp_path / ".eval_results" / "default_1_visual_tokens.yaml").read_text())
     assert entry["dataset"] == {"id": "someone/colours", "task_id": "default"}
