@@ -99,6 +99,7 @@ def test_rehearsal_at_real_size(tmp_path):
         "cost",
         "--num-visual-tokens 256",
         "--compare 1,16,256",
+        "evaluate",
         "--load-in-4bit",
         "again",
     ):
