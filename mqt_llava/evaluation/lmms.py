@@ -1,7 +1,7 @@
 """lmms-eval's tasks, without a fork of it: `lmms-eval --model mqt_llava --model_args pretrained=DIR,num_visual_tokens=16 ...`
 
-lmms-eval finds this module through `manifest.py`. It creates the model from `--model_args`, builds the
-requests of all tasks and passes each rank its share of them at once.
+lmms-eval finds this module through `manifest.py`. It creates the model from `--model_args`, builds the requests of all tasks and passes
+each rank its share of them at once.
 """
 
 import contextlib
