@@ -49,6 +49,15 @@ else
     echo "OPENAI_API_KEY is not set: without LLaVA-Wild and MM-Vet" >&2
 fi
 
+# Results of other models or tasks would be taken for these
+mkdir -p "$results"
+echo "$model $tasks" > "$work/setting"
+[ -e "$results/setting" ] || cp "$work/setting" "$results/setting"
+if ! cmp -s "$work/setting" "$results/setting"; then
+    echo "$results has results of $(cat "$results/setting"), not of $(cat "$work/setting"): choose another FOLDER" >&2
+    exit 2
+fi
+
 for m in 2 4 8 16 36 64 144 256; do
     compgen -G "$results/$m/*/*_results.json" > /dev/null && continue
     "${lmms_eval[@]}" --model mqt_llava --model_args "pretrained=$model,num_visual_tokens=$m" --batch_size "${BATCH_SIZE:-16}" \

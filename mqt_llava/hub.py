@@ -244,14 +244,24 @@ def show_results(folder: Path, results: Path) -> list[str]:
     if not readme.exists():
         raise ValueError(f"{folder} has no model card, README.md: `convert`, `finetune` and `push_to_hub` write one")
     section = f"{RESULTS_TITLE}\n\n{(results / 'results.md').read_text(encoding='utf-8').strip()}\n"
-    card, _, rest = readme.read_text(encoding="utf-8").partition(RESULTS_TITLE)
+    try:
+        card, *others = re.split(
+            rf"^{RESULTS_TITLE}$", readme.read_text(encoding="utf-8"), maxsplit=1, flags=re.MULTILINE
+        )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{readme} is not UTF-8: {error}") from None
+    rest = "".join(others)
     following = re.search(r"^#{1,2} ", rest, re.MULTILINE)
     section += "\n" + rest[following.start() :] if following else ""
     partial = readme.with_suffix(".partial")
     partial.write_text(f"{card.rstrip()}\n\n{section}", encoding="utf-8")
     partial.replace(readme)
     written = ["README.md"]
-    for path in [results / "accuracy.json", *sorted((results / ".eval_results").glob("*.yaml"))]:
+    entries = sorted((results / ".eval_results").glob("*.yaml"))
+    for pattern in {re.sub(r"\d+_visual_tokens", "*_visual_tokens", entry.name) for entry in entries}:
+        for older in (folder / ".eval_results").glob(pattern):  # of other numbers of visual tokens
+            older.unlink()
+    for path in [results / "accuracy.json", *entries]:
         name = path.relative_to(results)
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / name)

@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import os
+import re
 import shutil
 import sys
 from collections import Counter
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,6 +86,7 @@ def evaluate(
     mqt-llava evaluate MMBench_DEV_EN.tsv --metric multiple_choice --num-visual-tokens 1,4,16,64,256 --output-dir results
     """
     num_bits = number_of_bits(load_in_4bit, load_in_8bit)
+    check_ids(dataset_id, task_id)
     checkpoint = name_checkpoint(model, adapter)
     with requiring("evaluate"):
         from accelerate.utils.memory import should_reduce_batch_size
@@ -118,19 +120,19 @@ def evaluate(
         raise UsageError(f"the metric {metric} fails on {questions[0].id}: {describe(error)}") from None
     setting = {
         "data": [f"{file.name}, sha256 {digest(file)}" for file in data],
-        "image_folder": image_folder and str(image_folder),
+        "images": version_of_images(questions),
         "prompt_suffix": prompt_suffix,
-        "model": checkpoint,
-        "weights": version_of(checkpoint, "config.json"),
-        "adapter": adapter,
-        "adapter_weights": adapter and version_of(adapter, "adapter_config.json"),
+        "model": os.path.realpath(checkpoint) if Path(checkpoint).is_dir() else checkpoint,
+        "model_files": version_of(checkpoint, "config.json"),
+        "adapter": os.path.realpath(adapter) if adapter and Path(adapter).is_dir() else adapter,
+        "adapter_files": adapter and version_of(adapter, "adapter_config.json"),
         "dtype": dtype.value,
         "num_bits": num_bits,
         "metric": metric,
         "num_visual_tokens": sizes,
         "max_new_tokens": max_new_tokens,
     }
-    done = resume(output_dir, setting, overwrite)
+    done = find_answers(output_dir, setting, overwrite)
     number_of = Counter(row["id"] for row in done)
     # The answers of a question are computed together
     done = [row for row in done if number_of[row["id"]] == len(sizes)]
@@ -146,8 +148,9 @@ def evaluate(
         }
         request |= {"num_new_tokens": max_new_tokens, "batch_size": batch_size}
         processor, model = place_and_load(checkpoint, config, costs, device, dtype, adapter, num_bits, **request)
+        begin(output_dir, setting, done)
         right, number = sum(row["score"] for row in done), len(done)
-        report.write_results(done, output_dir / "results.jsonl")
+        go_on = "the same command, without --overwrite, goes on from there"
         try:
             with (
                 (output_dir / "results.jsonl").open("a", encoding="utf-8") as file,
@@ -162,20 +165,18 @@ def evaluate(
                     progress.set_postfix_str(f"{100 * right / number:.1f} % right", refresh=False)
                     progress.update()
         except KeyboardInterrupt:
-            print(
-                f"interrupted: {len(done)} answers are written, and the same command goes on from there",
-                file=sys.stderr,
-            )
+            print(f"interrupted: {len(done)} answers are written; {go_on}", file=sys.stderr)
             raise
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
             raise UsageError(
-                f"out of memory with --batch-size {batch_size}: {len(done)} answers are written, and the same command with a smaller one "
-                "goes on from there"
+                f"out of memory with --batch-size {batch_size}: {len(done)} answers are written; use a smaller one: {go_on}"
             ) from None
-    rows = report.summarize(done, costs)
     failed = {row["id"]: row["error"] for row in done if row.get("error")}
+    if len(failed) == len(questions):
+        raise UsageError("every question failed, {} among them: {}".format(*next(iter(failed.items()))))
+    rows = report.summarize(done, costs)
     said = report.sentence(rows, tolerance)
     (output_dir / "results.md").write_text(f"{said}\n\n{report.markdown(rows)}", encoding="utf-8")
     (output_dir / "accuracy.json").write_text(json.dumps(report.accuracy_json(rows), indent=1) + "\n")
@@ -229,39 +230,82 @@ def digest(file: Path) -> str:
 
 
 def version_of(source: str, name: str) -> str:
-    """What tells the weights of a checkpoint or an adapter from others under the same name: the commit of a repository, or the sizes
-    and times of a folder's weights."""
+    """What tells a checkpoint or an adapter from others under the same name: the commit of a repository, or a folder's files by size and
+    time of the last change."""
     with loading(source):
         folder = find_file(source, name).parent
     if not Path(source).is_dir():
         return folder.name
-    weights = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
-    return ", ".join(
-        f"{name} ({stat.st_size} bytes, {datetime.fromtimestamp(stat.st_mtime)})" for name, stat in weights
+    kinds = (".jinja", ".json", ".model", ".safetensors")
+    return version_of_files(
+        [path for path in folder.iterdir() if path.suffix in kinds and path.name != "accuracy.json"]
     )
 
 
-def resume(output_dir: Path, setting: dict, overwrite: bool) -> list[dict]:
-    """Results of an earlier run of the same evaluation."""
+def version_of_images(questions) -> str:
+    """The same of all image files; those in a TSV are data."""
+    images = {image for question in questions for image in question.images if not isinstance(image, bytes)}
+    return version_of_files(list(map(Path, images)))
+
+
+def version_of_files(files: list[Path]) -> str:
+    stats = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in sorted(files)]
+    return f"{len(files)} files, version {hashlib.sha256(chr(10).join(stats).encode()).hexdigest()[:16]}"
+
+
+def check_ids(dataset_id: str | None, task_id: str):
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        if dataset_id is not None:
+            validate_repo_id(dataset_id)
+    except HFValidationError as error:
+        raise UsageError(f"--dataset-id is no repository: {error}") from None
+    if not re.fullmatch(r"\w[\w.-]*", task_id):
+        raise UsageError(f"--task-id is made of letters, digits, '_', '-' and '.'; got {task_id!r}")
+
+
+def find_answers(output_dir: Path, setting: dict, overwrite: bool) -> list[dict]:
+    """Results of an earlier run of the same evaluation, which is checked for. Nothing is written."""
     from ..evaluation.report import read_results
 
-    path = output_dir / "setting.json"
-    if path.exists() and not overwrite:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        other = [name for name in setting if before.get(name) != setting[name]]
-        if other:
-            name = other[0]
-            raise UsageError(
-                f"{output_dir} has results with another {name}: {before.get(name)}, not {setting[name]}. Use another --output-dir, or "
-                "--overwrite"
-            )
-        return read_results(output_dir / "results.jsonl")
-    if not path.exists() and output_dir.exists() and any(output_dir.iterdir()):
+    path, before = output_dir / "setting.json", None
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UsageError(f"{output_dir} is a file, not a folder")
+    try:
+        if path.exists():
+            before = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(before, dict) and {"metric", "num_visual_tokens"} <= before.keys():
+            other = [name for name in setting if before.get(name) != setting[name]]
+            if overwrite:
+                return []
+            if other:
+                name = other[0]
+                raise UsageError(
+                    f"{output_dir} has results with another {name}: {before.get(name)}, not {setting[name]}. Use another --output-dir, or "
+                    "--overwrite"
+                )
+            return read_results(output_dir / "results.jsonl")
+    except ValueError as error:
+        raise UsageError(f"the results in {output_dir} are damaged ({error}). Use another --output-dir") from None
+    if output_dir.exists() and any(output_dir.iterdir()):
         raise UsageError(f"{output_dir} is not empty and holds no results")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for name in OUTPUTS:  # they are written at the end, so those of earlier results would stand beside the new ones
+    return []
+
+
+def begin(output_dir: Path, setting: dict, done: list[dict]):
+    """Write what earlier runs have answered, and remove what they have written at their end."""
+    from ..evaluation.report import write_results
+
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write to {output_dir}: {error.strerror}") from None
+    for name in OUTPUTS:
         written = output_dir / name
         shutil.rmtree(written) if written.is_dir() else written.unlink(missing_ok=True)
-    (output_dir / "results.jsonl").write_text("")
-    path.write_text(json.dumps(setting, indent=1) + "\n", encoding="utf-8")
-    return []
+    write_results(done, output_dir / "results.jsonl")
+    partial = output_dir / "setting.partial"
+    partial.write_text(json.dumps(setting, indent=1) + "\n", encoding="utf-8")
+    partial.replace(output_dir / "setting.json")

@@ -27,7 +27,8 @@ class Answer:
         confidence (`float`): the confidence in the answer, from 0 to 1; see [`VisualTokenSchedule`].
         num_text_tokens (`int`): number of text tokens of the prompt.
         num_new_tokens (`int`): number of tokens of the answer.
-        seconds (`float`): the question's share of the time that its batch took with this m, from opening the images on.
+        seconds (`float`): the question's share of the time that its batch took with this m, and the time of encoding its images, though
+            they were encoded once for all questions.
         error (`str`, *optional*): why there is no answer.
     """
 
@@ -39,6 +40,53 @@ class Answer:
     num_new_tokens: int = 0
     seconds: float = 0.0
     error: str | None = None
+
+
+class VisualTokenCache:
+    """
+    The visual tokens of a few images, so that each is encoded once for successive questions.
+
+    Args:
+        model (`MQTLlavaForConditionalGeneration`): the model.
+        num_visual_tokens (`int`): m of all images.
+
+    Attributes:
+        seconds (`dict`): the time that encoding each image took, by its name.
+    """
+
+    def __init__(self, model, num_visual_tokens: int):
+        self.model, self.num_visual_tokens = model, num_visual_tokens
+        self.visual_tokens: dict[Hashable, torch.Tensor] = {}
+        self.seconds: dict[Hashable, float] = {}
+
+    @torch.no_grad()
+    def encode(self, pixel_values: torch.Tensor, names: Sequence[Hashable]) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`): the images. Those that were encoded before are not
+                encoded again.
+            names (`list`): what identifies each.
+
+        Returns:
+            [`BaseModelOutputWithPooling`]: the images for `mm_encoder_outputs`.
+        """
+        new = {name: i for i, name in enumerate(names) if name not in self.visual_tokens}
+        if new:
+            begin = time.perf_counter()
+            outputs = self.model.get_image_features(
+                pixel_values[list(new.values())], self.num_visual_tokens, return_dict=True
+            )
+            if pixel_values.device.type != "cpu":
+                torch.accelerator.synchronize()  # else what follows would wait for the images
+            self.visual_tokens.update(zip(new, outputs.pooler_output))
+            self.seconds.update(dict.fromkeys(new, (time.perf_counter() - begin) / len(new)))
+        visual_tokens: Any = [self.visual_tokens[name] for name in names]
+        return BaseModelOutputWithPooling(pooler_output=visual_tokens)
+
+    def keep(self, names):
+        """Forget all images but these."""
+        for name in self.visual_tokens.keys() - set(names):
+            del self.visual_tokens[name], self.seconds[name]
 
 
 def answer_questions(
@@ -75,7 +123,8 @@ def answer_questions(
         for name in of_question:
             first_row.setdefault(name, row)
     by_image = sorted(range(len(questions)), key=lambda row: [first_row[name] for name in names[row]])
-    encoded: dict[Hashable, torch.Tensor] = {}
+    stages = (m if isinstance(m, int) else m.num_visual_tokens[-1] for m in num_visual_tokens)
+    encoded = VisualTokenCache(model, max(stages))
 
     def answer(rows: list[int]) -> list[Answer]:
         asked = [(row, questions[row], prompts[row], names[row]) for row in rows]
@@ -89,48 +138,23 @@ def answer_questions(
 
     for start in range(0, len(by_image), NUM_BATCHES * batch_size):
         rows = by_image[start : start + NUM_BATCHES * batch_size]
-        needed = {name for row in rows for name in names[row]}
-        for name in encoded.keys() - needed:
-            del encoded[name]
+        encoded.keep(name for row in rows for name in names[row])
         rows.sort(key=lambda row: (len(names[row]), len(prompts[row])))
         for first in range(0, len(rows), batch_size):
             yield from answer(rows[first : first + batch_size])
 
 
 @torch.no_grad()
-def encode_images(model, pixel_values, names: Sequence[Hashable], encoded: dict, num_visual_tokens: int):
-    """
-    Encode those images that were not encoded before.
-
-    Args:
-        pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`): the images.
-        names (`list`): what identifies each.
-        encoded (`dict`): visual tokens of shape `(num_visual_tokens, hidden_size)` by name; those of new images are added.
-        num_visual_tokens (`int`): m.
-
-    Returns:
-        [`BaseModelOutputWithPooling`]: the images for `mm_encoder_outputs`.
-    """
-    new = {name: i for i, name in enumerate(names) if name not in encoded}
-    if new:
-        outputs = model.get_image_features(pixel_values[list(new.values())], num_visual_tokens, return_dict=True)
-        encoded.update(zip(new, outputs.pooler_output))
-    visual_tokens: Any = [encoded[name] for name in names]
-    return BaseModelOutputWithPooling(pooler_output=visual_tokens)
-
-
-@torch.no_grad()
 def _answer_batch(model, processor, asked, encoded, num_visual_tokens, max_new_tokens, window) -> list[Answer]:
-    """All answers to a batch of `(index, question, prompt, names of the images)`. `encoded` is that of [`encode_images`]."""
+    """All answers to a batch of `(index, question, prompt, names of the images)`."""
     schedules = [VisualTokenSchedule([m], [], window) if isinstance(m, int) else m for m in num_visual_tokens]
-    max_num_visual_tokens = max(schedule.num_visual_tokens[-1] for schedule in schedules)
     begin = time.perf_counter()
     images = [image for _, question, *_ in asked for image in question.open_images()]
     names = [name for *_, of_question in asked for name in of_question]
     inputs = processor(
         images=images or None,
         text=[prompt for _, _, prompt, _ in asked],
-        num_visual_tokens=max_num_visual_tokens,
+        num_visual_tokens=encoded.num_visual_tokens,
         padding=True,
         padding_side="left",
         add_special_tokens=False,  # the chat template writes the BOS
@@ -139,12 +163,9 @@ def _answer_batch(model, processor, asked, encoded, num_visual_tokens, max_new_t
     length, limit = inputs["input_ids"].shape[1], getattr(model.config.text_config, "max_position_embeddings", None)
     if limit is not None and length >= limit:
         raise ValueError(f"The prompt has {length} tokens, but the model supports at most {limit}.")
+    processing = time.perf_counter() - begin
     if images:
-        features = encode_images(model, inputs.pop("pixel_values"), names, encoded, max_num_visual_tokens)
-        inputs["mm_encoder_outputs"] = {"image": features}
-    if model.device.type != "cpu":
-        torch.accelerator.synchronize()  # else the first m would wait for the images
-    encoding = time.perf_counter() - begin
+        inputs["mm_encoder_outputs"] = {"image": encoded.encode(inputs.pop("pixel_values"), names)}
     is_text = inputs["attention_mask"].bool() & (inputs["input_ids"] != model.config.image_token_id)
     num_text_tokens, answers = is_text.sum(-1).tolist(), []
     ends = torch.tensor(
@@ -161,12 +182,13 @@ def _answer_batch(model, processor, asked, encoded, num_visual_tokens, max_new_t
             return_dict_in_generate=True,
         )
         sequences, confidence = outputs.sequences[:, length:].cpu(), outputs.confidences.tolist()
-        seconds = (encoding + time.perf_counter() - start) / len(asked)
+        seconds = (processing + time.perf_counter() - start) / len(asked)
         texts = processor.batch_decode(sequences, skip_special_tokens=True)
         after_end = torch.isin(sequences, ends).cumsum(-1) - torch.isin(sequences, ends).long()
         num_new_tokens = (after_end == 0).sum(-1).tolist()
         sizes = [schedule.num_visual_tokens[stage] for stage in outputs.stages.tolist()]
         figures = zip(asked, sizes, texts, confidence, num_text_tokens, num_new_tokens)
-        for (row, *_), m, text, product, num_asked, num_said in figures:
-            answers.append(Answer(row, m, text.strip(), product, num_asked, num_said, seconds))
+        for (row, _, _, shown), m, text, product, num_asked, num_said in figures:
+            encoding = sum(encoded.seconds[name] for name in shown)
+            answers.append(Answer(row, m, text.strip(), product, num_asked, num_said, seconds + encoding))
     return answers

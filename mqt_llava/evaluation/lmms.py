@@ -31,8 +31,7 @@ from ..modeling.adaptive_mqt_llava import resolve_schedule
 from ..modeling.budget_mqt_llava import default_num_visual_tokens, resolve_visual_token_counts
 from ..placement import Placement, stored_dtype
 from ..training.data import SampleError, open_image
-from .answers import NUM_BATCHES, encode_images
-from .questions import name_image
+from .answers import NUM_BATCHES, VisualTokenCache
 
 
 # Other settings in tasks are for certain models, such as `image_aspect_ratio`
@@ -128,7 +127,7 @@ class MQTLlavaLmms(lmms):
             partial(_count_flops, CostModel(config), self.schedule)
         )  # many answers have the same cost
         self.totals = Counter()
-        self.encoded: dict = {}  # visual tokens of the last images
+        self.encoded = VisualTokenCache(self._model, self.num_visual_tokens)
 
     # ------------------------------------------------------------------------------------------------------ answers
 
@@ -157,7 +156,7 @@ class MQTLlavaLmms(lmms):
             some = sorted(rows[start : start + size], key=lambda row: -len(requests[row].args[0]))
             for first in range(0, len(some), self.batch_size):
                 yield some[first : first + self.batch_size]
-            self.encoded = dict(list(self.encoded.items())[-size:])  # the next ones may be about the same images
+            self.encoded.keep(list(self.encoded.seconds)[-size:])  # the next ones may be about the same images
 
     def settings_of(self, request) -> dict:
         return request.args[2]
@@ -217,11 +216,13 @@ class MQTLlavaLmms(lmms):
     def answer_batch(self, asked, until, max_new_tokens, generation) -> list[dict]:
         inputs = self.prepare([prompt for prompt, _ in asked], [image for _, images in asked for image in images])
         length, tokenizer = inputs["input_ids"].shape[1], self.processor.tokenizer
-        images = [image for _, of_question in asked for image in of_question]
-        if images:
-            names, pixel_values = list(map(_name_content, images)), inputs.pop("pixel_values")
-            features = encode_images(self._model, pixel_values, names, self.encoded, self.num_visual_tokens)
-            inputs["mm_encoder_outputs"] = {"image": features}
+        if "pixel_values" in inputs:
+            pixel_values = inputs.pop("pixel_values")
+            names = [
+                hash(image.numpy().tobytes()) for image in pixel_values
+            ]  # tasks make a new object for each question
+            inputs["mm_encoder_outputs"] = {"image": self.encoded.encode(pixel_values.to(self.device), names)}
+        inputs = inputs.to(self.device)
         criteria = [StopStringCriteria(tokenizer, until)] if until else []
         outputs = self._model.generate(
             **inputs,
@@ -262,7 +263,7 @@ class MQTLlavaLmms(lmms):
             padding_side="left",
             add_special_tokens=False,  # the chat template writes the BOS
             return_tensors="pt",
-        ).to(self.device)
+        )
         length = inputs["input_ids"].shape[1]
         if length >= self.max_length:
             raise SampleError(f"the prompt has {length} tokens, but the model supports at most {self.max_length}")
@@ -303,7 +304,7 @@ class MQTLlavaLmms(lmms):
 
     def score(self, prompt: str, images: list, targets: list[str]) -> list[tuple[float, bool]]:
         """`(loss, is_greedy)` of each answer to a prompt."""
-        inputs, eos = self.prepare([prompt], images), self.processor.tokenizer.eos_token
+        inputs, eos = self.prepare([prompt], images).to(self.device), self.processor.tokenizer.eos_token
         # Answers as in the chat template, which the processor tokenizes right; their end-of-sequence token is not scored
         answers = [f" {str(target).strip()}{eos}" for target in targets]
         answers = [self.processor(text=text, add_special_tokens=False)["input_ids"][0][:-1] for text in answers]
@@ -368,7 +369,7 @@ class MQTLlavaLmms(lmms):
             # lmms-eval prefixes the names with avg_, since it averages over calls of `log_metrics`. This is the only call
             log_metrics(seconds, totals["new_tokens"], totals["new_tokens"] / max(seconds, 1e-9), figures)
         self.totals.clear()
-        self.encoded.clear()
+        self.encoded.keep([])
         super().clean()
 
 
@@ -395,10 +396,6 @@ def _user_turn(text: str, visuals: list | None) -> list[dict]:
             raise ValueError("MQT-LLaVA takes images and text; the task has videos or audio.")
         content.append({"type": "image", "url": visual})
     return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
-
-
-def _name_content(image):
-    return name_image(image) if isinstance(image, str) else (image.mode, image.size, hash(image.tobytes()))
 
 
 def _positive_integer(name: str, value) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import re
+import sys
 from collections.abc import Callable
 
 
@@ -12,7 +13,7 @@ NUMBERS = {
 } | {"none": "0"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # that VQA v2 removes
 SAID_BEFORE = (
-    r"(?:(?:so |therefore,? )?(?:the )?(?:correct |right |best )?(?:answer|option|choice)(?: is| would be)?\s*:?\s*)?"
+    r"(?:(?:so |therefore,? )?(?:the )?(?:correct |right |best )?(?:answer|option|choice)(?: is| would be)?\s*:?\s*)"
 )
 
 
@@ -66,16 +67,24 @@ def anls(answer: str, references: list[str]) -> float:
 
 def multiple_choice(answer: str, references: list[str]) -> float:
     """Whether the answer is the right letter, as in "B", "(B) a dog" or "The correct answer is B.", or the text of that option. The
-    references are the letter and the text."""
-    letter, *texts = references
-    answer = re.sub(r"[*#`]", "", answer)  # Markdown
-    if normalize(answer) in map(normalize, texts):
+    references are the letter, the text, or both."""
+    letters, texts = set(), set()
+    for reference in references:
+        letter = re.match(r"\(?([A-Za-z])(?:[.:)]\s*|$)", reference.strip())
+        letters.add(letter[1].upper() if letter else "")
+        texts.add(normalize(reference.strip()[letter.end() if letter else 0 :]))
+    answer = re.sub(r"[*#`]", "", answer).strip()  # Markdown
+    if normalize(answer) and normalize(answer) in texts:
         return 1.0
-    chosen = re.match(rf"\s*{SAID_BEFORE}\(?([A-Za-z])(?:[.:),]|\s*$)", answer, re.IGNORECASE)
-    with_text = re.match(r"\s*([A-Z])\s+(.*)", answer, re.DOTALL)
-    if chosen is None and with_text and normalize(with_text[2]) in map(normalize, texts):
+    chosen = (
+        re.match(rf"{SAID_BEFORE}?\(?([A-Za-z])(?:[.:),\n]|$)", answer, re.IGNORECASE)
+        or re.match(rf"{SAID_BEFORE}\(?((?-i:[A-Z]))\b", answer, re.IGNORECASE)
+        or re.match(r"([A-Z])\s+-", answer)
+    )
+    with_text = re.match(r"([A-Z])\s+(.+)", answer, re.DOTALL)
+    if chosen is None and with_text and normalize(with_text[2]) in texts:
         chosen = with_text
-    return float(chosen is not None and chosen[1].upper() == letter.strip("() .").upper())
+    return float(chosen is not None and chosen[1].upper() in letters)
 
 
 METRICS: dict[str, Metric] = {
@@ -101,19 +110,21 @@ def load_metric(name: str) -> Metric:
     if name in METRICS:
         return METRICS[name]
     module, _, function = name.partition(":")
-    if not function:
+    if not module or not function:
         raise ValueError(
             f"There is no metric {name!r}; choose from {', '.join(METRICS)}, or pass your own as module:function."
         )
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the current folder, as for `python -m`
     try:
         metric = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a module may raise anything
         raise ValueError(f"The metric {name!r} cannot be loaded: {error}.") from None
     if not callable(metric):
         raise ValueError(f"The metric {name!r} is not a function.")
 
     def checked(answer: str, references: list[str]) -> float:
-        score = metric(answer, references)
+        score = metric(answer, list(references))
         with contextlib.suppress(TypeError, ValueError):
             if 0 <= float(score) <= 1:
                 return float(score)

@@ -87,13 +87,22 @@ def read_questions(data_files, image_folder=None, prompt_suffix: str | None = No
     for file in files:
         if not file.is_file():
             raise ValueError(f"There is no data file {file}.")
-        read = _read_tsv if file.suffix == ".tsv" else _read_conversations
-        questions += read(file, image_folder)
+        read = _read_tsv if file.suffix.lower() == ".tsv" else _read_conversations
+        try:
+            of_file = read(file, image_folder)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8: {error}") from None
+        if sum(other.name == file.name for other in files) > 1:
+            for question in of_file:
+                question.id = f"{file.parent}/{question.id}"
+        questions += of_file
     if not questions:
         raise ValueError(f"There are no questions in {', '.join(map(str, files))}.")
     names = Counter(question.id for question in questions)
     if len(names) < len(questions):
         raise ValueError(f"There are {names.most_common(1)[0][1]} questions named {names.most_common(1)[0][0]}.")
+    for question in questions:
+        question.references = [text for text in question.references if text.strip()]
     for question in questions if prompt_suffix else []:
         question.messages[-1]["content"] += f"\n{prompt_suffix}"
     return questions
@@ -170,7 +179,9 @@ def _listed(cell: str) -> list[str]:
     """A cell with one text, or with several as a Python list."""
     if cell.startswith("["):
         with contextlib.suppress(ValueError, SyntaxError):
-            return [str(one) for one in ast.literal_eval(cell)]
+            texts = ast.literal_eval(cell)
+            if all(isinstance(text, str) for text in texts):
+                return texts
     return [cell] if cell else []
 
 
@@ -187,7 +198,8 @@ def _ask(row: dict) -> str:
 
 def _answers(row: dict) -> list[str]:
     answers = _listed(row.get("answer") or row.get("answers") or "")
-    return [*answers, *(row[answer] for answer in answers if answer in OPTIONS and row.get(answer))]
+    letters = [answer.strip("() .").upper() for answer in answers]
+    return [*answers, *(row[letter] for letter in letters if letter in OPTIONS and row.get(letter))]
 
 
 def _refuse(broken: list[str]):

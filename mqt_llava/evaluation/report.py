@@ -40,7 +40,7 @@ def summarize(results: list[dict], costs=None) -> list[Row]:
     for result in results:
         scores[sizes.index(result["num_visual_tokens"]), index[result["id"]]] = 100 * result["score"]
     categories = {result["id"]: result.get("category") for result in results}
-    names = list(dict.fromkeys(filter(None, categories.values())))
+    names = [name for name in dict.fromkeys(categories.values()) if name not in (None, "", "all")]  # "all" are all
     rng = np.random.default_rng(0)
     # One draw at a time, as how often it has each question: all of them would take gigabytes with the questions of VQAv2
     draws = (np.bincount(rng.integers(len(ids), size=len(ids)), minlength=len(ids)) for _ in range(DRAWS))
@@ -56,6 +56,13 @@ def summarize(results: list[dict], costs=None) -> list[Row]:
         gflops = None if costs is None else _mean_flops(costs, m, answered) / 1e9
         low, high = np.quantile(means[i], [0.025, 0.975])
         lowest, highest = np.quantile(means[i] - means[best], [0.025, 0.975])
+        # Nothing varies in samples of scores that are all equal. By Wilson's interval, with n right answers of n the true share is
+        # n / (n + 1.96²) or more
+        unseen = 100 * (1 - len(ids) / (len(ids) + 1.96**2))
+        if np.ptp(scores[i]) == 0:
+            low, high = max(0.0, low - unseen), min(100.0, high + unseen)
+        if i != best and not (scores[i] - scores[best]).any():
+            lowest, highest = -unseen, unseen
         rows.append(
             Row(
                 m,
@@ -114,7 +121,8 @@ def sentence(rows: list[Row], tolerance: float | None = None) -> str:
 
 def markdown(rows: list[Row]) -> str:
     names = list(rows[0].by_category)
-    header = ["m", "accuracy, %", "95 % interval", "against the best", *names, "GFLOP", "ms"]
+    titles = [" ".join(name.replace("|", "\\|").split()) for name in names]
+    header = ["m", "accuracy, %", "95 % interval", "against the best", *titles, "GFLOP", "ms"]
     lines = [f"| {' | '.join(header)} |", "| ---: |" + " ---: |" * (len(header) - 1)]
     for row in rows:
         cells = [row.num_visual_tokens, f"{row.accuracy:.1f}", "{:.1f} to {:.1f}".format(*row.interval)]
@@ -170,16 +178,24 @@ def write_eval_results(rows: list[Row], folder: Path, dataset_id: str, task_id: 
     for row in rows:
         notes = f"num_visual_tokens={row.num_visual_tokens}, {metric}"
         entry = EvalResultEntry(dataset_id=dataset_id, task_id=task_id, value=round(row.accuracy, 2), notes=notes)
-        name = f"{task_id}_{row.num_visual_tokens}_visual_tokens.yaml"
+        name = f"{dataset_id.replace('/', '--')}_{task_id}_{row.num_visual_tokens}_visual_tokens.yaml"
         (folder / name).write_text(yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
 
 
 def read_results(path: Path) -> list[dict]:
-    """The rows of `results.jsonl`, without an incomplete last line."""
+    """
+    The rows of `results.jsonl`, without an incomplete last line.
+
+    Raises:
+        `ValueError`: for a damaged file.
+    """
     if not path.exists():
         return []
     content = path.read_bytes()
-    return [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+    rows = [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
+    if not all(isinstance(row, dict) and {"id", "num_visual_tokens", "score"} <= row.keys() for row in rows):
+        raise ValueError("it has lines that are no results")
+    return rows
 
 
 def write_results(results: list[dict], path: Path):

@@ -63,8 +63,9 @@ def load_conversations(data_files, image_folder=None, streaming=False, needs_ans
     if not needs_answer:
         columns |= {"references": List(Value("string")), "category": Value("string")}
     features = Features(columns | {"error": Value("string")})
-    # `datasets` caches by arguments, so the time of the last change must be one of them
-    versions = [f"{os.stat(file).st_mtime_ns} {os.stat(file).st_size}" for file in files]
+    # `datasets` caches by arguments, so what tells a file from others of its name, now or before, must be one of them
+    stats = map(os.stat, files)
+    versions = [f"{os.path.realpath(f)} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for f, s in zip(files, stats)]
     arguments = {"files": files, "versions": versions, "image_folder": str(image_folder or "")}
     arguments["needs_answer"] = needs_answer
     builder = IterableDataset if streaming else Dataset

@@ -35,13 +35,13 @@ def manager():
     return TaskManager()
 
 
-def run_script(tmp_path, lmms_eval, **variables):
+def run_script(tmp_path, lmms_eval, model="some/model", **variables):
     """Run the script with a stand-in for the command of lmms-eval."""
     environment = {name: value for name, value in os.environ.items() if name != "OPENAI_API_KEY"}
     environment |= {"LMMS_EVAL": f"{sys.executable} {lmms_eval}", **variables}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     return subprocess.run(
-        ["bash", "examples/paper_table.sh", "some/model", str(tmp_path / "results")],
+        ["bash", "examples/paper_table.sh", model, str(tmp_path / "results")],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -108,6 +108,9 @@ def test_script_from_task_names_to_table(tmp_path, monkeypatch):
 
     again = run_script(tmp_path, tmp_path / "lmms.py", OPENAI_API_KEY="none")  # nothing is left to do
     assert again.returncode == 0 and len((tmp_path / "record.jsonl").read_text().splitlines()) == len(sizes)
+    for model, variables in (("another/model", {"OPENAI_API_KEY": "none"}), ("some/model", {})):
+        refused = run_script(tmp_path, tmp_path / "lmms.py", model, **variables)
+        assert refused.returncode == 2 and "choose another FOLDER" in refused.stderr
 
 
 def test_script_says_what_is_left_out_and_what_failed(tmp_path):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 
 import numpy as np
 import pytest
@@ -459,3 +460,15 @@ def test_broken_rows_are_refused_before_training(folder):
     (folder / "bad.json").write_text(json.dumps(rows + broken))
     with pytest.raises(ValueError, match=r"bad\.json\[2\].*no image file .*none.png.* In total 3 samples are broken"):
         refuse_broken(load_conversations(folder / "bad.json"))
+
+
+def test_files_that_differ_by_their_folder_alone(tmp_path, monkeypatch):
+    """By a relative path, with the same size and time, as after `tar` or `rsync`."""
+    for answer in ("yes", "noo"):
+        (tmp_path / answer).mkdir()
+        turns = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": answer}]
+        (tmp_path / answer / "rows.json").write_text(json.dumps([{"messages": turns}]))
+        os.utime(tmp_path / answer / "rows.json", ns=(1, 1))
+    for answer in ("yes", "noo"):
+        monkeypatch.chdir(tmp_path / answer)
+        assert load_conversations("rows.json")[0]["messages"][1]["content"] == answer

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +17,19 @@ import yaml
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
 from PIL import Image
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from mqt_llava import TINY_CHECKPOINT, MQTLlavaForConditionalGeneration
 from mqt_llava.cli import app
+from mqt_llava.cost import CostModel
 from mqt_llava.evaluation import METRICS, Question, answer_questions, load_metric, read_questions
 from mqt_llava.evaluation.metrics import anls, contains, exact_match, multiple_choice, vqa_accuracy
 from mqt_llava.evaluation.report import enough, sentence, summarize
 from mqt_llava.hub import write_card
+from mqt_llava.training.lora import make_lora_config
 from tests.small_model import make_images, make_model, make_processor
 
 
@@ -60,6 +66,14 @@ pytestmark = pytest.mark.usefixtures("restore_global_settings")
         (multiple_choice, "The correct answer is **B**", ["B", "a dog"], 1),
         (multiple_choice, "B a dog", ["B", "a dog"], 1),
         (multiple_choice, "A dog.", ["B", "a dog"], 1),
+        (multiple_choice, "B\nBecause it barks", ["B", "a dog"], 1),
+        (multiple_choice, "B - a dog", ["B", "a dog"], 1),
+        (multiple_choice, "The answer is B because it barks.", ["B", "a dog"], 1),
+        (multiple_choice, "B", ["B. a dog"], 1),
+        (multiple_choice, "a dog", ["(B) a dog"], 1),
+        (multiple_choice, "a dog", ["a dog"], 1),
+        (multiple_choice, "The answer is a dog.", ["A", "a cat"], 0),
+        (multiple_choice, "", ["B", "."], 0),
         (multiple_choice, "A cat", ["A", "a dog"], 0),
         (multiple_choice, "C", ["B", "a dog"], 0),
     ],
@@ -97,6 +111,26 @@ def test_metrics_of_ones_own():
         load_metric("no_such_module:function")
     with pytest.raises(ValueError, match="no_such_function"):
         load_metric("json:no_such_function")
+    with pytest.raises(ValueError, match="There is no metric ':length'"):
+        load_metric(":length")
+
+
+def test_a_metric_in_the_current_folder(questions, tmp_path):
+    """By the installed program, whose path is not the current folder."""
+    (tmp_path / "mine.py").write_text("def spoil(answer, references):\n    references.append(answer)\n    return 1\n")
+    program = Path(sys.executable).parent / "mqt-llava"
+    command = [
+        program,
+        "evaluate",
+        questions / "questions.json",
+        "--num-visual-tokens",
+        "1,64",
+        "--metric",
+        "mine:spoil",
+    ]
+    subprocess.run([*command, "--output-dir", "out"], cwd=tmp_path, check=True)
+    rows = list(map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines()))
+    assert {row["score"] for row in rows} == {1} and all(len(row["references"]) == 1 for row in rows)
 
 
 # Questions ------------------------------------------------------------------------------------------------------------
@@ -284,6 +318,40 @@ def test_summary_and_sentence():
     )
 
 
+def test_what_does_not_vary_is_not_certain():
+    rows = summarize(make_results({1: np.ones(100), 4: np.ones(100)}))
+    assert [row.interval for row in rows] == [(pytest.approx(96.3, abs=0.01), 100)] * 2  # Wilson's for 100 of 100
+    assert sentence(rows, tolerance=1).startswith("m = 1 is right in 100.0 %")
+    half = np.arange(100) % 2
+    rows = summarize(make_results({1: half, 4: half, 16: np.arange(100) % 50 > 0}))
+    assert rows[1].difference_interval == rows[0].difference_interval and rows[0].by_category["odd"] == 100
+
+
+def test_compute_and_time_of_a_summary():
+    costs = CostModel(AutoConfig.from_pretrained(TINY_CHECKPOINT))
+    counts = [(1, 10, 3), (1, 12, 4), (2, 20, 1), (0, 9, 2), (1, 12, 4)]
+    names = ("num_images", "num_text_tokens", "num_new_tokens")
+    results = [
+        {"id": str(i), "num_visual_tokens": 4, "score": 1, "seconds": [9, 1, 2, 3, 50][i]} | dict(zip(names, count))
+        for i, count in enumerate(counts)
+    ]
+    results.append(results[0] | {"id": "failed", "score": 0, "seconds": 0.0, "error": "damaged"})
+    (row,) = summarize(results, costs)
+    flops = [costs(4, **dict(zip(names, count))).flops for count in counts]
+    assert row.gflops == pytest.approx(np.mean(flops) / 1e9) and row.seconds == 3
+    assert row.accuracy == pytest.approx(500 / 6)
+
+
+def test_the_interval_of_a_difference_is_of_pairs():
+    rng = np.random.default_rng(0)
+    right = (rng.random(2000) < 0.5).astype(float)
+    worse = np.where(rng.random(2000) < 0.1, 0.0, right)  # a twentieth of all is lost, none is won
+    row = summarize(make_results({1: worse, 4: right}))[0]
+    lost = (right - worse).mean()
+    width = 196 * np.sqrt(lost * (1 - lost) / 2000)
+    assert row.difference_interval == pytest.approx((-100 * lost - width, -100 * lost + width), abs=0.15)
+
+
 # The command ----------------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +367,7 @@ def questions(tmp_path_factory):
         rows.append({"image": f"{i}.png", "conversations": turns, "category": "colour" if i else "wrong"})
     (folder / "questions.json").write_text(json.dumps(rows))
     (folder / "unanswered.json").write_text(json.dumps([rows[0] | {"conversations": rows[0]["conversations"][:1]}]))
+    (folder / "blank.json").write_text(json.dumps([rows[0] | {"references": [" "]}]))
     (folder / "without.json").write_text(json.dumps([rows[0] | {"image": "missing.png"}]))
     return folder
 
@@ -320,7 +389,9 @@ def test_command(questions, tmp_path):
     assert "| 64 | 88.9 |" in (tmp_path / "results.md").read_text()
     assert "m = 1 is the smallest" in result.stdout or "m = 1 is right in" in result.stdout
     assert (tmp_path / "results.png").stat().st_size > 10_000
-    (entry,) = yaml.safe_load((tmp_path / ".eval_results" / "default_1_visual_tokens.yaml").read_text())
+    (entry,) = yaml.safe_load(
+        (tmp_path / ".eval_results" / "someone--colours_default_1_visual_tokens.yaml").read_text()
+    )
     assert entry["dataset"] == {"id": "someone/colours", "task_id": "default"}
     assert entry["value"] == 88.89 and "num_visual_tokens=1" in entry["notes"]
 
@@ -359,6 +430,9 @@ def test_a_broken_off_run_goes_on(questions, tmp_path, monkeypatch):
         (["unanswered.json"], "1 of 1 questions have no answer to compare with"),
         (["without.json"], "there is no image file"),
         (["missing.json"], "There is no data file"),
+        (["blank.json"], "1 of 1 questions have no answer to compare with"),
+        (["questions.json", "--dataset-id", "no/such/place"], "--dataset-id is no repository"),
+        (["questions.json", "--dataset-id", "a/b", "--task-id", "../x"], "--task-id is made of letters"),
     ],
 )
 def test_bad_input(questions, tmp_path, arguments, message):
@@ -369,10 +443,11 @@ def test_bad_input(questions, tmp_path, arguments, message):
 
 
 def test_results_of_another_evaluation_are_not_overwritten(questions, tmp_path):
-    model, data, out = tmp_path / "model", tmp_path / "questions.json", tmp_path / "out"
+    model, folder, out = tmp_path / "model", tmp_path / "questions", tmp_path / "out"
     shutil.copytree(TINY_CHECKPOINT, model)
-    shutil.copyfile(questions / "questions.json", data)
-    options = [data, "--image-folder", questions, "--model", model, "--output-dir", out, "--num-visual-tokens"]
+    shutil.copytree(questions, folder)
+    data, time = folder / "questions.json", (folder / "0.png").stat().st_mtime_ns
+    options = [data, "--model", model, "--output-dir", out, "--num-visual-tokens"]
     assert run(*options, "1", "--dataset-id", "someone/colours").exit_code == 0
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
@@ -385,21 +460,75 @@ def test_results_of_another_evaluation_are_not_overwritten(questions, tmp_path):
     refuse("prompt_suffix", "1", "--prompt-suffix", "Briefly.")
     refuse("dtype", "1", "--dtype", "bfloat16")
     os.utime(model / "model.safetensors")  # trained again
-    refuse("weights", "1")
+    refuse("model_files", "1")
     shutil.copystat(Path(TINY_CHECKPOINT) / "model.safetensors", model / "model.safetensors")
     same = run(*options, "1")
     assert same.exit_code == 0 and "answered before: 9 of 9 questions" in same.stderr
+    template, written = model / "chat_template.jinja", (model / "chat_template.jinja").read_text()
+    template.write_text("{{ messages }}")
+    refuse("model_files", "1")
+    template.write_text(written)
+    shutil.copystat(Path(TINY_CHECKPOINT) / template.name, template)
+    os.utime(folder / "0.png", ns=(1, 1))  # another picture
+    refuse("images", "1")
+    os.utime(folder / "0.png", ns=(time, time))
     data.write_text(data.read_text().replace("Pink", "Red"))
     refuse("data", "1")
+    failing = run(*options, "2", "--overwrite", "--device", "nothing")
+    assert failing.exit_code == 2 and {path: path.read_bytes() for path in before} == before
     again = run(*options, "2", "--overwrite")
     assert again.exit_code == 0 and not (out / ".eval_results").exists()
     assert json.loads((out / "accuracy.json").read_text()) == {"2": {"wrong": 100.0, "colour": 100.0, "all": 100.0}}
 
 
-def test_a_folder_of_something_else_is_refused(questions, tmp_path):
-    (tmp_path / "file").touch()
-    refused = run(questions / "questions.json", "--output-dir", tmp_path)
-    assert refused.exit_code == 2 and "is not empty and holds no results" in " ".join(refused.stderr.split())
+@pytest.mark.parametrize("name", ["file", "setting.json"])
+def test_a_folder_of_something_else_is_refused(questions, tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    for more in ([], ["--overwrite"]):
+        refused = run(questions / "questions.json", "--output-dir", tmp_path, *more)
+        assert refused.exit_code == 2 and "is not empty and holds no results" in " ".join(refused.stderr.split())
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    refused = run(questions / "questions.json", "--output-dir", tmp_path / name)
+    assert refused.exit_code == 2 and "is a file, not a folder" in " ".join(refused.stderr.split())
+
+
+@pytest.mark.parametrize("name", ["setting.json", "results.jsonl"])
+def test_damaged_results(questions, tmp_path, name):
+    options = [questions / "questions.json", "--num-visual-tokens", "1", "--output-dir", tmp_path]
+    assert run(*options).exit_code == 0
+    (tmp_path / name).write_text((tmp_path / name).read_text()[9:])
+    result = run(*options)
+    assert result.exit_code == 2 and "are damaged" in " ".join(result.stderr.split())
+
+
+def test_every_question_fails(questions, tmp_path):
+    folder = tmp_path / "questions"
+    shutil.copytree(questions, folder)
+    for path in folder.glob("*.png"):
+        path.write_bytes(path.read_bytes()[:60])
+    result = run(folder / "questions.json", "--num-visual-tokens", "1", "--output-dir", tmp_path / "out")
+    assert result.exit_code == 2 and "every question failed, questions.json[" in " ".join(result.stderr.split())
+    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 9
+
+
+def test_files_of_one_name(questions, tmp_path):
+    shutil.copytree(questions, tmp_path / "other")
+    names = [questions / "questions.json", tmp_path / "other" / "questions.json"]
+    assert len({question.id for question in read_questions(names)}) == 18
+
+
+def test_an_adapter(questions, tmp_path):
+    model = MQTLlavaForConditionalGeneration.from_pretrained(TINY_CHECKPOINT)
+    tuned = get_peft_model(model, make_lora_config(model, r=4))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    tuned.save_pretrained(tmp_path / "adapter")
+    options = [questions / "questions.json", "--num-visual-tokens", "64", "--output-dir", tmp_path / "out"]
+    assert run(*options, "--adapter", tmp_path / "adapter").exit_code == 0
+    rows = list(map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines()))
+    assert sum(row["score"] for row in rows) < 8
+    assert "another adapter: " in " ".join(run(*options).stderr.split())
 
 
 def test_a_metric_that_fails(questions, tmp_path):
@@ -456,19 +585,29 @@ def test_a_card_shows_results_and_keeps_the_rest(results, tmp_path):
     shutil.copytree(TINY_CHECKPOINT, tmp_path / "model")
     write_card(tmp_path / "model", "someone/model")
     own = (tmp_path / "model" / "README.md").read_text() + "\n## Licence\n\nOurs.\n"
+    own = own.replace("## How to use", "See `## Accuracy and compute`\nbelow.\n\n## How to use")
+    older = tmp_path / "model" / ".eval_results"
+    older.mkdir()
+    for name in ("someone--colours_default_7_visual_tokens.yaml", "another--set_default_7_visual_tokens.yaml"):
+        (older / name).touch()
     (tmp_path / "model" / "README.md").write_text(own)
     for _ in range(2):  # again: it is replaced, not repeated
         result = run_card(tmp_path / "model", "--results", results)
         assert result.exit_code == 0, result.output
     card = (tmp_path / "model" / "README.md").read_text()
-    before, _, after = card.partition("## Accuracy and compute")
-    assert before.rstrip() == own.partition("## Accuracy and compute")[0].rstrip()
+    before, _, after = card.partition("\n## Accuracy and compute\n")
+    assert before.rstrip() == own.partition("\n## Accuracy and compute\n")[0].partition("\n## Licence")[0].rstrip()
+    assert sorted(path.name for path in older.iterdir()) == [
+        "another--set_default_7_visual_tokens.yaml",
+        "someone--colours_default_1_visual_tokens.yaml",
+        "someone--colours_default_64_visual_tokens.yaml",
+    ]
     assert (results / "results.md").read_text().strip() in after and after.endswith("## Licence\n\nOurs.\n")
-    assert card.count("## Accuracy and compute") == card.count("## Licence") == 1
+    assert card.count("\n## Accuracy and compute\n") == card.count("## Licence") == 1
     assert ModelCard(card).data.library_name == "transformers"
     copied = tmp_path / "model" / "accuracy.json"
     assert json.loads(copied.read_text()) == json.loads((results / "accuracy.json").read_text())
-    assert (tmp_path / "model" / ".eval_results" / "default_64_visual_tokens.yaml").exists()
+    assert (tmp_path / "model" / ".eval_results" / "someone--colours_default_64_visual_tokens.yaml").exists()
     priced = CliRunner().invoke(
         app, ["cost", "--model", str(tmp_path / "model"), "--num-visual-tokens", "64", "--json"]
     )
