@@ -249,8 +249,11 @@ def version_of_images(questions) -> str:
 
 
 def version_of_files(files: list[Path]) -> str:
-    stats = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in sorted(files)]
-    return f"{len(files)} files, version {hashlib.sha256(chr(10).join(stats).encode()).hexdigest()[:16]}"
+    found = hashlib.sha256()
+    for name in sorted(map(os.path.realpath, files)):
+        stat = os.stat(name)
+        found.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return f"{len(files)} files, version {found.hexdigest()[:16]}"
 
 
 def check_ids(dataset_id: str | None, task_id: str):

@@ -90,8 +90,8 @@ def read_questions(data_files, image_folder=None, prompt_suffix: str | None = No
         read = _read_tsv if file.suffix.lower() == ".tsv" else _read_conversations
         try:
             of_file = read(file, image_folder)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8: {error}") from None
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{file} cannot be read: {error}") from None
         if sum(other.name == file.name for other in files) > 1:
             for question in of_file:
                 question.id = f"{file.parent}/{question.id}"

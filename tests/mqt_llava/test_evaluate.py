@@ -205,6 +205,13 @@ def test_rows_of_a_tsv_that_are_broken(tmp_path, row, message):
         read_questions(tmp_path / "q.tsv")
 
 
+def test_a_tsv_of_another_encoding(tmp_path):
+    make_images(1)[0].save(tmp_path / "b.png")
+    (tmp_path / "q.TSV").write_text("index\timage_path\tquestion\tanswer\n1\tb.png\tWhat?\tyes\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"q\.TSV cannot be read"):
+        read_questions(tmp_path / "q.TSV")
+
+
 def test_names_are_unique_and_a_suffix_is_added(tmp_path):
     make_images(1)[0].save(tmp_path / "b.png")
     row = {"index": "1", "image_path": "b.png", "question": "What?", "answer": "yes"}
@@ -442,7 +449,7 @@ def test_bad_input(questions, tmp_path, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_results_of_another_evaluation_are_not_overwritten(questions, tmp_path):
+def test_results_of_another_evaluation_are_not_overwritten(questions, tmp_path, monkeypatch):
     model, folder, out = tmp_path / "model", tmp_path / "questions", tmp_path / "out"
     shutil.copytree(TINY_CHECKPOINT, model)
     shutil.copytree(questions, folder)
@@ -462,6 +469,8 @@ def test_results_of_another_evaluation_are_not_overwritten(questions, tmp_path):
     os.utime(model / "model.safetensors")  # trained again
     refuse("model_files", "1")
     shutil.copystat(Path(TINY_CHECKPOINT) / "model.safetensors", model / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    options[options.index(model)], options[0] = "model", "questions/questions.json"
     same = run(*options, "1")
     assert same.exit_code == 0 and "answered before: 9 of 9 questions" in same.stderr
     template, written = model / "chat_template.jinja", (model / "chat_template.jinja").read_text()
