@@ -27,6 +27,7 @@ def run_benchmark(name, *options):
     return result
 
 
+@pytest.mark.slow
 def test_generation_measures_every_row(tmp_path):
     options = "--preset tiny --batch_sizes 1 2 --num_visual_tokens 16 1 --output_dir".split()
     result = run_benchmark("generation", *options, tmp_path)
@@ -64,6 +65,7 @@ def test_generation_measures_compiled_rows(tmp_path):
     assert all(float(row[name]) > 0 for row in rows for name in ("first token", "tokens/s", "first call", "peak"))
 
 
+@pytest.mark.slow
 def test_training_measures_every_row(tmp_path):
     options = "--preset tiny --ways full lora qlora --num_visual_tokens 16 1 --output_dir".split()
     result = run_benchmark("training", *options, tmp_path, "--gradient_checkpointing")
