@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from mqt_llava import TINY_CHECKPOINT, MQTLlavaForConditionalGeneration
 from mqt_llava.cli import app
-from mqt_llava.cost import CostModel
+from mqt_llava.cost import CostModel, DeviceSpeed
 from mqt_llava.evaluation import METRICS, Question, answer_questions, load_metric, read_questions
 from mqt_llava.evaluation.metrics import anls, contains, exact_match, multiple_choice, vqa_accuracy
 from mqt_llava.evaluation.report import enough, sentence, summarize
@@ -590,7 +590,7 @@ def run_card(*arguments):
     return CliRunner().invoke(app, ["card", *map(str, arguments)])
 
 
-def test_a_card_shows_results_and_keeps_the_rest(results, tmp_path):
+def test_a_card_shows_results_and_keeps_the_rest(results, tmp_path, monkeypatch):
     shutil.copytree(TINY_CHECKPOINT, tmp_path / "model")
     write_card(tmp_path / "model", "someone/model")
     own = (tmp_path / "model" / "README.md").read_text() + "\n## Licence\n\nOurs.\n"
@@ -617,6 +617,7 @@ def test_a_card_shows_results_and_keeps_the_rest(results, tmp_path):
     copied = tmp_path / "model" / "accuracy.json"
     assert json.loads(copied.read_text()) == json.loads((results / "accuracy.json").read_text())
     assert (tmp_path / "model" / ".eval_results" / "someone--colours_default_64_visual_tokens.yaml").exists()
+    monkeypatch.setattr("mqt_llava.cost.measure_device", lambda *arguments: DeviceSpeed(1e9, 1e9))
     priced = CliRunner().invoke(
         app, ["cost", "--model", str(tmp_path / "model"), "--num-visual-tokens", "64", "--json"]
     )
