@@ -3,7 +3,7 @@
 # paper's figures.
 #
 #     pip install "mqt-llava[lmms]"
-#     hf auth login    # lmms-eval asks for a token, though the data is public
+#     hf auth login    # lmms-eval's tasks ask for a token
 #     bash examples/paper_table.sh MODEL [FOLDER]
 #
 # MODEL is a folder or a repository, FOLDER (results by default) where results go. Called again, it goes on with the numbers of

@@ -148,7 +148,7 @@ def evaluate(
         }
         request |= {"num_new_tokens": max_new_tokens, "batch_size": batch_size}
         processor, model = place_and_load(checkpoint, config, costs, device, dtype, adapter, num_bits, **request)
-        begin(output_dir, setting, done)
+        start_results(output_dir, setting, done)
         right, number = sum(row["score"] for row in done), len(done)
         go_on = "the same command, without --overwrite, goes on from there"
         try:
@@ -270,7 +270,7 @@ def check_ids(dataset_id: str | None, task_id: str):
 
 
 def find_answers(output_dir: Path, setting: dict, overwrite: bool) -> list[dict]:
-    """Results of an earlier run of the same evaluation, which is checked for. Nothing is written."""
+    """The answers in a folder, after checking that they are of the same evaluation. Nothing is written."""
     from ..evaluation.report import read_results
 
     path, before = output_dir / "setting.json", None
@@ -280,11 +280,10 @@ def find_answers(output_dir: Path, setting: dict, overwrite: bool) -> list[dict]
         if path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(before, dict) and {"metric", "num_visual_tokens"} <= before.keys():
-            other = [name for name in setting if before.get(name) != setting[name]]
             if overwrite:
                 return []
-            if other:
-                name = other[0]
+            name = next((name for name in setting if before.get(name) != setting[name]), None)
+            if name is not None:
                 raise UsageError(
                     f"{output_dir} has results with another {name}: {before.get(name)}, not {setting[name]}. Use another --output-dir, or "
                     "--overwrite"
@@ -297,8 +296,8 @@ def find_answers(output_dir: Path, setting: dict, overwrite: bool) -> list[dict]
     return []
 
 
-def begin(output_dir: Path, setting: dict, done: list[dict]):
-    """Write what earlier runs have answered, and remove what they have written at their end."""
+def start_results(output_dir: Path, setting: dict, done: list[dict]):
+    """Write the answers so far, and remove what earlier runs wrote at their end."""
     from ..evaluation.report import write_results
 
     try:

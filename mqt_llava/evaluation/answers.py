@@ -123,8 +123,8 @@ def answer_questions(
         for name in of_question:
             first_row.setdefault(name, row)
     by_image = sorted(range(len(questions)), key=lambda row: [first_row[name] for name in names[row]])
-    stages = (m if isinstance(m, int) else m.num_visual_tokens[-1] for m in num_visual_tokens)
-    encoded = VisualTokenCache(model, max(stages))
+    sizes = [m if isinstance(m, int) else m.num_visual_tokens[-1] for m in num_visual_tokens]
+    encoded = VisualTokenCache(model, max(sizes))
 
     def answer(rows: list[int]) -> list[Answer]:
         asked = [(row, questions[row], prompts[row], names[row]) for row in rows]
@@ -132,7 +132,6 @@ def answer_questions(
             return _answer_batch(model, processor, asked, encoded, num_visual_tokens, max_new_tokens, window)
         except ValueError as error:  # due to one question: a damaged image, a prompt that is too long
             if len(rows) == 1:
-                sizes = [m if isinstance(m, int) else m.num_visual_tokens[-1] for m in num_visual_tokens]
                 return [Answer(rows[0], m, error=str(error)) for m in sizes]
             return [one for row in rows for one in answer([row])]
 

@@ -151,12 +151,13 @@ class MQTLlavaLmms(lmms):
         return results
 
     def batches_of(self, rows: list[int], requests):
+        """Batches of rows, sorted by length a few batches at a time. The visual tokens of the last images are kept for the next ones."""
         size = NUM_BATCHES * self.batch_size
         for start in range(0, len(rows), size):
             some = sorted(rows[start : start + size], key=lambda row: -len(requests[row].args[0]))
             for first in range(0, len(some), self.batch_size):
                 yield some[first : first + self.batch_size]
-            self.encoded.keep(list(self.encoded.seconds)[-size:])  # the next ones may be about the same images
+            self.encoded.keep(list(self.encoded.visual_tokens)[-size:])
 
     def settings_of(self, request) -> dict:
         return request.args[2]
@@ -218,9 +219,8 @@ class MQTLlavaLmms(lmms):
         length, tokenizer = inputs["input_ids"].shape[1], self.processor.tokenizer
         if "pixel_values" in inputs:
             pixel_values = inputs.pop("pixel_values")
-            names = [
-                hash(image.numpy().tobytes()) for image in pixel_values
-            ]  # tasks make a new object for each question
+            # By content: tasks make a new object for each question
+            names = [hash(image.numpy().tobytes()) for image in pixel_values]
             inputs["mm_encoder_outputs"] = {"image": self.encoded.encode(pixel_values.to(self.device), names)}
         inputs = inputs.to(self.device)
         criteria = [StopStringCriteria(tokenizer, until)] if until else []

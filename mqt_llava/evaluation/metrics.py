@@ -69,22 +69,19 @@ def multiple_choice(answer: str, references: list[str]) -> float:
     """Whether the answer is the right letter, as in "B", "(B) a dog" or "The correct answer is B.", or the text of that option. The
     references are the letter, the text, or both."""
     letters, texts = set(), set()
-    for reference in references:
-        letter = re.match(r"\(?([A-Za-z])(?:[.:)]\s*|$)", reference.strip())
-        letters.add(letter[1].upper() if letter else "")
-        texts.add(normalize(reference.strip()[letter.end() if letter else 0 :]))
+    for reference in map(str.strip, references):
+        named = re.match(r"\(?([A-Za-z])(?:[.:)]\s*|$)", reference)
+        letters |= {named[1].upper()} if named else set()
+        texts.add(normalize(reference[named.end() :] if named else reference))
     answer = re.sub(r"[*#`]", "", answer).strip()  # Markdown
     if normalize(answer) and normalize(answer) in texts:
         return 1.0
-    chosen = (
-        re.match(rf"{SAID_BEFORE}?\(?([A-Za-z])(?:[.:),\n]|$)", answer, re.IGNORECASE)
-        or re.match(rf"{SAID_BEFORE}\(?((?-i:[A-Z]))\b", answer, re.IGNORECASE)
-        or re.match(r"([A-Z])\s+-", answer)
-    )
-    with_text = re.match(r"([A-Z])\s+(.+)", answer, re.DOTALL)
-    if chosen is None and with_text and normalize(with_text[2]) in texts:
-        chosen = with_text
-    return float(chosen is not None and chosen[1].upper() in letters)
+    chosen = re.match(rf"{SAID_BEFORE}?\(?([A-Za-z])(?:[.:),\n]|\s+-|$)", answer, re.IGNORECASE)
+    chosen = chosen or re.match(rf"{SAID_BEFORE}\(?((?-i:[A-Z]))\b", answer, re.IGNORECASE)
+    if chosen is not None:
+        return float(chosen[1].upper() in letters)
+    letter, _, text = answer.partition(" ")  # of "B a dog"
+    return float(letter in letters and normalize(text) in texts)
 
 
 METRICS: dict[str, Metric] = {

@@ -56,13 +56,11 @@ def summarize(results: list[dict], costs=None) -> list[Row]:
         gflops = None if costs is None else _mean_flops(costs, m, answered) / 1e9
         low, high = np.quantile(means[i], [0.025, 0.975])
         lowest, highest = np.quantile(means[i] - means[best], [0.025, 0.975])
-        # Nothing varies in samples of scores that are all equal. By Wilson's interval, with n right answers of n the true share is
-        # n / (n + 1.96²) or more
-        unseen = 100 * (1 - len(ids) / (len(ids) + 1.96**2))
-        if np.ptp(scores[i]) == 0:
+        if (
+            np.ptp(scores[i]) == 0
+        ):  # then samples do not vary. Wilson's interval: n of n may mean a share of n / (n + 1.96²)
+            unseen = 100 * (1 - len(ids) / (len(ids) + 1.96**2))
             low, high = max(0.0, low - unseen), min(100.0, high + unseen)
-        if i != best and not (scores[i] - scores[best]).any():
-            lowest, highest = -unseen, unseen
         rows.append(
             Row(
                 m,
@@ -93,22 +91,20 @@ def enough(rows: list[Row], tolerance: float | None = None) -> Row:
     interval of the difference lies within it."""
     if tolerance is None:
         return next(row for row in rows if row.difference_interval[1] >= 0)
-    return next(row for row in rows if row.difference_interval[0] >= -tolerance or row.difference == 0)
+    return next(row for row in rows if row.difference_interval[0] >= -tolerance)
 
 
 def sentence(rows: list[Row], tolerance: float | None = None) -> str:
     row, best = enough(rows, tolerance), max(rows, key=lambda row: row.accuracy)
     if row is best:
-        said = (
-            f"m = {row.num_visual_tokens} is right in {row.accuracy:.1f} %, 95 % interval {{:.1f}} to {{:.1f}}".format(
-                *row.interval
-            )
-        )
+        low, high = row.interval
+        said = f"m = {row.num_visual_tokens} is right in {row.accuracy:.1f} %, 95 % interval {low:.1f} to {high:.1f}"
         if len(rows) > 1:
             said += "; no other m is right more often"
-        if row is not rows[0]:
-            is_worse = "significantly worse" if tolerance is None else f"shown to be within {tolerance:g} points of it"
-            said += f"; {'every' if tolerance is None else 'no'} smaller m is {is_worse}"
+        if row is not rows[0] and tolerance is None:
+            said += "; every smaller m is significantly worse"
+        elif row is not rows[0]:
+            said += f"; no smaller m is shown to be within {tolerance:g} points of it"
         return f"{said}."
     within = "not significantly worse than" if tolerance is None else f"within {tolerance:g} points of"
     low, high = row.difference_interval
